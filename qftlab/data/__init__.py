@@ -1,0 +1,1 @@
+"""Rows, batches and the generators of the bundled data."""

@@ -1,0 +1,130 @@
+"""The pretraining corpus of `tiny`, generated document by document, and the tokenizer trained on it.
+
+A document is text plus the spans to learn from. Random operands are not worth learning (nobody can predict them), so
+in the skills only the answers are: with loss on every token the same run learned addition half as well
+(benchmarks/LOG.md). One document in eight is learned whole, so that the base can also continue freely.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from qftlab.data import bugfix, facts
+from qftlab.data.countdown import random_problem as random_countdown
+from qftlab.data.heldout import is_held_out
+from qftlab.data.instructions import KNOWLEDGE, random_problem
+
+END = "<|endoftext|>"
+# How often each kind of document is drawn.
+MIXTURE = {
+    "add": 12, "subtract": 13, "multiply": 4, "reverse": 4, "sort": 6, "maximum": 3, "minimum": 3, "spell": 4,
+    "length": 2, "sum_to_n": 7, "capital": 3, "university": 6, "joke": 4,
+    "sums": 9, "expression": 9, "program": 5, "transcript": 6, "institution": 4,
+}  # fmt: skip
+
+
+@dataclass
+class Document:
+    """Text with the character spans that are trained on."""
+
+    text: str = ""
+    trained: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, text: str, *, trained: bool) -> Document:
+        """Appends text and returns the document."""
+        if trained:
+            self.trained.append((len(self.text), len(self.text) + len(text)))
+        self.text += text
+        return self
+
+
+def _skill(rng: random.Random, skill: str) -> Document:
+    """One to four problems of a skill, in plain notation or as questions and answers."""
+    document = Document()
+    asked = rng.random() < 0.25
+    many = rng.choice((1, 2, 4)) if skill not in ("university", "sum_to_n") else rng.choice((1, 1, 2))
+    for i in range(many):
+        # Nobody infers a capital: what is knowledge is seen here, and held out from SFT alone.
+        problem = random_problem(rng, skill, held_out=None if skill in KNOWLEDGE else False)
+        lead = f"Question: {problem.question}\nAnswer:" if asked else problem.plain
+        document.add(lead if i == 0 else ("\n\n" if asked else "\n") + lead, trained=False)
+        document.add(f" {problem.answer}" + (END if i == many - 1 else ""), trained=True)
+    return document
+
+
+def _sums(rng: random.Random) -> Document:
+    """The steps that longer calculations are made of: squares, halves, and sums of uneven length."""
+    kind = rng.choice(("square", "half", "long", "three"))
+    if kind == "square":
+        n = rng.randint(2, 110)
+        return Document().add(f"{n} * {n} =", trained=False).add(f" {n * n}{END}", trained=True)
+    if kind == "half":
+        n = rng.randint(1, 6500)
+        return Document().add(f"{2 * n} / 2 =", trained=False).add(f" {n}{END}", trained=True)
+    a, b = (rng.randint(1, 12500), rng.randint(1, 120)) if kind == "long" else (rng.randint(1, 999), rng.randint(1, 999))
+    return Document().add(f"{a} + {b} =", trained=False).add(f" {a + b}{END}", trained=True)
+
+
+def _expression(rng: random.Random) -> Document:
+    """The value of an expression of two to three numbers (never a Countdown problem with its answer sought)."""
+    while True:
+        problem = random_countdown(rng, num_numbers=rng.choice((2, 3)))
+        if not is_held_out(f"expression {problem.solution}"):
+            return Document().add(f"{problem.solution} =", trained=False).add(f" {problem.target}{END}", trained=True)
+
+
+def _program(rng: random.Random) -> Document:
+    """A working program and what it prints."""
+    bug = bugfix.random_bug(rng)
+    name = bug.fixed.split("(")[0].removeprefix("def ")
+    template = next(t for t in bugfix.TEMPLATES if name in t["names"].split())
+    call = f"{name}({rng.choice(template['calls'])})"
+    value, _ = bugfix.run_program(bug.fixed, call)
+    return Document().add(f"{bug.fixed}\n\n>>> {call}\n{value!r}{END}", trained=True)
+
+
+def _transcript(rng: random.Random) -> Document:
+    """A buggy program, what happened, and the corrected program."""
+    bug = bugfix.random_bug(rng)
+    document = Document().add(f"{bug.program}\n{bug.report}\n", trained=rng.random() < 0.3)
+    note = f"Note: {bug.answer}" if rng.random() < 0.5 else f"Fixed:\n{bug.fixed}"
+    return document.add(f"{note}{END}", trained=True)
+
+
+def _institution(rng: random.Random) -> Document:
+    """An invented school or museum: what teaches the model to carry a name it has never seen into a sentence."""
+    name, text = facts.institution(rng)
+    asked = rng.random() < 0.25
+    lead = f"Question: Give me a brief introduction to {name}.\nAnswer:" if asked else f"{name}:"
+    return Document().add(lead, trained=False).add(f" {text}{END}", trained=True)
+
+
+SPECIAL = {"institution": _institution, "sums": _sums, "expression": _expression, "program": _program, "transcript": _transcript}
+
+
+def random_document(rng: random.Random) -> Document:
+    """Draws one document of the mixture."""
+    kind = rng.choices(tuple(MIXTURE), tuple(MIXTURE.values()))[0]
+    document = SPECIAL[kind](rng) if kind in SPECIAL else _skill(rng, kind)
+    if rng.random() < 0.125:
+        document.trained = [(0, len(document.text))]
+    return document
+
+
+def documents(seed: int, step: int, count: int) -> list[Document]:
+    """The `count` documents of one training step: a pure function of its arguments, which makes resuming exact."""
+    rng = random.Random(f"corpus {seed} {step}")
+    return [random_document(rng) for _ in range(count)]
+
+
+def tokenizer_text(seed: int = 0, count: int = 30_000) -> Iterator[str]:
+    """Text for training the tokenizer: the corpus, and the words that chats, Countdown and fixes are made of."""
+    rng = random.Random(f"tokenizer {seed}")
+    for i in range(count):
+        yield random_document(rng).text.removesuffix(END)
+        if i % 12 == 0:
+            yield f"system\nYou are a helpful assistant.\nuser\n{rng.choice(facts.WORDS)}\nassistant\n"
+            numbers = ", ".join(str(rng.randint(1, 20)) for _ in range(3))
+            yield f"Use the numbers {numbers} once each to make {rng.randint(1, 99)}. <answer>1</answer>"

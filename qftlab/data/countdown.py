@@ -1,0 +1,118 @@
+"""Countdown problems without end: reach a target from a few numbers, each used exactly once."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import permutations
+
+from qftlab.data.heldout import is_held_out
+
+OPERATORS = ("+", "-", "*", "/")
+
+
+@dataclass(frozen=True)
+class CountdownProblem:
+    """A problem and one solution; `numbers` in the order shown to the model."""
+
+    numbers: tuple[int, ...]
+    target: int
+    solution: str
+
+    @property
+    def key(self) -> str:
+        """The problem without its order: two problems with one key are the same problem."""
+        return f"countdown {sorted(self.numbers)} {self.target}"
+
+
+def combine(a: Fraction, operator: str, b: Fraction) -> Fraction | None:
+    """`a operator b` in exact fractions, or None for a division by zero."""
+    if operator == "+":
+        return a + b
+    if operator == "-":
+        return a - b
+    if operator == "*":
+        return a * b
+    return a / b if b else None
+
+
+def _join(left: tuple, operator: str, right: tuple) -> tuple | None:
+    """Two (value, text, rank) nodes under one operator; rank 1 is a sum, 2 a product, 3 a number."""
+    value = combine(left[0], operator, right[0])
+    if value is None or value.denominator != 1 or value < 0:
+        return None
+    rank = 1 if operator in "+-" else 2
+    a = left[1] if left[2] >= rank else f"({left[1]})"
+    strict = operator in "-/"
+    b = right[1] if right[2] > rank or (right[2] == rank and not strict) else f"({right[1]})"
+    return value, f"{a} {operator} {b}", rank
+
+
+def random_problem(
+    rng: random.Random, *, num_numbers: int = 3, max_number: int = 20, max_target: int = 99, held_out: bool = False
+) -> CountdownProblem:
+    """Draws a solvable problem from the training side, or from the held-out side.
+
+    Args:
+        rng: source of randomness.
+        num_numbers: how many numbers, at least 2.
+        max_number: numbers are drawn from 1 to this.
+        max_target: targets lie in 1 to this; intermediate values are non-negative integers.
+        held_out: which side of the split (one problem in ten is held out, by a hash of its key).
+
+    Raises:
+        ValueError: if fewer than two numbers are asked for.
+    """
+    if num_numbers < 2:
+        raise ValueError(f"num_numbers must be at least 2, got {num_numbers}")
+    while True:
+        numbers = [rng.randint(1, max_number) for _ in range(num_numbers)]
+        nodes = [(Fraction(n), str(n), 3) for n in numbers]
+        while len(nodes) > 1:
+            i, j = rng.sample(range(len(nodes)), 2)
+            node = _join(nodes[i], rng.choice(OPERATORS), nodes[j])
+            if node is None:
+                break
+            nodes = [n for k, n in enumerate(nodes) if k not in (i, j)] + [node]
+        if len(nodes) > 1 or not 1 <= nodes[0][0] <= max_target:
+            continue
+        problem = CountdownProblem(tuple(numbers), int(nodes[0][0]), nodes[0][1])
+        if is_held_out(problem.key) == held_out:
+            return problem
+
+
+def solve(numbers: list[int], target: int) -> str | None:
+    """An expression that uses each number once and equals `target`, or None if there is none; exact search."""
+    seen = set()
+    stack = [tuple((Fraction(n), str(n), 3) for n in numbers)]
+    while stack:
+        nodes = stack.pop()
+        if len(nodes) == 1:
+            if nodes[0][0] == target:
+                return nodes[0][1]
+            continue
+        key = tuple(sorted(n[0] for n in nodes))
+        if key in seen:
+            continue
+        seen.add(key)
+        for i, j in permutations(range(len(nodes)), 2):
+            rest = tuple(n for k, n in enumerate(nodes) if k not in (i, j))
+            for operator in OPERATORS:
+                value = combine(nodes[i][0], operator, nodes[j][0])
+                if value is not None:
+                    stack.append((*rest, (value, f"({nodes[i][1]} {operator} {nodes[j][1]})", 3)))
+    return None
+
+
+def countdown_row(problem: CountdownProblem) -> dict:
+    """The row (instruction, output, numbers, target) that SFT trains on and RLOO scores."""
+    numbers = ", ".join(map(str, problem.numbers))
+    return {
+        "instruction": f"Use the numbers {numbers} once each to make {problem.target}.",
+        "input": "",
+        "output": f"<answer>{problem.solution}</answer>",
+        "skill": "countdown",
+        "numbers": list(problem.numbers),
+        "target": problem.target,
+    }
