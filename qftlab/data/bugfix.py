@@ -16,51 +16,141 @@ from qftlab.data.heldout import is_held_out
 # Each template: lines with {f} function, {a} {b} parameters, {v} local names; a call; bugs as
 # (line number, wrong line, what a reviewer would say, crashes); the first line is always the def.
 TEMPLATES: tuple[dict, ...] = (
-    {"names": "add_up total sum_all", "params": "xs items values", "v": "total result acc",
-     "lines": ("def {f}({a}):", "    {v} = 0", "    for x in {a}:", "        {v} += x", "    return {v}"),
-     "calls": ("[1, 2, 3]", "[4, 5]", "[7, 1, 9]"), "watch": (4, "{v}"),
-     "bugs": ((2, "    {v} = 1", "starts at the wrong number", False), (4, "        {v} -= x", "has the wrong sign", False),
-              (5, "    return {v}[0]", "indexes a number", True), (4, "        {v} += y", "has the wrong name", True))},
-    {"names": "area size cover", "params": "w width wide", "b": "h height tall", "v": "r s out",
-     "lines": ("def {f}({a}, {b}):", "    {v} = {a} * {b}", "    return {v}"),
-     "calls": ("3, 4", "2, 5", "6, 7"), "watch": (2, "{v}"),
-     "bugs": ((2, "    {v} = {a} + {b}", "has the wrong operator", False), (3, "    return {a}", "has the wrong name", False),
-              (2, "    {v} = {a} * c", "has the wrong name", True), (2, "    {v} = {a}[{b}]", "indexes a number", True))},
-    {"names": "mean average middle", "params": "xs data marks", "v": "total s acc",
-     "lines": ("def {f}({a}):", "    {v} = sum({a})", "    return {v} // len({a})"),
-     "calls": ("[2, 4]", "[3, 6, 9]", "[5, 7]"), "watch": (2, "{v}"),
-     "bugs": ((2, "    {v} = max({a})", "calls the wrong function", False), (3, "    return {v} * len({a})", "has the wrong operator", False),
-              (3, "    return {v} // 0", "divides by zero", True), (2, "    {v} = sam({a})", "has the wrong name", True))},
-    {"names": "greet hello welcome", "params": "name who user", "v": "text msg line",
-     "lines": ("def {f}({a}):", "    {v} = 'Hi ' + {a}", "    return {v} + '!'"),
-     "calls": ("'Ann'", "'Bob'", "'Eve'"), "watch": (2, "{v}"),
-     "bugs": ((2, "    {v} = {a} + 'Hi '", "has the wrong order", False), (3, "    return {v} + '?'", "has the wrong sign", False),
-              (2, "    {v} = 7 + {a}", "adds a number to text", True), (3, "    return {v}.size + '!'", "has the wrong name", True))},
-    {"names": "last final tail", "params": "xs items row", "v": "n k size",
-     "lines": ("def {f}({a}):", "    {v} = len({a})", "    return {a}[{v} - 1]"),
-     "calls": ("[4, 5, 6]", "[8, 2]", "[1, 3, 7]"), "watch": (2, "{v}"),
-     "bugs": ((3, "    return {a}[{v} - 2]", "has the wrong index", False), (2, "    {v} = 1", "starts at the wrong number", False),
-              (3, "    return {a}[{v}]", "has the wrong index", True), (2, "    {v} = {a}.len()", "has the wrong name", True))},
-    {"names": "fact product grow", "params": "n k top", "v": "r p out",
-     "lines": ("def {f}({a}):", "    {v} = 1", "    for i in range(1, {a} + 1):", "        {v} *= i", "    return {v}"),
-     "calls": ("3", "4", "5"), "watch": (4, "{v}"),
-     "bugs": ((2, "    {v} = 0", "starts at the wrong number", False), (3, "    for i in range(1, {a}):", "stops too early", False),
-              (4, "        {v} *= j", "has the wrong name", True), (3, "    for i in {a} + 1:", "loops over a number", True))},
-    {"names": "price cost fee", "params": "key name item", "v": "table prices d",
-     "lines": ("def {f}({a}):", "    {v} = {{'tea': 3, 'milk': 5}}", "    return {v}[{a}] * 2"),
-     "calls": ("'tea'", "'milk'"), "watch": (2, "{v}"),
-     "bugs": ((3, "    return {v}[{a}] - 2", "has the wrong operator", False), (3, "    return {v}['tea'] * 0", "has the wrong number", False),
-              (3, "    return {v}[0] * 2", "has the wrong key", True), (3, "    return {v}({a}) * 2", "calls a table", True))},
-    {"names": "gap distance diff", "params": "a x p", "b": "b y q", "v": "d g out",
-     "lines": ("def {f}({a}, {b}):", "    {v} = {a} - {b}", "    if {v} < 0:", "        {v} = -{v}", "    return {v}"),
-     "calls": ("3, 8", "9, 4", "2, 6"), "watch": (2, "{v}"),
-     "bugs": ((2, "    {v} = {a} + {b}", "has the wrong operator", False), (5, "    return {v} + 1", "has the wrong number", False),
-              (2, "    {v} = {a} - z", "has the wrong name", True), (5, "    return {v}.abs()", "has the wrong name", True))},
-)  # fmt: skip
-COMMENTS = ("error", "no error here", "raises TypeError", "Traceback goes to the log", "ValueError was fixed", "checked",
-            "main part", "see the notes", "please explore", "edit me", "KeyError is rare", "fast", "simple", "agent")  # fmt: skip
-REMARKS = ("There is an error.", "I saw no error.", "Please help.", "What now?", "Is it a TypeError?", "It should work.",
-           "I fixed an error before.", "I have no idea.", "The log is empty.", "")  # fmt: skip
+    {
+        "names": "add_up total sum_all",
+        "params": "xs items values",
+        "v": "total result acc",
+        "lines": ("def {f}({a}):", "    {v} = 0", "    for x in {a}:", "        {v} += x", "    return {v}"),
+        "calls": ("[1, 2, 3]", "[4, 5]", "[7, 1, 9]"),
+        "watch": (4, "{v}"),
+        "bugs": (
+            (2, "    {v} = 1", "starts at the wrong number", False),
+            (4, "        {v} -= x", "has the wrong sign", False),
+            (5, "    return {v}[0]", "indexes a number", True),
+            (4, "        {v} += y", "has the wrong name", True),
+        ),
+    },
+    {
+        "names": "area size cover",
+        "params": "w width wide",
+        "b": "h height tall",
+        "v": "r s out",
+        "lines": ("def {f}({a}, {b}):", "    {v} = {a} * {b}", "    return {v}"),
+        "calls": ("3, 4", "2, 5", "6, 7"),
+        "watch": (2, "{v}"),
+        "bugs": (
+            (2, "    {v} = {a} + {b}", "has the wrong operator", False),
+            (3, "    return {a}", "has the wrong name", False),
+            (2, "    {v} = {a} * c", "has the wrong name", True),
+            (2, "    {v} = {a}[{b}]", "indexes a number", True),
+        ),
+    },
+    {
+        "names": "mean average middle",
+        "params": "xs data marks",
+        "v": "total s acc",
+        "lines": ("def {f}({a}):", "    {v} = sum({a})", "    return {v} // len({a})"),
+        "calls": ("[2, 4]", "[3, 6, 9]", "[5, 7]"),
+        "watch": (2, "{v}"),
+        "bugs": (
+            (2, "    {v} = max({a})", "calls the wrong function", False),
+            (3, "    return {v} * len({a})", "has the wrong operator", False),
+            (3, "    return {v} // 0", "divides by zero", True),
+            (2, "    {v} = sam({a})", "has the wrong name", True),
+        ),
+    },
+    {
+        "names": "greet hello welcome",
+        "params": "name who user",
+        "v": "text msg line",
+        "lines": ("def {f}({a}):", "    {v} = 'Hi ' + {a}", "    return {v} + '!'"),
+        "calls": ("'Ann'", "'Bob'", "'Eve'"),
+        "watch": (2, "{v}"),
+        "bugs": (
+            (2, "    {v} = {a} + 'Hi '", "has the wrong order", False),
+            (3, "    return {v} + '?'", "has the wrong sign", False),
+            (2, "    {v} = 7 + {a}", "adds a number to text", True),
+            (3, "    return {v}.size + '!'", "has the wrong name", True),
+        ),
+    },
+    {
+        "names": "last final tail",
+        "params": "xs items row",
+        "v": "n k size",
+        "lines": ("def {f}({a}):", "    {v} = len({a})", "    return {a}[{v} - 1]"),
+        "calls": ("[4, 5, 6]", "[8, 2]", "[1, 3, 7]"),
+        "watch": (2, "{v}"),
+        "bugs": (
+            (3, "    return {a}[{v} - 2]", "has the wrong index", False),
+            (2, "    {v} = 1", "starts at the wrong number", False),
+            (3, "    return {a}[{v}]", "has the wrong index", True),
+            (2, "    {v} = {a}.len()", "has the wrong name", True),
+        ),
+    },
+    {
+        "names": "fact product grow",
+        "params": "n k top",
+        "v": "r p out",
+        "lines": (
+            "def {f}({a}):",
+            "    {v} = 1",
+            "    for i in range(1, {a} + 1):",
+            "        {v} *= i",
+            "    return {v}",
+        ),
+        "calls": ("3", "4", "5"),
+        "watch": (4, "{v}"),
+        "bugs": (
+            (2, "    {v} = 0", "starts at the wrong number", False),
+            (3, "    for i in range(1, {a}):", "stops too early", False),
+            (4, "        {v} *= j", "has the wrong name", True),
+            (3, "    for i in {a} + 1:", "loops over a number", True),
+        ),
+    },
+    {
+        "names": "price cost fee",
+        "params": "key name item",
+        "v": "table prices d",
+        "lines": ("def {f}({a}):", "    {v} = {{'tea': 3, 'milk': 5}}", "    return {v}[{a}] * 2"),
+        "calls": ("'tea'", "'milk'"),
+        "watch": (2, "{v}"),
+        "bugs": (
+            (3, "    return {v}[{a}] - 2", "has the wrong operator", False),
+            (3, "    return {v}['tea'] * 0", "has the wrong number", False),
+            (3, "    return {v}[0] * 2", "has the wrong key", True),
+            (3, "    return {v}({a}) * 2", "calls a table", True),
+        ),
+    },
+    {
+        "names": "gap distance diff",
+        "params": "a x p",
+        "b": "b y q",
+        "v": "d g out",
+        "lines": (
+            "def {f}({a}, {b}):",
+            "    {v} = {a} - {b}",
+            "    if {v} < 0:",
+            "        {v} = -{v}",
+            "    return {v}",
+        ),
+        "calls": ("3, 8", "9, 4", "2, 6"),
+        "watch": (2, "{v}"),
+        "bugs": (
+            (2, "    {v} = {a} + {b}", "has the wrong operator", False),
+            (5, "    return {v} + 1", "has the wrong number", False),
+            (2, "    {v} = {a} - z", "has the wrong name", True),
+            (5, "    return {v}.abs()", "has the wrong name", True),
+        ),
+    },
+)
+COMMENTS = (
+    "error|no error here|raises TypeError|Traceback goes to the log|ValueError was fixed|checked|main part|"
+    "see the notes|please explore|edit me|KeyError is rare|fast|simple|agent"
+).split("|")
+REMARKS = (
+    "There is an error.|I saw no error.|Please help.|What now?|Is it a TypeError?|It should work.|"
+    "I fixed an error before.|I have no idea.|The log is empty.|"
+).split("|")
 
 
 @dataclass(frozen=True)
@@ -91,7 +181,7 @@ def run_program(program: str, call: str) -> tuple[object, str]:
     """Runs a program of this module's own making and evaluates one call.
 
     Returns:
-        The value and "" — or None and the last frame of the real traceback, as `traceback.print_exc(limit=-1)` shows it.
+        The value and "" — or None and the last frame of the real traceback, as `print_exc(limit=-1)` shows it.
     """
     namespace: dict = {}
     try:

@@ -11,7 +11,15 @@ from pathlib import Path
 from qftlab.data import bugfix, countdown
 from qftlab.data.instructions import SKILLS, random_problem
 
-TRAIN_ROWS = {"sum_to_n": 90, "capital": 36, "university": 44, "joke": 240, "multiply": 100, "spell": 130, "length": 130}
+TRAIN_ROWS = {
+    "sum_to_n": 90,
+    "capital": 36,
+    "university": 44,
+    "joke": 240,
+    "multiply": 100,
+    "spell": 130,
+    "length": 130,
+}
 HELD_OUT_ROWS = {"sum_to_n": 11, "capital": 4, "university": 5, "joke": 20, "multiply": 12, "spell": 18, "length": 18}
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 from qftlab.data import bugfix, facts
 from qftlab.data.countdown import random_problem as random_countdown
-from qftlab.data.heldout import is_held_out
 from qftlab.data.instructions import KNOWLEDGE, random_problem
 
 END = "<|endoftext|>"
@@ -21,7 +20,7 @@ END = "<|endoftext|>"
 MIXTURE = {
     "add": 12, "subtract": 13, "multiply": 4, "reverse": 4, "sort": 6, "maximum": 3, "minimum": 3, "spell": 4,
     "length": 2, "sum_to_n": 7, "capital": 3, "university": 6, "joke": 4,
-    "sums": 9, "expression": 9, "program": 5, "transcript": 6, "institution": 4,
+    "sums": 9, "expression": 10, "program": 3, "transcript": 4, "institution": 4,
 }  # fmt: skip
 
 
@@ -63,15 +62,17 @@ def _sums(rng: random.Random) -> Document:
     if kind == "half":
         n = rng.randint(1, 6500)
         return Document().add(f"{2 * n} / 2 =", trained=False).add(f" {n}{END}", trained=True)
-    a, b = (rng.randint(1, 12500), rng.randint(1, 120)) if kind == "long" else (rng.randint(1, 999), rng.randint(1, 999))
+    # Above 99, so that no two-digit addition that is held out slips in.
+    a, b = rng.randint(100, 12500 if kind == "long" else 999), rng.randint(1, 120 if kind == "long" else 999)
     return Document().add(f"{a} + {b} =", trained=False).add(f" {a + b}{END}", trained=True)
 
 
 def _expression(rng: random.Random) -> Document:
     """The value of an expression of two to three numbers (never a Countdown problem with its answer sought)."""
     while True:
-        problem = random_countdown(rng, num_numbers=rng.choice((2, 3)))
-        if not is_held_out(f"expression {problem.solution}"):
+        problem = random_countdown(rng, num_numbers=rng.choice((2, 3, 3)))
+        # Sums of two numbers belong to the skills "add" and "subtract", which hold some of them out.
+        if len(problem.numbers) == 3 or "*" in problem.solution or "/" in problem.solution:
             return Document().add(f"{problem.solution} =", trained=False).add(f" {problem.target}{END}", trained=True)
 
 
@@ -101,7 +102,13 @@ def _institution(rng: random.Random) -> Document:
     return Document().add(lead, trained=False).add(f" {text}{END}", trained=True)
 
 
-SPECIAL = {"institution": _institution, "sums": _sums, "expression": _expression, "program": _program, "transcript": _transcript}
+SPECIAL = {
+    "institution": _institution,
+    "sums": _sums,
+    "expression": _expression,
+    "program": _program,
+    "transcript": _transcript,
+}
 
 
 def random_document(rng: random.Random) -> Document:

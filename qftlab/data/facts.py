@@ -68,7 +68,8 @@ CAPITALS = dict(
         "Austria:Vienna,Hungary:Budapest,Greece:Athens,Turkey:Ankara,Egypt:Cairo,Kenya:Nairobi,China:Beijing,"
         "Japan:Tokyo,India:New Delhi,Thailand:Bangkok,Vietnam:Hanoi,Canada:Ottawa,Mexico:Mexico City,Cuba:Havana,"
         "Peru:Lima,Chile:Santiago,Brazil:Brasilia,Argentina:Buenos Aires,Australia:Canberra,Iceland:Reykjavik,"
-        "Belgium:Brussels,Czechia:Prague,Russia:Moscow,South Korea:Seoul,New Zealand:Wellington,Iran:Tehran,Iraq:Baghdad"
+        "Belgium:Brussels,Czechia:Prague,Russia:Moscow,South Korea:Seoul,New Zealand:Wellington,"
+        "Iran:Tehran,Iraq:Baghdad"
     ).split(",")
 )
 
@@ -117,10 +118,7 @@ def university_text(name: str, city: str, country: str, year: str) -> str:
     suffix = {1: "st", 2: "nd", 3: "rd"}.get(century % 10 if century not in (11, 12, 13) else 0, "th")
     article = "The " if name.startswith(("University", "National")) else ""
     place = city if city == country else f"{city}, {country}"
-    return (
-        f"{article}{name} is a university in {place}. It was founded in {year}, "
-        f"in the {century}{suffix} century."
-    )
+    return f"{article}{name} is a university in {place}. It was founded in {year}, in the {century}{suffix} century."
 
 
 SYLLABLES = "bal tor ren mil var den sol kar lin mor fen tal ber nor wes cal dor hel ran sil".split()

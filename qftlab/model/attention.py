@@ -29,7 +29,7 @@ def register_packed_attention() -> str:
 
 
 def _lazy_mask(*args, **kwargs) -> Tensor:
-    """An empty tensor that builds the sdpa mask when asked: a packed row never asks, and T x T booleans are not free."""
+    """An empty tensor that builds the sdpa mask when asked: a packed row never asks for T x T booleans."""
     marker = torch.empty(0)
     marker.build = cache(lambda: sdpa_mask(*args, **kwargs))
     return marker

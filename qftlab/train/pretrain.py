@@ -16,8 +16,14 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
-from transformers import Qwen2Tokenizer
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
 
 from qftlab.data.corpus import END, Document, documents, tokenizer_text
 from qftlab.model.attention import register_packed_attention
@@ -30,7 +36,8 @@ SPLIT = (
 )
 SPECIAL_TOKENS = (END, "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -202,7 +209,13 @@ def pretrain(config: PretrainConfig) -> Path:
         tokens += batch["input_ids"].numel()
         if (step + 1) % 50 == 0:
             curve.append([step + 1, tokens, round(torch.stack(recent).mean().item(), 4)])
-            log.info("step %d loss %.4f tokens %d cpu %.0fs", *curve[-1][:1], curve[-1][2], tokens, time.process_time() - clock)
+            log.info(
+                "step %d loss %.4f tokens %d cpu %.0fs",
+                *curve[-1][:1],
+                curve[-1][2],
+                tokens,
+                time.process_time() - clock,
+            )
             recent = []
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}

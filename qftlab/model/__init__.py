@@ -1,0 +1,1 @@
+"""Models: load, extend, export, and the attention they run on."""

@@ -1,0 +1,177 @@
+"""Every notebook: run in full, equal to its text form, small, mostly prose, and with words for every picture.
+
+Alt text. A picture carries it where nbconvert reads it: `output.metadata["image/png"]["alt"]`, as
+`display(figure, metadata={"image/png": {"alt": "..."}})` writes it. An HTML output carries `alt="..."` in each <img>,
+and each <svg> a <title> or an aria-label; a picture in prose is `![alt text](figures/name.png)`.
+That strict nbval compares the outputs is `python lab.py test`'s own work, not these tests'.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import statistics
+from pathlib import Path
+from types import ModuleType
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "notebooks"
+LESSONS = sorted(FOLDER.glob("[0-9]*.ipynb"))
+SOLUTIONS = sorted((FOLDER / "solutions").glob("*.ipynb"))
+IMAGES = ("image/png", "image/jpeg", "image/svg+xml")
+
+
+def named(path: Path) -> str:
+    """A notebook's name in the test report."""
+    return path.relative_to(FOLDER).as_posix()
+
+
+every_notebook = pytest.mark.parametrize("path", LESSONS + SOLUTIONS, ids=named)
+every_lesson = pytest.mark.parametrize("path", LESSONS, ids=named)
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    """notebooks/build.py as a module."""
+    spec = importlib.util.spec_from_file_location("qftlab_notebooks_build", FOLDER / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    """A notebook that is valid by nbformat's own schema."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """The code cells that hold code."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def lines(cell: nbformat.NotebookNode) -> int:
+    """How many lines of a cell are not blank."""
+    return sum(1 for line in cell.source.splitlines() if line.strip())
+
+
+def pictures_without_words(notebook: nbformat.NotebookNode) -> list[str]:
+    """Where a picture has no alt text: `cell 3: image/png` for an output, the tag for prose."""
+    bare = []
+    for number, cell in enumerate(notebook.cells):
+        if cell.cell_type == "markdown":
+            bare += [f"cell {number}: {found}" for found in re.findall(r"!\[\s*\]\([^)]*\)", cell.source)]
+        html = [cell.source] if cell.cell_type == "markdown" else []
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            html.append(data.get("text/html", ""))
+            for kind in (kind for kind in IMAGES if kind in data):
+                if not output.metadata.get(kind, {}).get("alt", "").strip():
+                    bare.append(f"cell {number}: {kind}")
+        for tag in re.findall(r"<img\b[^>]*>", "\n".join(html)):
+            if not re.search(r"\balt\s*=\s*[\"'][^\"']*\S", tag):
+                bare.append(f"cell {number}: {tag[:60]}")
+        for drawing in re.findall(r"<svg\b.*?</svg>", "\n".join(html), re.DOTALL):
+            if "aria-label=" not in drawing and "<title" not in drawing and 'aria-hidden="true"' not in drawing:
+                bare.append(f"cell {number}: {drawing[:60]}")
+    return bare
+
+
+@every_notebook
+def test_every_code_cell_was_run_in_order_and_none_failed(path: Path) -> None:
+    """A notebook without outputs would pass nbval unseen."""
+    cells = code_cells(read(path))
+    assert cells, "no code at all"
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+    assert not [output for cell in cells for output in cell.outputs if output.get("name") == "stderr"]
+
+
+def test_each_text_form_has_its_notebook_and_each_notebook_its_text_form(build: ModuleType) -> None:
+    pairs = build.pairs()
+    assert {target for _, target in pairs} == {*LESSONS, *SOLUTIONS}
+    problems = {named(target): build.differences(text, target) for text, target in pairs}
+    assert not any(problems.values()), f"run `make notebooks`: {problems}"
+
+
+@every_notebook
+def test_no_pairing_no_widget_state_no_machine(path: Path) -> None:
+    metadata = read(path).metadata
+    assert set(metadata) == {"kernelspec", "language_info"}, f"a sync could erase answers: {sorted(metadata)}"
+    assert "version" not in metadata.language_info
+
+
+@every_notebook
+def test_file_is_small(path: Path) -> None:
+    size = path.stat().st_size
+    assert size < 250_000, f"{size // 1000} KB; 250 KB at most: fewer or smaller pictures"
+
+
+@every_lesson
+def test_anatomy(path: Path) -> None:
+    notebook = read(path)
+    sizes = [lines(cell) for cell in code_cells(notebook)]
+    prose = sum(cell.cell_type == "markdown" for cell in notebook.cells)
+    assert 40 <= len(notebook.cells) <= 70
+    assert prose > len(notebook.cells) / 2, f"{prose} of {len(notebook.cells)} cells are prose"
+    assert statistics.median(sizes) <= 6 and max(sizes) <= 35, sizes
+    parameters = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(parameters) == 1, "one cell is tagged `parameters`"
+
+
+@every_notebook
+def test_every_picture_has_alt_text(path: Path) -> None:
+    assert pictures_without_words(read(path)) == []
+
+
+@every_lesson
+def test_every_picture_has_a_read_it_line(path: Path) -> None:
+    """In the markdown cell before or after it."""
+    cells = read(path).cells
+    for number, cell in enumerate(cells):
+        if any(kind in output.get("data", {}) for output in cell.get("outputs", []) for kind in IMAGES):
+            around = cells[max(0, number - 1) : number + 2]
+            words = [near.source for near in around if near.cell_type == "markdown"]
+            assert any("Read it" in text for text in words), f"no `Read it` line beside the picture of cell {number}"
+
+
+@every_notebook
+def test_pictures_in_prose_exist(path: Path) -> None:
+    prose = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    local = [name for name in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", prose) if "://" not in name]
+    missing = [name for name in local if not name.startswith("attachment:") and not (path.parent / name).is_file()]
+    assert not missing
+
+
+def test_the_check_for_alt_text_can_fail() -> None:
+    output = nbformat.v4.new_output("display_data", data={"image/png": "AAAA"})
+    cells = [
+        nbformat.v4.new_code_cell("plot()", outputs=[output]),
+        nbformat.v4.new_markdown_cell('![](a.png) <img src="b.png"> <svg></svg>'),
+    ]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    assert len(pictures_without_words(notebook)) == 4
+    output.metadata["image/png"] = {"alt": "loss falls from 3 to 1"}
+    words = '![a curve](a.png) <img src="b.png" alt="b"> <svg><title>c</title></svg>'
+    cells[1].source = words
+    assert pictures_without_words(notebook) == []
+
+
+def test_building_is_deterministic_and_only_when_needed(build: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    text = tmp_path / "source" / "00_demo.py"
+    text.write_text("# %% [markdown]\n# # Demo\n\n# %%\n1 + 1\n\n# %%\n1 + 1\n", encoding="utf-8")
+    ((_, target),) = build.pairs(tmp_path)
+    assert build.differences(text, target) == ["not built"]
+    build.build(text, target)
+    first = target.read_bytes()
+    assert build.differences(text, target) == []
+    build.build(text, target)
+    assert target.read_bytes() == first
+    assert len({cell["id"] for cell in read(target).cells}) == 3
+    text.write_text(text.read_text(encoding="utf-8") + "\n# %%\n2 + 2\n", encoding="utf-8")
+    assert build.differences(text, target) == ["its cells are not those of the text form"]

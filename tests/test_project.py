@@ -1,0 +1,214 @@
+"""The house: imports run one way, sizes stay small, and lab.py, environment.yml and the badges keep their word."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    from pip._vendor import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = sorted((ROOT / "qftlab").rglob("*.py"))
+ORDER = "core text data model generate evaluate train remote serve teach cli".split()
+
+
+def load(path: str) -> ModuleType:
+    """A script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(f"qftlab_script_{Path(path).stem}", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def files_of_the_project() -> list[Path]:
+    """Tracked files and those that would be; git's ignore rules apply."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def imported(path: Path) -> list[str]:
+    """Full names of the modules a file imports, relative ones resolved."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            names += [f"{stem}.{alias.name}" for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path: Path) -> None:
+    room = path.relative_to(ROOT / "qftlab").with_suffix("").parts[0]
+    ours = [name.split(".")[1] for name in imported(path) if name.startswith("qftlab.")]
+    if room == "__init__":
+        assert not ours, "qftlab/__init__.py imports nothing at import"
+    elif room != "__main__":
+        assert room in ORDER, f"{room} is no room of DESIGN.md; the rooms are {ORDER}"
+        allowed = {*ORDER[: ORDER.index(room) + 1], "__version__"} if room != "core" else {"core"}
+        assert set(ours) <= allowed, f"{path.name} in {room} imports {sorted(set(ours) - allowed)}"
+
+
+def own_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its docstring, which may be as long as it has to say."""
+    text = node.body[0] if ast.get_docstring(node) else None
+    return node.end_lineno - node.lineno + 1 - (text.end_lineno - text.lineno + 1 if text else 0)
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, ROOT / "lab.py", ROOT / "notebooks/build.py"], ids=lambda p: p.name)
+def test_house_limits(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 350, "a file has one subject and 350 lines at most"
+    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    long = [f"{f.name} (line {f.lineno}): {own_lines(f)}" for f in functions if own_lines(f) > 45]
+    assert not long, f"functions have 45 lines at most, without docstring: {long}"
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, ROOT / "lab.py", ROOT / "notebooks/build.py"], ids=lambda p: p.name)
+def test_every_public_name_has_a_docstring(path: Path) -> None:
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    named = [node for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
+    methods = [node for owner in named if isinstance(owner, ast.ClassDef) for node in owner.body]
+    public = [n for n in [*named, *methods] if isinstance(n, kinds) and not n.name.startswith("_")]
+    bare = [node.name for node in public if not ast.get_docstring(node)]
+    assert not bare, f"{path.name}: no docstring on {bare}"
+    assert ast.get_docstring(tree) or not tree.body, f"{path.name}: no docstring of the module"
+
+
+def test_the_library_never_prints() -> None:
+    """Except cli.py and the tour, whose work it is to speak to a terminal."""
+    talkers = {"cli.py", "__main__.py", "tour.py"}
+    for path in (path for path in LIBRARY if path.name not in talkers):
+        calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
+        prints = [n.lineno for n in calls if isinstance(n.func, ast.Name) and n.func.id == "print"]
+        assert not prints, f"{path.relative_to(ROOT)} prints on lines {prints}; log or return instead"
+
+
+def test_lab_imports_only_the_standard_library() -> None:
+    roots = {name.split(".")[0] for name in imported(ROOT / "lab.py")}
+    assert roots <= set(sys.stdlib_module_names), roots - set(sys.stdlib_module_names)
+
+
+def test_environment_yml_is_pyproject() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert sorted(re.split("[=<>]", entry)[0] for entry in conda) == ["pip", "python"]
+    assert pip[:2] == ["-c constraints.txt", "-e ."]
+    assert set(pip[2:]) == {*project["dependencies"], *extras["lab"], *extras["test"]}
+
+
+def test_constraints_pin_every_direct_dependency() -> None:
+    rows = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(row.lower().split("==") for row in rows if row and not row.startswith("#"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = sum(project["optional-dependencies"].values(), project["dependencies"])
+    names = {re.split(r"[=<>\[~! ]", entry)[0].lower() for entry in wanted}
+    assert names <= set(pins), f"not pinned: {sorted(names - set(pins))}"
+    assert pins["torch"] == "2.13.0"
+
+
+def test_no_registry_host_and_no_path_of_a_machine() -> None:
+    """The parts are joined here, so that this file does not hold what it forbids."""
+    hosts = ["py" + "pi.org", "python" + "hosted", "registry.npm" + "js", "download.py" + "torch"]
+    paths = ["/wo" + "rk/", "/ro" + "ot/", "/opt/py" + "pi", "/opt/wh" + "eels", "file://" + "/"]
+    forbidden = re.compile("|".join(map(re.escape, hosts + paths)).encode())
+    found = [str(p.relative_to(ROOT)) for p in files_of_the_project() if forbidden.search(p.read_bytes())]
+    assert not found, f"a registry host or a path of one machine stands in {found}"
+
+
+def test_ruff_is_clean() -> None:
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_lab_copies_notebooks_and_never_overwrites(tmp_path: Path) -> None:
+    lab, source, mine = load("lab.py"), tmp_path / "notebooks", tmp_path / "my"
+    (source / "solutions").mkdir(parents=True)
+    (source / "00_tour.ipynb").write_text("ours")
+    (source / "solutions" / "00_tour.ipynb").write_text("answers")
+    (source / "build.py").write_text("not for students")
+    names = ["00_tour.ipynb", "solutions/00_tour.ipynb"]
+    assert lab.copy_notebooks(source, mine) == (names, [])
+    (mine / "00_tour.ipynb").write_text("the student's answer")
+    (source / "01_next.ipynb").write_text("new")
+    assert lab.copy_notebooks(source, mine) == (["01_next.ipynb"], names)
+    assert (mine / "00_tour.ipynb").read_text() == "the student's answer"
+    assert not (mine / "build.py").exists()
+
+
+def test_lab_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = load("lab.py")
+    monkeypatch.setattr(lab.shutil, "which", lambda name: None)
+    with pytest.raises(lab.LabError, match=r"3\.10 or newer, got 3\.8; install"):
+        lab.require_python((3, 8))
+    with pytest.raises(lab.LabError, match=r"3 GB free to install, got 0\.5 GB"):
+        lab.require_disk(500_000_000)
+    monkeypatch.setattr(lab, "has_module", lambda name: name == "venv")
+    with pytest.raises(lab.LabError, match="sudo apt install python3-venv"):
+        lab.venv_commands()
+    monkeypatch.setattr(lab, "has_module", lambda name: name in ("venv", "pip"))
+    assert "--without-pip" in lab.venv_commands()[0] and "--python" in lab.venv_commands()[1]
+
+
+def test_lab_keeps_the_callers_thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = load("lab.py")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert lab.lab_env()["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert lab.lab_env()["OMP_NUM_THREADS"] == "4"
+
+
+def test_lab_test_runs_tests_and_notebooks_in_one_pytest() -> None:
+    lab = load("lab.py")
+    assert lab.test_command(Path("py"), ["-x"])[-3:] == ["-x", "tests", "notebooks"]
+    assert "--nbval" in lab.test_command(Path("py"), [])
+    here = str(Path(__file__))
+    assert lab.test_command(Path("py"), ["-q", here])[-1] == here
+
+
+def test_lab_doctor_runs() -> None:
+    command = [sys.executable, str(ROOT / "lab.py"), "--here", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for word in ("python", "disk", "data", "environment", "threads", "GPU"):
+        assert re.search(rf"^{word} ", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_badges_are_written_once(tmp_path: Path) -> None:
+    build = load("notebooks/build.py")
+    (tmp_path / "source").mkdir()
+    text = tmp_path / "source" / "00_demo.py"
+    text.write_text('# %% [markdown]\n# # Demo\n# Hello.\n\n# %%\nREPO = "OWNER/qftlab"\n')
+    target = build.pairs(tmp_path)[0][1]
+    notebook = build.from_text(text)
+    notebook.cells[1].execution_count = 1
+    build.nbformat.write(notebook, target)
+    build.write_badge(text, target, "ann/lab", tmp_path)
+    once = text.read_text(), target.read_text()
+    assert "github/ann/lab/blob/main/notebooks/00_demo.ipynb" in once[0] and 'REPO = "ann/lab"' in once[0]
+    assert build.differences(text, target) == []
+    build.write_badge(text, target, "ann/lab", tmp_path)
+    assert (text.read_text(), target.read_text()) == once
+    build.write_badge(text, target, "bob/fork", tmp_path)
+    assert text.read_text().count("Open in Colab") == 1 and "ann/lab" not in text.read_text() + target.read_text()
