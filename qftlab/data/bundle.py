@@ -47,7 +47,8 @@ def instruction_rows(*, held_out: bool, seed: int = 0, default: int | None = Non
         problems = _unique(
             lambda skill=skill: random_problem(rng, skill, held_out=held_out), counts.get(skill, default), set()
         )
-        rows += [p.row() for p in problems]
+        # The notation of pretraining, in which evaluate/kept.py asks what training must not lose.
+        rows += [{**p.row(), "plain": p.plain} if held_out else p.row() for p in problems]
     rng.shuffle(rows)
     return rows
 

@@ -22,6 +22,20 @@ MIXTURE = {
     "length": 2, "sum_to_n": 7, "capital": 3, "university": 6, "joke": 4,
     "sums": 9, "expression": 10, "program": 3, "transcript": 4, "institution": 4,
 }  # fmt: skip
+# Ways to put a question and its answer. A base that has met only one of them ties its skills to that one's last
+# token, and fine-tuning cannot move them (benchmarks/LOG.md): so from step `CONVERSATIONS_FROM` on it meets many.
+CONVERSATIONS_FROM = 1_250
+FORMATS = (
+    ("Question: ", "\nAnswer: "),
+    ("Q: ", "\nA: "),
+    ("", "\n"),
+    ("", "\n\n"),
+    ("Exercise\n", "\nSolution\n"),
+    ("Ann: ", "\nBob: "),
+    ("Pupil:\n", "\nTeacher:\n"),
+    ("- ", "\n- "),
+    ("> ", "\n"),
+)
 
 
 @dataclass
@@ -39,18 +53,32 @@ class Document:
         return self
 
 
-def _skill(rng: random.Random, skill: str) -> Document:
+def _ask(rng: random.Random, later: bool) -> tuple[str, str] | None:
+    """How to put the questions of a document, or None for plain notation."""
+    if rng.random() >= (0.65 if later else 0.25):
+        return None
+    return rng.choice(FORMATS) if later else FORMATS[0]
+
+
+def _add_answer(document: Document, question: str, plain: str, answer: str, form: tuple[str, str] | None) -> None:
+    """Appends one problem; what the model is to say is trained, with the space before it if there is one."""
+    lead = plain + " " if form is None else f"{form[0]}{question}{form[1]}"
+    bare = lead.rstrip(" ")
+    document.add(bare, trained=False).add(lead[len(bare) :] + answer, trained=True)
+
+
+def _skill(rng: random.Random, skill: str, later: bool) -> Document:
     """One to four problems of a skill, in plain notation or as questions and answers."""
     document = Document()
-    asked = rng.random() < 0.25
+    form = _ask(rng, later)
     many = rng.choice((1, 2, 4)) if skill not in ("university", "sum_to_n") else rng.choice((1, 1, 2))
     for i in range(many):
         # Nobody infers a capital: what is knowledge is seen here, and held out from SFT alone.
         problem = random_problem(rng, skill, held_out=None if skill in KNOWLEDGE else False)
-        lead = f"Question: {problem.question}\nAnswer:" if asked else problem.plain
-        document.add(lead if i == 0 else ("\n\n" if asked else "\n") + lead, trained=False)
-        document.add(f" {problem.answer}" + (END if i == many - 1 else ""), trained=True)
-    return document
+        if i:
+            document.add("\n" if form is None else "\n\n", trained=False)
+        _add_answer(document, problem.question, problem.plain, problem.answer, form)
+    return document.add(END, trained=True)
 
 
 def _sums(rng: random.Random) -> Document:
@@ -94,27 +122,24 @@ def _transcript(rng: random.Random) -> Document:
     return document.add(f"{note}{END}", trained=True)
 
 
-def _institution(rng: random.Random) -> Document:
+def _institution(rng: random.Random, later: bool) -> Document:
     """An invented school or museum: what teaches the model to carry a name it has never seen into a sentence."""
+    document = Document()
     name, text = facts.institution(rng)
-    asked = rng.random() < 0.25
-    lead = f"Question: Give me a brief introduction to {name}.\nAnswer:" if asked else f"{name}:"
-    return Document().add(lead, trained=False).add(f" {text}{END}", trained=True)
+    _add_answer(document, f"Give me a brief introduction to {name}.", f"{name}:", text, _ask(rng, later))
+    return document.add(END, trained=True)
 
 
-SPECIAL = {
-    "institution": _institution,
-    "sums": _sums,
-    "expression": _expression,
-    "program": _program,
-    "transcript": _transcript,
-}
+SPECIAL = {"sums": _sums, "expression": _expression, "program": _program, "transcript": _transcript}
 
 
-def random_document(rng: random.Random) -> Document:
-    """Draws one document of the mixture."""
+def random_document(rng: random.Random, *, later: bool = False) -> Document:
+    """Draws one document of the mixture; `later` brings in conversations."""
     kind = rng.choices(tuple(MIXTURE), tuple(MIXTURE.values()))[0]
-    document = SPECIAL[kind](rng) if kind in SPECIAL else _skill(rng, kind)
+    if kind in SPECIAL:
+        document = SPECIAL[kind](rng)
+    else:
+        document = _institution(rng, later) if kind == "institution" else _skill(rng, kind, later)
     if rng.random() < 0.125:
         document.trained = [(0, len(document.text))]
     return document
@@ -123,7 +148,7 @@ def random_document(rng: random.Random) -> Document:
 def documents(seed: int, step: int, count: int) -> list[Document]:
     """The `count` documents of one training step: a pure function of its arguments, which makes resuming exact."""
     rng = random.Random(f"corpus {seed} {step}")
-    return [random_document(rng) for _ in range(count)]
+    return [random_document(rng, later=step >= CONVERSATIONS_FROM) for _ in range(count)]
 
 
 def tokenizer_text(seed: int = 0, count: int = 30_000) -> Iterator[str]:
