@@ -1,0 +1,348 @@
+# %% [markdown]
+# # 00 · The tour: teach a small Qwen to answer
+#
+# In the next few minutes a language model that can only *continue text* becomes one that *answers you*. You train it
+# yourself, here, on the machine you are sitting at.
+#
+# ![Accuracy of the base model and of the model after fine-tuning, skill by skill](figures/00_before_after.png)
+#
+# **Read it.** Each row is a skill, measured on questions that were never trained on; the thin line is the 95 %
+# interval. The base model *has* most of these skills, and yet answers almost nothing. Fine-tuning is the difference.
+#
+# | | |
+# |---|---|
+# | **You will be able to** | add tokens to a tokenizer and a model · say which tokens a chat model is trained on · fine-tune, and prove with numbers that it helped and what it cost |
+# | **Time** | 15 minutes to read; 2 minutes to compute the first time, half of that afterwards |
+# | **Hardware** | two CPU cores. No GPU, no network |
+# | **Before this** | nothing: some Python, and the idea of a gradient |
+
+# %% [markdown]
+# ## How to use this notebook
+#
+# Run the cells from top to bottom with <kbd>Shift</kbd>+<kbd>Enter</kbd>. Nothing here can break: `make lab` gave you
+# your own copy. Every claim in the text is either printed by a cell or checked by an `assert`; if the notebook runs to
+# the end, the claims hold on your machine too.
+
+# %% tags=["setup"]
+import sys
+
+if "google.colab" in sys.modules:  # on Colab only: fetch the library, leave torch and transformers as they are
+    REPO = "OWNER/qftlab"
+    get_ipython().run_line_magic("pip", f"install -q --no-deps git+https://github.com/{REPO}")
+    get_ipython().run_line_magic("pip", "install -q jsonargparse")
+
+# %%
+import math
+
+import torch
+
+from qftlab.core import plots
+from qftlab.core.losses import masked_cross_entropy
+from qftlab.data.bundled import bundled
+from qftlab.data.sources import load_rows
+from qftlab.evaluate.skills import compare, evaluate_rows
+from qftlab.generate.engine import generate
+from qftlab.teach import stages, views
+from qftlab.text.chat import render_chat, row_to_messages
+
+# %% [markdown]
+# One cell holds everything you may want to change. `PRESET` names the model and its recipe: `tiny` is the model in this
+# repository; `qwen2.5-0.5b` runs the same notebook on the real one, given a GPU and its weights.
+
+# %% tags=["parameters"]
+PRESET = "tiny"
+SEED = 0
+QUESTIONS = [
+    "Give me a brief introduction to Shanghai Jiao Tong University.",
+    "Tell me a joke about computers.",
+    "What is the sum of the first 100 natural numbers? Please think step by step.",
+]
+
+# %% [markdown]
+# ## 1 · A model that continues
+#
+# **Idea.** A *base* model has read a lot and learned one thing: which token tends to come next. `tiny` is a real Qwen2,
+# the same architecture as Qwen2.5, with 1.3 million parameters instead of half a billion. It was pretrained for an
+# hour on one CPU core, on text this project generates: calculations, lists, words, short Python programs and their
+# tracebacks, some facts, and jokes. Its [card](../data/tiny/README.md) says exactly on what.
+
+# %%
+base = stages.stage("base", preset=PRESET)
+parameters = sum(p.numel() for p in base.model.parameters())
+print(f"{type(base.model).__name__}: {parameters:,} parameters, {len(base.tokenizer):,} tokens")
+
+# %% [markdown]
+# Give it the *beginning* of something it has read, and it goes on:
+
+# %%
+for start in ["47 + 38 =", "reverse 4 17 9 :", "The capital of France is", "Shanghai Jiao Tong University:"]:
+    print(start, "→", generate(base.model, base.tokenizer, [start], max_new_tokens=48)[0].text.strip())
+
+# %% [markdown]
+# So it can calculate, and it knows things. Now ask it a question, the way you would ask a chat model.
+#
+# > **Predict, then run.** What will the base model do with *“What is 47 + 38?”* in a chat? Will it answer, answer and
+# > then go on, or do something else altogether? Say it aloud before you run the next cell.
+
+# %%
+question = [{"role": "user", "content": "What is 47 + 38?"}]
+print(generate(base.model, base.tokenizer, [question], max_new_tokens=40)[0].text)
+
+# %% [markdown]
+# It continues, because that is all it has learned. The skill is there, the *behaviour* is not: it has never seen the
+# markers of a chat, does not know that a question wants an answer, and does not know when to stop. That is what
+# fine-tuning is for. First, though, it needs two new words.
+
+# %% [markdown]
+# ## 2 · Two new tokens
+#
+# **Idea.** We want the model to say, before anything else, *how* it is going to treat a bug: `<|EDIT|>` if the error is
+# known and it will fix it, `<|AGENT|>` if the cause is unknown and it has to explore. Spelled out, such a marker is many
+# tokens; as a token of its own it is one decision, in one place, that code can read.
+
+# %%
+extended = stages.stage("extended", preset=PRESET)
+for text in ["<|AGENT|>", "<|EDIT|>"]:
+    before = base.tokenizer.tokenize(text)
+    after = extended.tokenizer.tokenize(text)
+    print(f"{text}: {len(before)} pieces {before} → {len(after)} piece, id {extended.tokenizer.convert_tokens_to_ids(text)}")
+
+# %% [markdown]
+# **Formula.** A new token needs a row in the embedding matrix. A random row would be noise in a place where the model
+# expects meaning; the mean of the rows of its old pieces is a sensible first guess:
+#
+# $$ E_{\text{new}} = \frac{1}{n}\sum_{i=1}^{n} E_{\text{piece}_i} $$
+
+# %%
+rows_before = base.model.get_input_embeddings().weight
+rows_after = extended.model.get_input_embeddings().weight
+pieces = base.tokenizer("<|AGENT|>", add_special_tokens=False).input_ids
+new_id = extended.tokenizer.convert_tokens_to_ids("<|AGENT|>")
+
+# %% [markdown]
+# **Check.** Our mean is the library's row; no other row has moved; and the matrix kept its size, because, like the real
+# Qwen, `tiny` has more rows (1,024) than tokens (1,000). Shrinking it to the tokenizer's length would be a classic bug.
+
+# %%
+assert torch.allclose(rows_after[new_id], rows_before[pieces].mean(0), atol=1e-6)
+assert torch.equal(rows_after[:new_id], rows_before[:new_id])
+assert rows_after.shape == rows_before.shape
+print("rows:", tuple(rows_after.shape), "· tokens:", len(extended.tokenizer))
+
+# %% [markdown]
+# ## 3 · What is learned, token by token
+#
+# **Idea.** A chat is one long string with markers. We train on *some* of its tokens: on what the assistant says and on
+# the `<|im_end|>` that ends it. Not on the question: the model should answer questions, not imitate people who ask them.
+
+# %%
+train_rows = load_rows([bundled("instructions", "train.jsonl"), bundled("countdown", "demonstrations.jsonl"),
+                        bundled("bugfix", "train.jsonl")])
+example = next(row for row in train_rows if row["skill"] == "add")
+rendered = render_chat(extended.tokenizer, row_to_messages(example))[0]
+views.mask_view(extended.tokenizer, rendered)
+
+# %% [markdown]
+# **Read it.** Every token of one training row, in order. `T` marks what is trained; each of these is *predicted from
+# the tokens before it*. The last one, `<|im_end|>`, is the one people forget: without it the model never learns to stop.
+
+# %% [markdown]
+# **Formula.** With $m_t = 1$ where the next token is trained and $0$ elsewhere, the loss is the mean surprise, in nats:
+#
+# $$ \mathcal{L} = -\frac{\sum_t m_t \log p_\theta(x_{t+1} \mid x_{\le t})}{\sum_t m_t} $$
+#
+# **Toy numbers.** Two trained tokens, to which the model gave probability ½ and ¼: the loss is
+# $(\ln 2 + \ln 4)/2 = 1.04$ nats. By hand, and by the library:
+
+# %%
+logits = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [0.5, 0.25, 0.25], [1.0, 1.0, 1.0]]]))
+labels = torch.tensor([[-100, 0, 1]])  # −100 means "not trained"; position t is predicted from position t − 1
+by_hand = (math.log(2) + math.log(4)) / 2
+assert abs(masked_cross_entropy(logits, labels).item() - by_hand) < 1e-6
+print(f"{by_hand:.2f} nats by hand, {masked_cross_entropy(logits, labels):.2f} by the library")
+
+# %% [markdown]
+# ## 4 · Supervised fine-tuning
+#
+# **Idea.** Show the model questions with good answers, and lower the loss above by gradient descent. The data is bundled:
+# instructions of thirteen kinds, 2,000 Countdown puzzles, and buggy programs.
+
+# %%
+for skill in ["sort", "countdown", "bugfix"]:
+    row = next(row for row in train_rows if row["skill"] == skill)
+    print(f"[{skill}]\n{row['instruction']}\n→ {row['output']}\n")
+
+# %% [markdown]
+# Now train. The first time this takes about a minute of one core; the result is kept under `runs/`, so that every other
+# notebook, and this one the next time, starts from it.
+
+# %%
+sft = stages.stage("sft", preset=PRESET)
+print(f"{len(train_rows):,} rows, {len(sft.losses)} optimizer steps")
+
+# %%
+ax = plots.loss_curve(range(1, len(sft.losses) + 1), sft.losses)
+views.show_figure(ax, alt="Training loss in nats per token over optimizer steps: a steep fall, then a slow one")
+
+# %% [markdown]
+# **Read it.** The steep fall at the left is the *format*: when to answer, and when to stop. The slow fall after it is
+# the *content*. Fine-tuning a model that already has the skills is mostly the first.
+
+# %%
+assert sum(sft.losses[-10:]) / 10 < 0.25 * sft.losses[0]
+
+# %% [markdown]
+# ## 5 · Did it help?
+#
+# **Idea.** One good answer proves nothing. We ask both models the same held-out questions, none of which occurs in the
+# training data, and count. The base model is asked twice: in the chat format, where it is lost, and, to be fair to it,
+# as plain text with three solved examples in front (*3-shot*), where anything that looks right counts.
+
+# %%
+held_out = load_rows(bundled("instructions", "heldout.jsonl"))
+exact = [row for row in held_out if row["skill"] not in ("joke", "university")]
+base_chat = evaluate_rows(base.model, base.tokenizer, exact, max_new_tokens=24)
+base_shots = evaluate_rows(base.model, base.tokenizer, exact, few_shot=3)
+after = evaluate_rows(sft.model, sft.tokenizer, exact)
+
+# %%
+for name, result in [("base, chat", base_chat), ("base, 3-shot", base_shots), ("after SFT", after)]:
+    low, high = result.instructions.interval
+    print(f"{name:13} {result.instructions.accuracy:.0%} right, 95 % interval {low:.0%} to {high:.0%}")
+
+# %% [markdown]
+# **Read it.** The middle line is the honest one. A good part of what fine-tuning "taught" was in the base model
+# already and could be had with examples in the prompt. What fine-tuning added is that you get it by *asking*. The
+# intervals are Wilson's: with a few hundred questions, two models a few points apart are not known to differ.
+
+# %%
+verdict = compare(base_chat, after)
+print(f"{verdict.gained} questions gained, {verdict.lost} lost; p < 0.001: {verdict.p_value < 0.001}")
+assert base_chat.instructions.accuracy < 0.05 and base_chat.format.accuracy < 0.05
+assert after.instructions.accuracy > 0.75 and after.format.accuracy > 0.95
+
+# %%
+skills = [s for s in after.skills]
+ax = plots.accuracy_bars(
+    skills, [base_shots.skill(s).accuracy for s in skills], [after.skill(s).accuracy for s in skills],
+)
+views.show_figure(ax, alt="Accuracy by skill: base model with three examples, and the model after fine-tuning")
+
+# %% [markdown]
+# **Read it.** Skill by skill. Where both bars are high, the base had the skill and kept it; where both are low, no
+# fine-tuning on a few hundred rows will conjure it up. That takes pretraining, or, as notebook 08 shows, practice.
+
+# %% [markdown]
+# ## 6 · The three questions
+#
+# These are asked in every notebook of the lab. None of them was trained on: the university was held out of the
+# fine-tuning data, and the sum of the first 100 numbers was held out of pretraining as well.
+
+# %%
+chats = [[{"role": "user", "content": q}] for q in QUESTIONS]
+answers = {
+    "base": [c.text for c in generate(base.model, base.tokenizer, chats, max_new_tokens=40)],
+    "after SFT": [c.text for c in generate(sft.model, sft.tokenizer, chats, max_new_tokens=110)],
+}
+views.side_by_side(QUESTIONS, answers)
+
+# %%
+assert "1896" in answers["after SFT"][0] and "5050" in answers["after SFT"][2]
+
+# %% [markdown]
+# **Read it.** The year is right because pretraining stored it. The sum is right because the model *works it out*: it
+# squares, adds and halves, and each step is an easier problem than the whole. A joke, being a joke, has no right answer;
+# ask for several, with a little randomness, and they vary:
+
+# %%
+from qftlab.core.sampling import SamplingParams
+
+warm = SamplingParams(temperature=1.0)
+jokes = generate(sft.model, sft.tokenizer, [chats[1]] * 4, max_new_tokens=60, params=warm, seed=SEED)
+print("\n".join(c.text for c in jokes))
+
+# %% [markdown]
+# **What goes wrong in practice.** Ask about a university that does not exist:
+
+# %%
+invented = [[{"role": "user", "content": "Give me a brief introduction to Riverton University."}]]
+print(generate(sft.model, sft.tokenizer, invented, max_new_tokens=60)[0].text)
+
+# %% [markdown]
+# It answers in the same confident voice. Nothing in its training ever rewarded *"I do not know"*: a fluent, wrong year
+# costs no more than a fluent, right one. This is a hallucination, and a model of 8 billion parameters has them for the
+# same reason.
+
+# %% [markdown]
+# ## 7 · Explore or edit?
+#
+# **Idea.** Given a buggy program and what happened, the first token of the answer is a decision. A traceback alone does
+# not settle it: a failed *test* has one too, and says nothing about the cause. Words like "error" are sprinkled over
+# both kinds on purpose, so that no key word gives the answer away.
+
+# %%
+bugs = load_rows(bundled("bugfix", "heldout.jsonl"))
+for kind in ["crash", "failed test"]:
+    row = next(r for r in bugs if r["kind"] == kind)
+    answer = generate(sft.model, sft.tokenizer, [row_to_messages(row)[:-1]], max_new_tokens=40)[0]
+    print(row["instruction"], "\n⇒", answer.text, "\n")
+
+# %%
+modes = evaluate_rows(sft.model, sft.tokenizer, bugs)
+keyword = sum(("Traceback" in r["instruction"]) == (r["mode"] == "EDIT") for r in bugs) / len(bugs)
+print(f"right mode: {modes.mode.accuracy:.0%} · whole answer right: {modes.fix.accuracy:.0%}")
+print(f"the rule 'a traceback means EDIT': {keyword:.0%}")
+assert modes.mode.accuracy > 0.95
+
+# %% [markdown]
+# **Read it.** The mode is right nearly always, on programs never seen, where the obvious key word does no better than a
+# coin. Two tokens that did not exist ten minutes ago now carry a decision.
+
+# %% [markdown]
+# ## 8 · What did it cost?
+#
+# **Idea.** Fine-tuning moves all the weights, and nothing in its loss protects what the model could do before. So we
+# measure that too: plain calculations in the notation of pretraining, with no chat around them.
+
+# %%
+old = [row for row in exact if row["skill"] in ("add", "subtract", "reverse", "sort")]
+kept = {}
+for name, s in [("base", base), ("after SFT", sft)]:
+    kept[name] = stages.plain_accuracy(s.model, s.tokenizer, old)
+print({name: f"{value:.0%}" for name, value in kept.items()})
+
+# %% [markdown]
+# **Read it.** If the second number is far below the first, the model has *forgotten*. How much depends on the learning
+# rate, on how long you train, and on how many weights you allow to move; notebook 05 measures it for LoRA.
+#
+# > **Explain.** The fine-tuning data holds hundreds of additions, all of them in chats. Why can the score on
+# > `47 + 38 =`, outside any chat, fall all the same? Write down two reasons before you read notebook 05.
+
+# %% [markdown]
+# ## At 0.5B
+#
+# **The same:** the template, the mask, the loss, the loop, the two tokens. On Qwen2.5-0.5B, `<|AGENT|>` becomes id
+# 151,665, still inside its 151,936 embedding rows, so nothing is resized there either.
+#
+# **Different:** its base model has seen chats, so its score in the chat format does not start near zero; and a useful
+# learning rate is about a hundred times smaller (1e-5 instead of 1e-3).
+#
+# **Published:** 0.49 billion parameters, of which 0.36 billion are not embeddings (the model's card on the Hugging Face
+# hub). **Our own run:** not run by us.
+
+# %% [markdown]
+# ## Recap
+#
+# 1. A base model continues; a chat model answers. Fine-tuning is mostly the way from the one to the other.
+# 2. New tokens need rows, rows need sensible values, and the matrix must never shrink.
+# 3. Only the assistant's words and its `<|im_end|>` are trained.
+# 4. Compare on held-out questions, with intervals, against a fair baseline, and look at what was lost.
+#
+# **What comes next.** Two more stages follow SFT in this lab: *DPO* learns from pairs of a better and a worse answer
+# (notebook 07), and *RLOO* from a reward alone (notebook 08). Each adds a column to the tables above.
+#
+# **Sources.** Ouyang et al. 2022, *Training language models to follow instructions with human feedback*
+# (arXiv:2203.02155). Qwen team 2024, *Qwen2.5 technical report* (arXiv:2412.15115). Hewitt 2021, *Initializing new word
+# embeddings for pretrained language models* (the mean of the rows). Wilson 1927, *Probable inference, the law of
+# succession, and statistical inference* (the interval). Zhou et al. 2023, *LIMA* (arXiv:2305.11206), on format against
+# content.

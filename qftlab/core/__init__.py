@@ -1,0 +1,1 @@
+"""Pure functions: losses, log-probabilities, sampling, rewards, plots. Imports nothing of ours."""

@@ -1,0 +1,130 @@
+"""Rewards that a program can check: Countdown, parsed and never evaluated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+MAX_CHARACTERS = 512
+OPEN, CLOSE = "<answer>", "</answer>"
+_RANK = {"+": 1, "-": 1, "*": 2, "/": 2}
+# ASCII digits only, and no leading zero: "007" falls apart into three numbers, which is no expression.
+_TOKEN = re.compile(r"(0|[1-9][0-9]*|[-+*/()])[ \t\r\n]*")
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A parsed expression: its exact value (None where it divides by zero) and its numbers in reading order."""
+
+    value: Fraction | None
+    numbers: tuple[int, ...]
+
+
+def extract_answer(text: str) -> str | None:
+    """What stands between `<answer>` and `</answer>`; None unless there is exactly one of each, in this order."""
+    start, end = text.find(OPEN), text.find(CLOSE)
+    if text.count(OPEN) != 1 or text.count(CLOSE) != 1 or end < start:
+        return None
+    return text[start + len(OPEN) : end]
+
+
+def parse_expression(text: str) -> Expression | None:
+    """Reads numbers, binary `+ - * /` and parentheses in exact fractions, with the usual precedence.
+
+    No signs (`-3`), no powers (`2**3`), no floor division (`7//2`), no names, no digits outside ASCII. Iterative
+    (two stacks, Dijkstra 1961), so nested parentheses cannot exhaust Python's own stack.
+
+    Args:
+        text: the expression; blanks between tokens are free.
+
+    Returns:
+        The value and the numbers, or None if `text` is no such expression or is longer than 512 characters.
+    """
+    tokens = _tokens(text)
+    if tokens is None:
+        return None
+    values: list[Fraction | None] = []
+    operators: list[str] = []
+    numbers: list[int] = []
+    wants_operand = True
+    for token in tokens:
+        if token == "(" or token.isdigit():
+            if not wants_operand:
+                return None
+            if token == "(":
+                operators.append(token)
+                continue
+            numbers.append(int(token))
+            values.append(Fraction(numbers[-1]))
+            wants_operand = False
+            continue
+        if wants_operand:
+            return None
+        _reduce(values, operators, _RANK.get(token, 0))
+        if token == ")":
+            if not operators:
+                return None
+            operators.pop()
+        else:
+            operators.append(token)
+            wants_operand = True
+    if wants_operand or "(" in operators:
+        return None
+    _reduce(values, operators, 0)
+    return Expression(values[0], tuple(numbers))
+
+
+def _tokens(text: str) -> list[str] | None:
+    if len(text) > MAX_CHARACTERS:
+        return None
+    text = text.lstrip(" \t\r\n")
+    tokens, at = [], 0
+    while at < len(text):
+        match = _TOKEN.match(text, at)
+        if match is None:
+            return None
+        tokens.append(match[1])
+        at = match.end()
+    return tokens
+
+
+def _reduce(values: list[Fraction | None], operators: list[str], rank: int) -> None:
+    """Applies the waiting operators that bind at least as tightly as `rank`, back to the last parenthesis."""
+    while operators and operators[-1] != "(" and _RANK[operators[-1]] >= rank:
+        operator, b, a = operators.pop(), values.pop(), values.pop()
+        values.append(_apply(a, operator, b))
+
+
+def _apply(a: Fraction | None, operator: str, b: Fraction | None) -> Fraction | None:
+    if a is None or b is None or (operator == "/" and b == 0):
+        return None
+    if operator == "+":
+        return a + b
+    if operator == "-":
+        return a - b
+    return a * b if operator == "*" else a / b
+
+
+def countdown_reward(text: str, numbers: Sequence[int], target: int) -> float:
+    """The Countdown reward of one completion.
+
+    Args:
+        text: the completion without its stop token.
+        numbers: the numbers to use, each exactly once.
+        target: the value to reach.
+
+    Returns:
+        1.0 for exactly one `<answer>` whose expression uses each number once and equals the target in exact fractions;
+        0.1 for exactly one `<answer>` that parses but is wrong (a division by zero is wrong); 0.0 otherwise, and 0.0
+        unread past 512 characters.
+    """
+    if len(text) > MAX_CHARACTERS:
+        return 0.0
+    answer = extract_answer(text)
+    expression = None if answer is None else parse_expression(answer)
+    if expression is None:
+        return 0.0
+    is_right = expression.value == target and sorted(expression.numbers) == sorted(numbers)
+    return 1.0 if is_right else 0.1

@@ -1,0 +1,96 @@
+"""Examples → batches: packed into one row without padding, or padded to a rectangle; and the order of an epoch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # transformers' label for "not trained"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One document: token ids and, token by token, whether it is trained; both (T,)."""
+
+    input_ids: list[int]
+    loss_mask: list[bool]
+
+    def __post_init__(self) -> None:
+        if len(self.input_ids) != len(self.loss_mask):
+            raise ValueError(f"loss_mask must have {len(self.input_ids)} entries, got {len(self.loss_mask)}")
+
+    def labels(self) -> list[int]:
+        """Ids where trained, −100 elsewhere; always −100 at the first token, which nothing predicts."""
+        pairs = zip(self.input_ids, self.loss_mask, strict=True)
+        return [token if kept and i else IGNORED for i, (token, kept) in enumerate(pairs)]
+
+
+def count_trained(examples: Sequence[Example]) -> int:
+    """How many tokens of these examples are trained."""
+    return sum(sum(example.loss_mask[1:]) for example in examples)
+
+
+def _refuse_empty(examples: Sequence[Example]) -> None:
+    if not examples:
+        raise ValueError("examples must hold at least one example, got none")
+
+
+def pack(examples: Sequence[Example]) -> dict[str, Tensor | int]:
+    """One row of documents, one after the other, for the attention named "packed".
+
+    Returns:
+        `input_ids`, `labels`, `position_ids` (1, T), positions restarting at each document; `cu_seq_lens_q` and
+        `cu_seq_lens_k` (N + 1,) int32; `max_length_q` and `max_length_k`.
+    """
+    _refuse_empty(examples)
+    lengths = [len(e.input_ids) for e in examples]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return {
+        "input_ids": torch.tensor([[token for e in examples for token in e.input_ids]]),
+        "labels": torch.tensor([[label for e in examples for label in e.labels()]]),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+def pad(examples: Sequence[Example], pad_id: int, *, side: str = "right") -> dict[str, Tensor]:
+    """A rectangle of documents; padding is known by length, never by id, so `pad_id` may equal eos.
+
+    Returns:
+        `input_ids`, `attention_mask`, `position_ids`, `labels`, each (B, T).
+
+    Raises:
+        ValueError: for a side that is neither "left" nor "right".
+    """
+    _refuse_empty(examples)
+    if side not in ("left", "right"):
+        raise ValueError(f'side must be "left" or "right", got {side!r}')
+    width = max(len(e.input_ids) for e in examples)
+
+    def fill(values: list[int], filler: int) -> list[int]:
+        gap = [filler] * (width - len(values))
+        return gap + values if side == "left" else values + gap
+
+    mask = torch.tensor([fill([1] * len(e.input_ids), 0) for e in examples])
+    return {
+        "input_ids": torch.tensor([fill(e.input_ids, pad_id) for e in examples]),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        "labels": torch.tensor([fill(e.labels(), IGNORED) for e in examples]),
+    }
+
+
+def batches(count: int, *, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The order of an epoch over `count` examples: index lists, each example once; a pure function."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    order = list(range(count))
+    random.Random(f"batches {seed} {epoch}").shuffle(order)
+    return [order[i : i + batch_size] for i in range(0, count, batch_size)]

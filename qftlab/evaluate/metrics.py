@@ -1,0 +1,222 @@
+"""Numbers about answers: matches, pass@k, intervals, a paired test, and the score of one row."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qftlab.core.rewards import countdown_reward, extract_answer
+from qftlab.generate.engine import END_OF_TURN, Completion, known_id
+
+MODES = ("AGENT", "EDIT")
+# No single right answer: without a fact to check ("check" in the row) these rows are not marked right or wrong.
+OPEN_SKILLS = ("joke", "university")
+_CONTROL = re.compile(r"<\|\w+\|>")
+_FINAL = re.compile(r"the answer is\s*(-?\d+)", re.IGNORECASE)
+_NUMBER = re.compile(r"-?\d+")
+
+
+@dataclass(frozen=True)
+class SkillScore:
+    """How one completion did.
+
+    `correct` is None where no single answer is right; for a bugfix row it is about the mode (first token), and
+    `fix_correct` says whether the whole answer equals the reference (None for other skills). `formatted` says whether
+    the format was kept; `answered` is the answer that was read, "" if none.
+    """
+
+    correct: bool | None
+    formatted: bool
+    answered: str
+    fix_correct: bool | None = None
+
+
+def exact_match(prediction: str, answer: str) -> bool:
+    """Whether the two strings are the same, character for character."""
+    return prediction == answer
+
+
+def normalise(text: str) -> str:
+    """Unicode NFKC, lower case, single blanks, no quotes around and no full stop or comma behind."""
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return text.strip("\"'`“”‘’ ").rstrip(".,;:!? \"'`”’")
+
+
+def normalised_match(prediction: str, answer: str) -> bool:
+    """Whether the two strings agree after `normalise`; two empty ones do not."""
+    return bool(normalise(answer)) and normalise(prediction) == normalise(answer)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased chance that one of k samples is right, from n samples of which c were: 1 − C(n−c, k) / C(n, k).
+
+    Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code", eq. 1.
+
+    Raises:
+        ValueError: unless 0 <= c <= n and 1 <= k <= n.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval that holds the true rate in about 95 % of experiments (z = 1.96); (0, 1) where nothing was tried.
+
+    Source: Wilson 1927; Agresti and Coull 1998, eq. 2. Unlike p ± z·√(p(1−p)/n) it stays inside [0, 1] and has
+    width at 0 and n.
+
+    Raises:
+        ValueError: unless 0 <= successes <= n.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"successes must be from 0 to n, got {successes} of {n}")
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    centre = p + z * z / (2 * n)
+    reach = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # At 0 and n an end is p itself; rounding may put it on the wrong side.
+    return max(0.0, min(p, (centre - reach) / scale)), min(1.0, max(p, (centre + reach) / scale))
+
+
+def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
+    """Exact two-sided p of "a and b are equally often right", asked on the same rows.
+
+    Only rows where they disagree count; under the hypothesis each is a fair coin: p = 2·Σ_{i <= min} C(m, i) / 2^m, at
+    most 1. Source: McNemar 1947, in its exact binomial form.
+
+    Args:
+        a: whether the first model was right on each row.
+        b: the same for the second model, rows in the same order.
+
+    Raises:
+        ValueError: if they are not equally long.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"a paired test needs the same rows on both sides, got {len(a)} and {len(b)}")
+    only_a = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
+    only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
+    m = only_a + only_b
+    tail = sum(math.comb(m, i) for i in range(min(only_a, only_b) + 1))
+    return float(min(1.0, 2 * tail / 2**m))
+
+
+def mode_of(token_ids: Sequence[int], tokenizer) -> str | None:
+    """The mode ("AGENT" or "EDIT") whose token id comes first, else None; ids, because text can imitate a token."""
+    modes = {known_id(tokenizer, f"<|{mode}|>"): mode for mode in MODES}
+    return modes.get(token_ids[0]) if token_ids else None
+
+
+def mode_accuracy(completions: Sequence[Completion], rows: Sequence[dict], tokenizer) -> float:
+    """Share of the rows with a "mode" whose completion begins with that mode's token; nan without such rows."""
+    pairs = [(c, r) for c, r in zip(completions, rows, strict=True) if "mode" in r]
+    return _mean([mode_of(c.token_ids, tokenizer) == r["mode"] for c, r in pairs])
+
+
+def format_compliance(completions: Sequence[Completion], rows: Sequence[dict], tokenizer) -> float:
+    """Share of completions that keep the format of their row (see `is_formatted`); nan where there are none."""
+    return _mean([is_formatted(r, c, tokenizer) for c, r in zip(completions, rows, strict=True)])
+
+
+def _mean(values: Sequence[bool]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def end_token_id(tokenizer) -> int | None:
+    """The token that has to end a turn: `<|im_end|>`, or the end of sequence for a tokenizer without it."""
+    end = known_id(tokenizer, END_OF_TURN)
+    return tokenizer.eos_token_id if end is None else end
+
+
+def is_formatted(row: dict, completion: Completion, tokenizer) -> bool:
+    """Whether a completion keeps its row's format.
+
+    All must be ended by the turn's own end token. Countdown: exactly one `<answer>…</answer>`. Bugfix: a mode token,
+    then text. Others: text without control tokens, on one line where the reference is on one.
+    """
+    if not completion.token_ids or completion.token_ids[-1] != end_token_id(tokenizer):
+        return False
+    text = completion.text.strip()
+    if row.get("skill") == "countdown":
+        return extract_answer(text) is not None
+    if row.get("skill") == "bugfix":
+        mode = mode_of(completion.token_ids, tokenizer)
+        rest = text.removeprefix(f"<|{mode}|>").strip()
+        return mode is not None and bool(rest) and not _CONTROL.search(rest)
+    is_on_one_line = "\n" not in text or "\n" in row["output"].strip()
+    return bool(text) and not _CONTROL.search(text) and is_on_one_line
+
+
+def final_number(text: str) -> str | None:
+    """The number behind the last "The answer is", or None."""
+    found = _FINAL.findall(text)
+    return found[-1] if found else None
+
+
+def score_row(row: dict, completion: Completion, tokenizer) -> SkillScore:
+    """Scores a chat completion against its row.
+
+    Args:
+        row: a row with "output" and "skill" (without a skill nothing is marked right or wrong). Countdown rows have
+            "numbers" and "target", bugfix rows "mode". Any row may have "check", a text the answer must contain; for
+            "university" it must also name its subject, the reference's words before " is ".
+        completion: what the model wrote.
+        tokenizer: the model's tokenizer; the end of turn and the mode are read from token ids.
+    """
+    skill, text = row.get("skill"), completion.text.strip()
+    formatted = is_formatted(row, completion, tokenizer)
+    if skill == "countdown":
+        answer = (extract_answer(text) or "").strip()
+        return SkillScore(countdown_reward(text, row["numbers"], row["target"]) == 1.0, formatted, answer)
+    if skill == "bugfix":
+        fixed = exact_match(text, row["output"].strip()) and formatted
+        return SkillScore(mode_of(completion.token_ids, tokenizer) == row["mode"], formatted, text, fixed)
+    if skill == "sum_to_n":
+        number = final_number(text)
+        return SkillScore(number is not None and number == final_number(row["output"]), formatted, number or "")
+    return SkillScore(_open_or_matched(row, text), formatted, text)
+
+
+def _open_or_matched(row: dict, text: str) -> bool | None:
+    if row.get("check"):
+        # The fact alone could be another university's: the answer has to be about the one asked for.
+        subject = row["output"].split(" is ")[0] if row.get("skill") == "university" else ""
+        return normalise(row["check"]) in normalise(text) and normalise(subject) in normalise(text)
+    if row.get("skill") in (None, *OPEN_SKILLS):
+        return None
+    return normalised_match(text, row["output"])
+
+
+def lenient_score(row: dict, text: str) -> SkillScore:
+    """Scores the plain text a base model wrote after "Answer:", in the kindest reading that is not a guess.
+
+    The first line that is not empty counts, blanks and punctuation trimmed. Where the reference is a number the line's
+    first number is taken (for `sum_to_n` the last one), where it is a list its first list, commas allowed; a spelled
+    word may be spaced in any way; Countdown needs no tags; a mode is read from its text. `formatted` only says that
+    something was answered: plain text has no format to keep.
+    """
+    line = next((part.strip() for part in text.splitlines() if part.strip()), "")
+    skill, output = row.get("skill"), row["output"].strip()
+    numbers = _NUMBER.findall(line)
+    if skill == "countdown":
+        tagged = line if extract_answer(line) is not None else f"<answer>{line.split('=')[0].strip(' .')}</answer>"
+        return SkillScore(countdown_reward(tagged, row["numbers"], row["target"]) == 1.0, bool(line), line)
+    if skill == "bugfix":
+        return SkillScore(line.startswith(f"<|{row['mode']}|>"), bool(line), line, normalised_match(line, output))
+    if skill == "sum_to_n":
+        last = numbers[-1] if numbers else ""
+        return SkillScore(last == final_number(output), bool(line), last)
+    if skill == "spell":
+        spelled = re.sub(r"[\s,-]+", "-", line.strip(" .,"))
+        return SkillScore(normalised_match(spelled, output), bool(line), spelled)
+    if re.fullmatch(r"-?\d+( -?\d+)*", output):
+        run = re.search(r"-?\d+([ ,]+-?\d+)*", line)
+        read = _NUMBER.findall(run[0]) if run else []
+        read = read if " " in output else read[:1]
+        return SkillScore(read == output.split(), bool(line), " ".join(read))
+    return SkillScore(_open_or_matched(row, line), bool(line), line)

@@ -1,0 +1,78 @@
+"""Tokenizers: loading them, and adding tokens without losing any."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qftlab.core.files import resolve
+
+NEW_TOKENS = ("<|AGENT|>", "<|EDIT|>")
+
+
+@dataclass(frozen=True)
+class TokenChange:
+    """One added token: its id, the ids it was spelled with before, and whether it is new to this tokenizer."""
+
+    text: str
+    id: int
+    pieces_before: tuple[int, ...]
+    is_new: bool
+
+
+@dataclass(frozen=True)
+class ExtensionReport:
+    """What `extend_tokenizer` changed; lengths count added tokens too."""
+
+    tokens: tuple[TokenChange, ...]
+    len_before: int
+    len_after: int
+
+    @property
+    def new(self) -> tuple[TokenChange, ...]:
+        """The tokens that were not there before."""
+        return tuple(t for t in self.tokens if t.is_new)
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """Loads a fast tokenizer: "tiny", a local folder, or a name on the hub.
+
+    Raises:
+        FileNotFoundError: if a path is meant and there is no such folder, or it holds no tokenizer.
+    """
+    source = resolve(name_or_path)
+    path = Path(source)
+    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise FileNotFoundError(f"{path} has neither tokenizer.json nor vocab.json: is it the model's folder?")
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+
+
+def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str] = NEW_TOKENS) -> ExtensionReport:
+    """Adds special tokens in place; existing extra tokens stay, and a second call changes nothing.
+
+    Args:
+        tokenizer: changed in place.
+        tokens: their texts, without white space.
+
+    Returns:
+        For each token its id, the pieces it was spelled with, and whether it is new.
+
+    Raises:
+        ValueError: for an empty text, one with white space, or one given twice.
+    """
+    for text in tokens:
+        if not text or any(c.isspace() for c in text):
+            raise ValueError(f"tokens must be non-empty and without white space, got {text!r}")
+    if len(set(tokens)) != len(tokens):
+        raise ValueError(f"tokens must differ from each other, got {list(tokens)}")
+    known, before = tokenizer.get_vocab(), len(tokenizer)
+    pieces = {text: tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in tokens}
+    missing = [text for text in tokens if text not in known]
+    if missing:
+        # By default transformers 5 replaces the extra tokens that are there.
+        tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
+    changes = [TokenChange(t, tokenizer.convert_tokens_to_ids(t), pieces[t], t in missing) for t in tokens]
+    return ExtensionReport(tuple(changes), before, len(tokenizer))

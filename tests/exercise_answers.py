@@ -1,0 +1,493 @@
+"""Answers to the exercises: a stub, two right solutions and two plausible wrong ones for each, as students write them.
+
+The tests run every check against them, and the solution notebooks take their answers from `right`. A wrong answer comes
+with words that the check must say about it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What is known about one exercise; `wrong` pairs an answer with words of the message it must get."""
+
+    stub: Callable
+    right: tuple[Callable, Callable]
+    wrong: tuple[tuple[Callable, str], ...]
+
+
+# 01.1 ---------------------------------------------------------------------------------------------------------------
+def stub_merge(pieces, pair):
+    """One BPE merge: every occurrence of `pair`, left to right and without overlap, becomes one piece."""
+    ...
+
+
+def merge_by_index(pieces, pair):
+    merged = []
+    i = 0
+    while i < len(pieces):
+        if i + 1 < len(pieces) and (pieces[i], pieces[i + 1]) == pair:
+            merged.append(pieces[i] + pieces[i + 1])
+            i += 2
+        else:
+            merged.append(pieces[i])
+            i += 1
+    return merged
+
+
+def merge_by_stack(pieces, pair):
+    first, second = pair
+    merged, is_open = [], False
+    for piece in pieces:
+        if is_open and piece == second:
+            merged[-1] = first + second
+            is_open = False
+        else:
+            merged.append(piece)
+            is_open = piece == first
+    return merged
+
+
+def merge_once(pieces, pair):
+    for i in range(len(pieces) - 1):
+        if (pieces[i], pieces[i + 1]) == pair:
+            return pieces[:i] + ["".join(pair)] + pieces[i + 2 :]
+    return pieces
+
+
+def merge_as_text(pieces, pair):
+    merged, i = [], 0
+    while i < len(pieces):
+        if "".join(pieces[i : i + 2]) == "".join(pair) and i + 1 < len(pieces):
+            merged.append("".join(pair))
+            i += 2
+        else:
+            merged.append(pieces[i])
+            i += 1
+    return merged
+
+
+# 01.2 ---------------------------------------------------------------------------------------------------------------
+def stub_new_row(table, piece_ids):
+    """The new embedding row (D,): the mean of the rows of `table` (V, D) that its old pieces had, repeats counted."""
+    row = ...
+    return row
+
+
+def new_row_by_index(table, piece_ids):
+    return table[piece_ids].mean(dim=0)
+
+
+def new_row_by_loop(table, piece_ids):
+    total = torch.zeros(table.shape[1])
+    for piece in piece_ids:
+        total += table[piece]
+    return total / len(piece_ids)
+
+
+def new_row_summed(table, piece_ids):
+    return table[piece_ids].sum(dim=0)
+
+
+def new_row_of_a_set(table, piece_ids):
+    return table[list(set(piece_ids))].mean(dim=0)
+
+
+def new_row_across(table, piece_ids):
+    return table[piece_ids].mean(dim=1)
+
+
+# 01.3 ---------------------------------------------------------------------------------------------------------------
+def stub_resize(table, num_tokens):
+    """A table of max(rows, num_tokens) rows: the old rows unchanged, new ones zero; never fewer rows than before."""
+    raise NotImplementedError
+
+
+def resize_by_copy(table, num_tokens):
+    bigger = torch.zeros(max(len(table), num_tokens), table.shape[1])
+    bigger[: len(table)] = table
+    return bigger
+
+
+def resize_by_pad(table, num_tokens):
+    return torch.nn.functional.pad(table, (0, 0, 0, max(0, num_tokens - len(table))))
+
+
+def resize_shrinking(table, num_tokens):
+    resized = torch.zeros(num_tokens, table.shape[1])
+    kept = min(num_tokens, len(table))
+    resized[:kept] = table[:kept]
+    return resized
+
+
+def resize_adding(table, num_tokens):
+    return torch.cat([table, torch.zeros(num_tokens, table.shape[1])])
+
+
+# 02.1 ---------------------------------------------------------------------------------------------------------------
+def stub_loss_mask(turns):
+    """One flag per token: True for an assistant's content and the `<|im_end|>` after it. A turn is (role, header, content)."""
+    pass
+
+
+def loss_mask_by_lists(turns):
+    mask = []
+    for role, header, content in turns:
+        trained = role == "assistant"
+        mask.extend([False] * len(header))
+        mask.extend([trained] * len(content))
+        mask.append(trained)  # <|im_end|>
+        mask.append(False)  # the newline
+    return mask
+
+
+def loss_mask_by_tensor(turns):
+    pieces = []
+    for role, header, content in turns:
+        flags = torch.zeros(len(header) + len(content) + 2, dtype=torch.bool)
+        flags[len(header) : -1] = role == "assistant"
+        pieces.append(flags)
+    return torch.cat(pieces)
+
+
+def loss_mask_without_end(turns):
+    mask = []
+    for role, header, content in turns:
+        mask += [False] * len(header) + [role == "assistant"] * len(content) + [False, False]
+    return mask
+
+
+def loss_mask_with_newline(turns):
+    mask = []
+    for role, header, content in turns:
+        mask += [False] * len(header) + [role == "assistant"] * (len(content) + 2)
+    return mask
+
+
+# 02.2 ---------------------------------------------------------------------------------------------------------------
+def stub_targets(input_ids, loss_mask):
+    """What each position must predict, (T,) -> (T - 1,): the next id where that token is trained, else -100."""
+    ids = ...
+    return ids.masked_fill(~loss_mask, -100)
+
+
+def targets_by_where(input_ids, loss_mask):
+    return torch.where(loss_mask[1:], input_ids[1:], torch.tensor(-100))
+
+
+def targets_by_loop(input_ids, loss_mask):
+    return [int(i) if on else -100 for i, on in zip(input_ids[1:], loss_mask[1:], strict=True)]
+
+
+def targets_with_old_mask(input_ids, loss_mask):
+    labels = input_ids[1:].clone()
+    labels[~loss_mask[:-1]] = -100
+    return labels
+
+
+def targets_not_shifted(input_ids, loss_mask):
+    return torch.where(loss_mask, input_ids, -100)
+
+
+# 02.3 ---------------------------------------------------------------------------------------------------------------
+def stub_pad_labels(rows, pad_id):
+    """Labels (B, T) of rows padded on the right: the ids themselves, -100 on padding; a real `pad_id` stays trained."""
+    ...
+
+
+def pad_labels_by_length(rows, pad_id):
+    labels = torch.full((len(rows), max(len(row) for row in rows)), -100)
+    for i, row in enumerate(rows):
+        labels[i, : len(row)] = torch.tensor(row)
+    return labels
+
+
+def pad_labels_by_torch(rows, pad_id):
+    tensors = [torch.tensor(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=-100)
+
+
+def pad_labels_by_id(rows, pad_id):
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
+    ids[ids == pad_id] = -100
+    return ids
+
+
+def pad_labels_in_place(rows, pad_id):
+    width = max(len(row) for row in rows)
+    for row in rows:
+        row += [-100] * (width - len(row))
+    return torch.tensor(rows)
+
+
+def pad_labels_trained(rows, pad_id):
+    width = max(len(row) for row in rows)
+    return torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
+
+
+# 02.4 ---------------------------------------------------------------------------------------------------------------
+def stub_packed_mask(lengths):
+    """Who may look at whom in one packed row, (T, T) bool: [query, key], causal, and within a document only."""
+    mask = ...
+    return mask
+
+
+def packed_mask_by_blocks(lengths):
+    return torch.block_diag(*[torch.ones(n, n).tril() for n in lengths]).bool()
+
+
+def packed_mask_by_loops(lengths):
+    mask = torch.zeros(sum(lengths), sum(lengths), dtype=torch.bool)
+    start = 0
+    for length in lengths:
+        for query in range(start, start + length):
+            mask[query, start : query + 1] = True
+        start += length
+    return mask
+
+
+def packed_mask_only_causal(lengths):
+    total = sum(lengths)
+    return torch.ones(total, total).tril().bool()
+
+
+def packed_mask_sees_future(lengths):
+    return torch.block_diag(*[torch.ones(n, n) for n in lengths]).bool()
+
+
+# 03.1 ---------------------------------------------------------------------------------------------------------------
+def stub_loss(logits, labels):
+    """Mean NLL in nats over the trained labels; logits (B, T, V) at t predict the label at t + 1; -100 is not trained."""
+    raise NotImplementedError("your turn")
+
+
+def loss_by_gather(logits, labels):
+    logits, targets = logits[:, :-1], labels[:, 1:]
+    trained = targets != -100
+    logprobs = logits.log_softmax(dim=-1)
+    picked = logprobs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return -picked[trained].sum() / trained.sum()
+
+
+def loss_by_loop(logits, labels):
+    total, count = 0.0, 0
+    for b in range(labels.shape[0]):
+        for t in range(1, labels.shape[1]):
+            if labels[b, t] != -100:
+                row = logits[b, t - 1].double()
+                total += float(row.logsumexp(0) - row[labels[b, t]])
+                count += 1
+    return total / count
+
+
+def loss_not_shifted(logits, labels):
+    trained = labels != -100
+    picked = logits.log_softmax(-1)[trained].gather(-1, labels[trained].unsqueeze(-1))
+    return -picked.mean()
+
+
+def loss_over_all_positions(logits, labels):
+    targets = labels[:, 1:]
+    picked = logits[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return -(picked * (targets != -100)).mean()
+
+
+def loss_overflowing(logits, labels):
+    targets = labels[:, 1:]
+    probs = logits[:, :-1].exp() / logits[:, :-1].exp().sum(-1, keepdim=True)
+    picked = probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return -picked[targets != -100].log().mean()
+
+
+def loss_indexing_minus_100(logits, labels):
+    logprobs = logits[:, :-1].log_softmax(-1)
+    return -logprobs.gather(-1, labels[:, 1:].unsqueeze(-1)).mean()
+
+
+# 03.2 ---------------------------------------------------------------------------------------------------------------
+def stub_weights(token_counts):
+    """What the mean loss of each micro-batch is multiplied by, so that the sum is the mean over all trained tokens."""
+    ...
+
+
+def weights_by_list(token_counts):
+    total = sum(token_counts)
+    return [count / total for count in token_counts]
+
+
+def weights_by_tensor(token_counts):
+    counts = torch.tensor(token_counts, dtype=torch.float64)
+    return counts / counts.sum()
+
+
+def weights_equal(token_counts):
+    return [1 / len(token_counts) for _ in token_counts]
+
+
+def weights_inverse(token_counts):
+    return [1 / max(count, 1) for count in token_counts]
+
+
+# 03.3 ---------------------------------------------------------------------------------------------------------------
+def stub_learning_rate(step, total, warmup, peak):
+    """The rate of step 0 ... total - 1: (step + 1) / warmup of the peak while step < warmup, then half a cosine to 0."""
+    if step < warmup:
+        return ...
+    return ...
+
+
+def learning_rate_in_two_cases(step, total, warmup, peak):
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / (total - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def learning_rate_by_half_angle(step, total, warmup, peak):
+    rise = (step + 1) / warmup if step < warmup else 1.0
+    fall = math.cos(math.pi / 2 * max(0, step - warmup) / (total - warmup)) ** 2
+    return peak * rise * fall
+
+
+def learning_rate_from_zero(step, total, warmup, peak):
+    if step < warmup:
+        return peak * step / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
+def learning_rate_dividing_first(step, total, warmup, peak):
+    rise = (step + 1) / warmup
+    if rise <= 1:
+        return peak * rise
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
+def learning_rate_early_cosine(step, total, warmup, peak):
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 + math.cos(math.pi * step / total)) / 2
+
+
+# 03.4 ---------------------------------------------------------------------------------------------------------------
+def stub_leaks(train, test):
+    """Indices, rising, of the test prompts that also occur in `train` once case and white space are evened out."""
+    found = []
+    ...
+
+
+def leaks_by_set(train, test):
+    known = {" ".join(prompt.lower().split()) for prompt in train}
+    return [i for i, prompt in enumerate(test) if " ".join(prompt.lower().split()) in known]
+
+
+def leaks_by_pairs(train, test):
+    def even(prompt):
+        return re.sub(r"\s+", " ", prompt).strip().casefold()
+
+    found = []
+    for i in range(len(test)):
+        if any(even(test[i]) == even(prompt) for prompt in train):
+            found.append(i)
+    return found
+
+
+def leaks_exact(train, test):
+    return [i for i, prompt in enumerate(test) if prompt in train]
+
+
+def leaks_stripped(train, test):
+    known = {prompt.strip().lower() for prompt in train}
+    return [i for i, prompt in enumerate(test) if prompt.strip().lower() in known]
+
+
+def leaks_as_prompts(train, test):
+    known = {" ".join(prompt.lower().split()) for prompt in train}
+    return [prompt for prompt in test if " ".join(prompt.lower().split()) in known]
+
+
+ANSWERS = {
+    "01.1": Answers(
+        stub_merge,
+        (merge_by_index, merge_by_stack),
+        ((merge_once, "only the first occurrence"), (merge_as_text, "compared as joined text")),
+    ),
+    "01.2": Answers(
+        stub_new_row,
+        (new_row_by_index, new_row_by_loop),
+        (
+            (new_row_summed, "the rows are added"),
+            (new_row_of_a_set, "counts twice"),
+            (new_row_across, "average over the pieces"),
+        ),
+    ),
+    "01.3": Answers(
+        stub_resize,
+        (resize_by_copy, resize_by_pad),
+        ((resize_shrinking, "the table shrank"), (resize_adding, "how many tokens there are in all")),
+    ),
+    "02.1": Answers(
+        stub_loss_mask,
+        (loss_mask_by_lists, loss_mask_by_tensor),
+        ((loss_mask_without_end, "never stops"), (loss_mask_with_newline, "the newline after <|im_end|> is trained")),
+    ),
+    "02.2": Answers(
+        stub_targets,
+        (targets_by_where, targets_by_loop),
+        ((targets_with_old_mask, "the mask is not shifted"), (targets_not_shifted, "the last position has nothing")),
+    ),
+    "02.3": Answers(
+        stub_pad_labels,
+        (pad_labels_by_length, pad_labels_by_torch),
+        (
+            (pad_labels_by_id, "found by its id"),
+            (pad_labels_trained, "the padding is trained"),
+            (pad_labels_in_place, "rows was changed in place"),
+        ),
+    ),
+    "02.4": Answers(
+        stub_packed_mask,
+        (packed_mask_by_blocks, packed_mask_by_loops),
+        ((packed_mask_only_causal, "documents see each other"), (packed_mask_sees_future, "tokens see the future")),
+    ),
+    "03.1": Answers(
+        stub_loss,
+        (loss_by_gather, loss_by_loop),
+        (
+            (loss_not_shifted, "nothing is shifted"),
+            (loss_over_all_positions, "divided by all positions"),
+            (loss_overflowing, "overflows"),
+            (loss_indexing_minus_100, "no index"),
+        ),
+    ),
+    "03.2": Answers(
+        stub_weights,
+        (weights_by_list, weights_by_tensor),
+        ((weights_equal, "weighs the same"), (weights_inverse, "more tokens must weigh more")),
+    ),
+    "03.3": Answers(
+        stub_learning_rate,
+        (learning_rate_in_two_cases, learning_rate_by_half_angle),
+        (
+            (learning_rate_from_zero, "rate 0"),
+            (learning_rate_dividing_first, "warmup may be 0"),
+            (learning_rate_early_cosine, "starts at step 0"),
+        ),
+    ),
+    "03.4": Answers(
+        stub_leaks,
+        (leaks_by_set, leaks_by_pairs),
+        (
+            (leaks_exact, "only exact copies"),
+            (leaks_stripped, "only the ends are stripped"),
+            (leaks_as_prompts, "return the indices"),
+        ),
+    ),
+}

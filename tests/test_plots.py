@@ -1,0 +1,93 @@
+"""Pictures: the numbers behind them, their labels, and that they survive a lack of colour."""
+
+from __future__ import annotations
+
+import matplotlib
+import pytest
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+from matplotlib.colors import to_rgb  # noqa: E402
+from matplotlib.patches import Rectangle  # noqa: E402
+from matplotlib.text import Text  # noqa: E402
+
+from qftlab.core import plots  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    yield
+    pyplot.close("all")
+
+
+def pictures() -> list:
+    return [
+        plots.loss_curve(range(40), [3 - 0.05 * i for i in range(40)], held_out=([0, 39], [3.0, 1.4])),
+        plots.accuracy_bars(["add", "sort"], {"base": [0.0, 0.1], "SFT": [0.8, 1.0]},
+                            intervals={"SFT": [(0.7, 0.9), (0.9, 1.0)]}, bar=0.75),
+        plots.token_strip({"before": ["<", "|", "AG", "ENT", "|>"], "after": ["<|AGENT|>"]}),
+        plots.surprise_bars(["a", " b", "\n"], [-0.1, -2.0, -3.0]),
+    ]  # fmt: skip
+
+
+def test_texts_are_at_least_12_points_and_units_are_named() -> None:
+    for ax in pictures():
+        ax.figure.canvas.draw()
+        small = [t.get_text() for t in ax.figure.findobj(Text) if t.get_text() and t.get_fontsize() < 12]
+        assert not small
+        assert ax.get_title(loc="left")
+    curve, bars, _, surprise = pictures()
+    assert (curve.get_xlabel(), curve.get_ylabel()) == ("optimizer step", "loss (nats per trained token)")
+    assert bars.get_xlabel() == "accuracy (%)"
+    assert surprise.get_ylabel() == "surprise (nats)"
+
+
+def test_ax_is_used_and_returned() -> None:
+    _, axes = pyplot.subplots(1, 4)
+    assert plots.loss_curve([0, 1], [2, 1], ax=axes[0]) is axes[0]
+    assert plots.accuracy_bars(["a"], {"m": [1.0]}, ax=axes[1]) is axes[1]
+    assert plots.token_strip({"a": ["b"]}, ax=axes[2]) is axes[2]
+    assert plots.surprise_bars(["a"], [-1.0], ax=axes[3]) is axes[3]
+
+
+def test_loss_curve_draws_the_numbers() -> None:
+    assert plots.running_mean([1, 2, 3, 6], 2) == [1.0, 1.5, 2.5, 4.5]  # by hand
+    ax = plots.loss_curve([1, 2, 3, 4], {"lr 1": [1, 2, 3, 6], "lr 2": [4, 3, 2, 1]}, window=2)
+    lines = [list(line.get_ydata()) for line in ax.lines]
+    assert [1.0, 1.5, 2.5, 4.5] in lines and [4, 3, 2, 1] in lines
+    bold = [line for line in ax.lines if line.get_linewidth() == 2]
+    assert len({line.get_linestyle() for line in bold}) == 2, "runs differ without colour"
+    with pytest.raises(ValueError, match="equally long, got 2, 1"):
+        plots.loss_curve([1, 2], [1])
+
+
+def test_bars_and_whiskers_are_the_numbers() -> None:
+    ax = pictures()[1]
+    bars = [p for p in ax.patches if isinstance(p, Rectangle)]
+    assert [round(b.get_width(), 6) for b in bars] == [0.0, 10.0, 80.0, 100.0]
+    assert len({b.get_hatch() for b in bars}) == 2, "models differ without colour"
+    whiskers = [c for c in ax.collections if len(c.get_segments()) == 2][0].get_segments()
+    assert [tuple(round(float(x), 6) for x, _ in segment) for segment in whiskers] == [(70.0, 90.0), (90.0, 100.0)]
+    with pytest.raises(ValueError, match="intervals must name models of series"):
+        plots.accuracy_bars(["a"], {"m": [1.0]}, intervals={"n": [(0, 1)]})
+    with pytest.raises(ValueError, match="equally long"):
+        plots.accuracy_bars(["a", "b"], {"m": [1.0]})
+
+
+def test_token_strip_wraps_and_marks() -> None:
+    ax = plots.token_strip({"a": ["word "] * 40}, trained={"a": [False] * 39 + [True]}, width=40)
+    boxes = [p for p in ax.patches if p.get_fill()]
+    assert len(boxes) == 40 and max(p.get_x() + p.get_width() for p in boxes) <= 40.5
+    assert sum(bool(p.get_hatch()) for p in boxes) == 1
+    shown = [t.get_text() for t in ax.texts]
+    assert "word␣" in shown and "a: 40 tokens" in shown
+    assert plots.visible("\n a\t") == "⏎␣a⇥" and plots.visible("") == "∅"
+    plots.token_strip({"x": ["$a", "b$ c_", "\\frac"]}).figure.canvas.draw()  # dollar signs are text, not mathematics
+
+
+def test_palette_survives_greyscale() -> None:
+    luminance = [
+        sum(w * c for w, c in zip((0.299, 0.587, 0.114), to_rgb(color), strict=True)) for color in plots.PALETTE
+    ]
+    assert abs(luminance[0] - luminance[1]) > 0.2, "the first two colours, used most, differ in grey"
+    assert len(set(plots.MARKERS)) == len(plots.MARKERS) >= len(plots.PALETTE)

@@ -1,0 +1,152 @@
+"""The Countdown reward: parsed, never evaluated, exact, quick, and deaf to tricks."""
+
+from __future__ import annotations
+
+import random
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qftlab.core.rewards import countdown_reward, extract_answer, parse_expression
+from qftlab.data.countdown import countdown_row, random_problem, solve
+
+
+def reward(expression: str, numbers: list[int] = (3, 4, 5), target: int = 35) -> float:
+    return countdown_reward(f"<answer>{expression}</answer>", list(numbers), target)
+
+
+@pytest.mark.parametrize(
+    ("expression", "numbers", "target", "want"),
+    [
+        ("(3 + 4) * 5", [3, 4, 5], 35, 1.0),
+        ("5*(4+3)", [3, 4, 5], 35, 1.0),
+        (" ( ( 3 + 4 ) * 5 ) ", [3, 4, 5], 35, 1.0),
+        ("8 / (3 - 8 / 3)", [3, 3, 8, 8], 24, 1.0),  # 8 ÷ 1/3: needs exact fractions
+        ("10 - 3 - 2", [2, 3, 10], 5, 1.0),  # left to right: 5, not 9
+        ("24 / 4 / 3", [24, 4, 3], 2, 1.0),
+        ("2 + 3 * 4", [2, 3, 4], 14, 1.0),  # product first: 14, not 20
+        ("2 + 3 * 4", [2, 3, 4], 20, 0.1),
+        ("3 + 4 + 5", [3, 4, 5], 35, 0.1),
+        ("7 * 5", [3, 4, 5], 35, 0.1),  # right value, wrong numbers
+        ("35", [3, 4, 5], 35, 0.1),
+        ("(3 + 4) * 5 + 5 - 5", [3, 4, 5], 35, 0.1),  # a number used three times
+        ("(3 + 4) * 5", [3, 4, 5, 5], 35, 0.1),  # one left out
+        ("3 / (4 - 4)", [3, 4, 4], 0, 0.1),  # parses, has no value
+        ("1 - 1 / (2 - 2) * 0", [1, 1, 2, 2, 0], 1, 0.1),
+        ("1 / 3 * 3", [1, 3, 3], 1, 1.0),
+    ],
+)
+def test_by_hand(expression: str, numbers: list[int], target: int, want: float) -> None:
+    assert reward(expression, numbers, target) == want
+
+
+@pytest.mark.parametrize(
+    "trick",
+    [
+        *("2**3", "7//2", "2 ** 3", "2 * * 3", "__import__('os')", "3 + x", "-3 + 4", "+3", "3 - -4", "3 4", "(3)(4)"),
+        *("3(4)", "1e3", "3.5", "3,4", "007", "٣ + ٤", "３ + ４", "²", "3 × 4", "3 − 4", "3 + 4 = 7", "", " ", "()"),
+        *("(3", "3)", ")3(", "3 +", "* 3", "(3 + ) 4", "3 +\u00a04", "3 + 4; 5", "3 + 4 # 5", "'3'", "[3]", "3 % 4"),
+        *("3 & 4", "lambda: 3", "None", "True", "0x10", "1_0"),
+    ],
+)
+def test_what_is_no_expression_earns_nothing(trick: str) -> None:
+    assert parse_expression(trick) is None
+    assert reward(trick) == 0.0
+
+
+def test_exactly_one_answer() -> None:
+    good = "<answer>(3 + 4) * 5</answer>"
+    for text in (good, f"3 + 4 = 7, 7 * 5 = 35. {good}", f"{good} Done."):
+        assert countdown_reward(text, [3, 4, 5], 35) == 1.0
+    for text in ("(3 + 4) * 5", good + good, f"{good}</answer>", f"<answer>{good}", "<answer>(3 + 4) * 5",
+                 "</answer>(3 + 4) * 5<answer>", "<ANSWER>(3 + 4) * 5</ANSWER>", "<answer ></answer>", ""):  # fmt: skip
+        assert countdown_reward(text, [3, 4, 5], 35) == 0.0, text
+    assert extract_answer("a<answer> b </answer>c") == " b "
+
+
+def test_unread_past_512_characters() -> None:
+    good = "<answer>(3 + 4) * 5</answer>"
+    assert countdown_reward(" " * (512 - len(good)) + good, [3, 4, 5], 35) == 1.0
+    assert countdown_reward(" " * (513 - len(good)) + good, [3, 4, 5], 35) == 0.0
+    assert countdown_reward(good + "x" * 600, [3, 4, 5], 35) == 0.0
+    assert parse_expression("1" * 513) is None and parse_expression("1" * 512) is not None
+
+
+BOMBS = [
+    "(" * 400, ")" * 400, "(" * 240 + "1" + ")" * 240, "1" + "/2" * 240, "9" * 490, "*".join(["9999999"] * 60),
+    "+".join(f"1/{n}" for n in range(1001, 1080)), "1/(" * 120 + "2" + ")" * 120, "1-" * 245 + "1", "((((1)+1)" * 50,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bomb", BOMBS, ids=range(len(BOMBS)))
+def test_within_ten_milliseconds(bomb: str) -> None:
+    text = f"<answer>{bomb}</answer>"
+    assert len(text) <= 512 or bomb == BOMBS[6] and len(bomb) <= 640
+    times = []
+    for _ in range(5):
+        start = time.process_time()
+        assert countdown_reward(text, [1, 2], 3) in (0.0, 0.1)
+        times.append(time.process_time() - start)
+    assert min(times) < 0.010  # seconds, the contract; the least of five, since a shared core stalls
+
+
+@given(st.text(alphabet="0123456789+-*/() .x<>\n²٣", max_size=60))
+def test_never_raises_and_never_reads_more_than_python(text: str) -> None:
+    """Whatever parses here parses in Python to the same value: no expression is read in two ways."""
+    expression = parse_expression(text)
+    assert reward(text) in (0.0, 0.1, 1.0)
+    if expression is None or expression.value is None:
+        return
+    digits = "".join(f"Fraction({part})" if part.isdigit() else part for part in split_numbers(text))
+    assert eval(digits.replace("\n", " ").strip(), {"Fraction": Fraction}) == expression.value
+
+
+def split_numbers(text: str) -> list[str]:
+    parts = [""]
+    for character in text:
+        if parts[-1] and character.isdigit() != parts[-1][-1].isdigit():
+            parts.append("")
+        parts[-1] += character
+    return parts
+
+
+trees = st.recursive(
+    st.integers(0, 30), lambda child: st.tuples(child, st.sampled_from("+-*/"), child), max_leaves=7
+)  # fmt: skip
+
+
+def written(tree: int | tuple) -> str:
+    return str(tree) if isinstance(tree, int) else f"({written(tree[0])} {tree[1]} {written(tree[2])})"
+
+
+def worth(tree: int | tuple) -> Fraction | None:
+    if isinstance(tree, int):
+        return Fraction(tree)
+    a, b = worth(tree[0]), worth(tree[2])
+    if a is None or b is None or (tree[1] == "/" and b == 0):
+        return None
+    return {"+": a + b, "-": a - b, "*": a * b}.get(tree[1]) if tree[1] != "/" else a / b
+
+
+def leaves(tree: int | tuple) -> list[int]:
+    return [tree] if isinstance(tree, int) else leaves(tree[0]) + leaves(tree[2])
+
+
+@given(trees)
+def test_against_a_tree_worked_out_beside_it(tree: int | tuple) -> None:
+    expression = parse_expression(written(tree))
+    assert expression.value == worth(tree)
+    assert list(expression.numbers) == leaves(tree)
+
+
+def test_the_generators_solutions_earn_one() -> None:
+    rng = random.Random(0)
+    for count in (2, 3, 4):
+        for _ in range(100):
+            row = countdown_row(random_problem(rng, num_numbers=count))
+            assert countdown_reward(row["output"], row["numbers"], row["target"]) == 1.0
+            assert reward(solve(row["numbers"], row["target"]), row["numbers"], row["target"]) == 1.0
+            assert countdown_reward(row["output"], row["numbers"], row["target"] + 1) == 0.1
