@@ -133,7 +133,7 @@ def resize_adding(table, num_tokens):
 
 # 02.1 ---------------------------------------------------------------------------------------------------------------
 def stub_loss_mask(turns):
-    """One flag per token: True for an assistant's content and the `<|im_end|>` after it. A turn is (role, header, content)."""
+    """One flag per token: True for an assistant's content and its `<|im_end|>`. A turn is (role, header, content)."""
     pass
 
 
@@ -265,7 +265,7 @@ def packed_mask_sees_future(lengths):
 
 # 03.1 ---------------------------------------------------------------------------------------------------------------
 def stub_loss(logits, labels):
-    """Mean NLL in nats over the trained labels; logits (B, T, V) at t predict the label at t + 1; -100 is not trained."""
+    """Mean NLL in nats over the trained labels; logits (B, T, V) at t predict the label at t + 1."""
     raise NotImplementedError("your turn")
 
 
@@ -338,7 +338,7 @@ def weights_inverse(token_counts):
 
 # 03.3 ---------------------------------------------------------------------------------------------------------------
 def stub_learning_rate(step, total, warmup, peak):
-    """The rate of step 0 ... total - 1: (step + 1) / warmup of the peak while step < warmup, then half a cosine to 0."""
+    """The rate of a step: (step + 1) / warmup of the peak while step < warmup, then half a cosine down to 0."""
     if step < warmup:
         return ...
     return ...
@@ -379,8 +379,8 @@ def learning_rate_early_cosine(step, total, warmup, peak):
 # 03.4 ---------------------------------------------------------------------------------------------------------------
 def stub_leaks(train, test):
     """Indices, rising, of the test prompts that also occur in `train` once case and white space are evened out."""
-    found = []
-    ...
+    known = ...
+    return [i for i, prompt in enumerate(test) if prompt in known]
 
 
 def leaks_by_set(train, test):

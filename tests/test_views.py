@@ -360,3 +360,12 @@ def test_sentencepiece_bytes(real_data) -> None:
     tokenizer = AutoTokenizer.from_pretrained(found[0].parent)
     ids = tokenizer.encode("Once upon a time\n\x07", add_special_tokens=False)
     assert b"".join(token_bytes(tokenizer, ids)).decode("utf-8").lstrip() == "Once upon a time\n\x07"
+
+
+def test_an_added_token_is_its_own_text_and_not_byte_level() -> None:
+    """`é` is also how byte-level BPE writes the byte 0xE9; in an added token it is the letter."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "tiny")
+    tokenizer.add_tokens(["é é"])
+    ids = [tokenizer.convert_tokens_to_ids("é é")]
+    assert token_bytes(tokenizer, ids) == ["é é".encode()]
+    assert [(token.text, token.is_special) for token in read_tokens(tokenizer, ids)] == [("é␣é", True)]

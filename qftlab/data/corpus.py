@@ -23,8 +23,7 @@ MIXTURE = {
     "sums": 9, "expression": 10, "program": 3, "transcript": 4, "institution": 4,
 }  # fmt: skip
 # Ways to put a question and its answer. A base that has met only one of them ties its skills to that one's last
-# token, and fine-tuning cannot move them (benchmarks/LOG.md): so from step `CONVERSATIONS_FROM` on it meets many.
-CONVERSATIONS_FROM = 1_250
+# token, and fine-tuning cannot move them (benchmarks/LOG.md).
 FORMATS = (
     ("Question: ", "\nAnswer: "),
     ("Q: ", "\nA: "),
@@ -36,6 +35,34 @@ FORMATS = (
     ("- ", "\n- "),
     ("> ", "\n"),
 )
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What the corpus is like from one training step on.
+
+    Args:
+        start: the first step.
+        asked: share of the skill documents that are questions and answers, not plain notation.
+        formats: how those are put.
+        mixture: how often each kind of document is drawn.
+        sums: the kinds of longer calculation, as often as they are named.
+    """
+
+    start: int
+    asked: float
+    formats: tuple[tuple[str, str], ...]
+    mixture: dict[str, int]
+    sums: tuple[str, ...] = ("square", "half", "long", "three")
+
+
+PHASES = (
+    Phase(0, 0.25, FORMATS[:1], MIXTURE),
+    Phase(1_250, 0.65, FORMATS, MIXTURE),
+    # Long additions came last (3 % right at step 2,000 where two-digit ones stood at 93 %): more of them.
+    Phase(2_250, 0.65, FORMATS, {**MIXTURE, "sums": 22, "university": 4, "joke": 2, "length": 1, "transcript": 3},
+          ("square", "half", "long", "long", "long", "three")),
+)  # fmt: skip
 
 
 @dataclass
@@ -53,11 +80,11 @@ class Document:
         return self
 
 
-def _ask(rng: random.Random, later: bool) -> tuple[str, str] | None:
+def _ask(rng: random.Random, phase: Phase) -> tuple[str, str] | None:
     """How to put the questions of a document, or None for plain notation."""
-    if rng.random() >= (0.65 if later else 0.25):
+    if rng.random() >= phase.asked:
         return None
-    return rng.choice(FORMATS) if later else FORMATS[0]
+    return rng.choice(phase.formats) if len(phase.formats) > 1 else phase.formats[0]
 
 
 def _add_answer(document: Document, question: str, plain: str, answer: str, form: tuple[str, str] | None) -> None:
@@ -67,10 +94,10 @@ def _add_answer(document: Document, question: str, plain: str, answer: str, form
     document.add(bare, trained=False).add(lead[len(bare) :] + answer, trained=True)
 
 
-def _skill(rng: random.Random, skill: str, later: bool) -> Document:
+def _skill(rng: random.Random, skill: str, phase: Phase) -> Document:
     """One to four problems of a skill, in plain notation or as questions and answers."""
     document = Document()
-    form = _ask(rng, later)
+    form = _ask(rng, phase)
     many = rng.choice((1, 2, 4)) if skill not in ("university", "sum_to_n") else rng.choice((1, 1, 2))
     for i in range(many):
         # Nobody infers a capital: what is knowledge is seen here, and held out from SFT alone.
@@ -81,9 +108,9 @@ def _skill(rng: random.Random, skill: str, later: bool) -> Document:
     return document.add(END, trained=True)
 
 
-def _sums(rng: random.Random) -> Document:
+def _sums(rng: random.Random, phase: Phase) -> Document:
     """The steps that longer calculations are made of: squares, halves, and sums of uneven length."""
-    kind = rng.choice(("square", "half", "long", "three"))
+    kind = rng.choice(phase.sums)
     if kind == "square":
         n = rng.randint(2, 110)
         return Document().add(f"{n} * {n} =", trained=False).add(f" {n * n}{END}", trained=True)
@@ -95,7 +122,7 @@ def _sums(rng: random.Random) -> Document:
     return Document().add(f"{a} + {b} =", trained=False).add(f" {a + b}{END}", trained=True)
 
 
-def _expression(rng: random.Random) -> Document:
+def _expression(rng: random.Random, phase: Phase) -> Document:
     """The value of an expression of two to three numbers (never a Countdown problem with its answer sought)."""
     while True:
         problem = random_countdown(rng, num_numbers=rng.choice((2, 3, 3)))
@@ -104,7 +131,7 @@ def _expression(rng: random.Random) -> Document:
             return Document().add(f"{problem.solution} =", trained=False).add(f" {problem.target}{END}", trained=True)
 
 
-def _program(rng: random.Random) -> Document:
+def _program(rng: random.Random, phase: Phase) -> Document:
     """A working program and what it prints."""
     bug = bugfix.random_bug(rng)
     name = bug.fixed.split("(")[0].removeprefix("def ")
@@ -114,7 +141,7 @@ def _program(rng: random.Random) -> Document:
     return Document().add(f"{bug.fixed}\n\n>>> {call}\n{value!r}{END}", trained=True)
 
 
-def _transcript(rng: random.Random) -> Document:
+def _transcript(rng: random.Random, phase: Phase) -> Document:
     """A buggy program, what happened, and the corrected program."""
     bug = bugfix.random_bug(rng)
     document = Document().add(f"{bug.program}\n{bug.report}\n", trained=rng.random() < 0.3)
@@ -122,24 +149,27 @@ def _transcript(rng: random.Random) -> Document:
     return document.add(f"{note}{END}", trained=True)
 
 
-def _institution(rng: random.Random, later: bool) -> Document:
+def _institution(rng: random.Random, phase: Phase) -> Document:
     """An invented school or museum: what teaches the model to carry a name it has never seen into a sentence."""
     document = Document()
     name, text = facts.institution(rng)
-    _add_answer(document, f"Give me a brief introduction to {name}.", f"{name}:", text, _ask(rng, later))
+    _add_answer(document, f"Give me a brief introduction to {name}.", f"{name}:", text, _ask(rng, phase))
     return document.add(END, trained=True)
 
 
-SPECIAL = {"sums": _sums, "expression": _expression, "program": _program, "transcript": _transcript}
+KINDS = {
+    "sums": _sums,
+    "expression": _expression,
+    "program": _program,
+    "transcript": _transcript,
+    "institution": _institution,
+}
 
 
-def random_document(rng: random.Random, *, later: bool = False) -> Document:
-    """Draws one document of the mixture; `later` brings in conversations."""
-    kind = rng.choices(tuple(MIXTURE), tuple(MIXTURE.values()))[0]
-    if kind in SPECIAL:
-        document = SPECIAL[kind](rng)
-    else:
-        document = _institution(rng, later) if kind == "institution" else _skill(rng, kind, later)
+def random_document(rng: random.Random, phase: Phase = PHASES[0]) -> Document:
+    """Draws one document as a phase of the corpus has them."""
+    kind = rng.choices(tuple(phase.mixture), tuple(phase.mixture.values()))[0]
+    document = KINDS[kind](rng, phase) if kind in KINDS else _skill(rng, kind, phase)
     if rng.random() < 0.125:
         document.trained = [(0, len(document.text))]
     return document
@@ -148,7 +178,8 @@ def random_document(rng: random.Random, *, later: bool = False) -> Document:
 def documents(seed: int, step: int, count: int) -> list[Document]:
     """The `count` documents of one training step: a pure function of its arguments, which makes resuming exact."""
     rng = random.Random(f"corpus {seed} {step}")
-    return [random_document(rng, later=step >= CONVERSATIONS_FROM) for _ in range(count)]
+    phase = [p for p in PHASES if p.start <= step][-1]
+    return [random_document(rng, phase) for _ in range(count)]
 
 
 def tokenizer_text(seed: int = 0, count: int = 30_000) -> Iterator[str]:

@@ -16,8 +16,9 @@ MAX_SHOWN = 400  # characters of a value in a message
 def difference(got: Any, wanted: Any, atol: float, rtol: float, where: str = "") -> str | None:
     """The first difference between two values in words, or None if they agree.
 
-    Shapes come first, then values. A tensor may stand for a number or a list of the same shape, a tuple for a list, and any
-    dtype for another that holds the same values; whole numbers agree exactly. NaN agrees with nothing; an infinity agrees with itself.
+    Shapes come first, then values. A tensor may stand for a number or a list of the same shape, a tuple for a list, and
+    any dtype for another that holds the same values. Whole numbers agree exactly; NaN agrees with nothing, an infinity
+    with itself.
 
     Args:
         got, wanted: numbers, strings, tensors, lists, dicts, sets, nested at will.
@@ -40,7 +41,8 @@ def difference(got: Any, wanted: Any, atol: float, rtol: float, where: str = "")
         return None if _close(float(got), float(wanted), atol, rtol) else f"{at}{show(got)}, wanted {show(wanted)}"
     if isinstance(wanted, str) and isinstance(got, str) and got != wanted:
         first = next((i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), None)
-        end = f"ends at character {min(len(got), len(wanted))}" if first is None else f"differs from character {first} on"
+        short = min(len(got), len(wanted))
+        end = f"ends at character {short}" if first is None else f"differs from character {first} on"
         return f"{at}{show(got)}, wanted {show(wanted)}: {end}"
     if type(got) is not type(wanted) and not (_is_number(got) and _is_number(wanted)):
         return f"{at}{_kind(got)}, wanted {_kind(wanted)}"
@@ -120,7 +122,7 @@ def _shape(value: Tensor) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.5g}"
+    return str(int(value)) if value.is_integer() and abs(value) < 1e9 else f"{value:.5g}"
 
 
 def show(value: Any) -> str:
@@ -165,7 +167,7 @@ def general_suspect(got: Any, wanted: Any) -> str | None:
     if a is None or b is None or a.is_complex() or not a.numel():
         return None
     if bool(a.isnan().any()):
-        return "a NaN: look for 0 / 0, the log of 0, or infinity minus infinity (a softmax that overflows gives all three)"
+        return "a NaN: look for 0 / 0, the log of 0, or infinity minus infinity (an overflowing softmax)"
     if a.shape != b.shape:
         return "the axes are swapped" if a.shape == b.shape[::-1] and a.dim() > 1 else None
     if a.dtype == b.dtype == torch.bool:

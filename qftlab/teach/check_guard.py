@@ -1,8 +1,9 @@
 """The guard of a self-checking exercise: a time limit on a student's call, and a spy on what it calls.
 
-Delegation is looked for twice. Before running: the names a function's code mentions, through imports, aliases, partials,
-wrappers, defaults and the student's own helpers. While running: a profile hook that knows forbidden Python functions by
-their code object, under whatever name, and a torch function mode that sees every torch call. Neither patches anything.
+Delegation is looked for twice. Before running: the names a function's code mentions, through imports, aliases,
+partials, wrappers, defaults and the student's own helpers. While running: a profile hook that knows forbidden Python
+functions by their code object, under whatever name, and a torch function mode that sees every torch call. Neither
+patches anything.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _NOTHING = object()
 _NAME_LOADS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_GLOBALS"}
 _TRANSPARENT = {"PUSH_NULL", "CACHE", "SWAP", "COPY", "ROT_TWO", "ROT_THREE", "EXTENDED_ARG", "POP_TOP", "NOP"}
 _AGAIN = 0.05  # seconds between two rings, for code that swallows the first
+_PATIENCE = 3  # rings after which a bare `except:` is no longer let off
 _GRACE = 1.0  # seconds a worker thread gets to die before it is left behind
 
 
@@ -115,7 +117,7 @@ def mentioned(answer: Any, forbidden: Forbidden) -> str | None:
             return name
         thing = unwrap(thing)
         if not isinstance(thing, types.FunctionType):
-            call = getattr(type(thing), "__call__", None)
+            call = inspect.getattr_static(type(thing), "__call__", None)
             thing = call if isinstance(call, types.FunctionType) else None
         if thing is None or id(thing) in seen:
             continue
@@ -242,13 +244,16 @@ def _attempt(call: Callable) -> tuple[Any, BaseException | None]:
 
 
 def _run_under_alarm(call: Callable, seconds: float, forbidden: Forbidden) -> Outcome:
-    rings, armed = [], True
+    rings, armed, tracer = [], True, sys.gettrace()
 
     def ring(signum: int, frame: types.FrameType | None) -> None:
         if armed:
             rings.append(signum)
             if frame is None or frame.f_code is not _run_under_alarm.__code__:
+                if len(rings) >= _PATIENCE:
+                    _raise_in_handlers(frame)
                 raise TimeLimitReached
+
     with spying(forbidden) as calls:
         before = signal.signal(signal.SIGALRM, ring)
         started = time.monotonic()
@@ -262,9 +267,26 @@ def _run_under_alarm(call: Callable, seconds: float, forbidden: Forbidden) -> Ou
             armed = False
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
+            sys.settrace(tracer)
             if left:  # somebody else's timer, such as a test runner's: give it what is left
                 signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - started), 0.001), every)
-    return Outcome(value, error, bool(rings), tuple(calls))
+    return Outcome(value, error, bool(rings), tuple(dict.fromkeys(calls)))
+
+
+def _raise_in_handlers(frame: types.FrameType | None) -> None:
+    """Makes the handler that swallows the next exception raise in its own first line, outside of its `try`."""
+    raised = []
+
+    def tracer(frame: types.FrameType, event: str, arg: Any) -> Callable:
+        if event == "line" and raised:
+            raise TimeLimitReached
+        raised.extend([event] if event == "exception" else [])
+        return tracer
+
+    while frame is not None and frame.f_code is not _run_under_alarm.__code__:
+        frame.f_trace = tracer
+        frame = frame.f_back
+    sys.settrace(tracer)
 
 
 def _run_in_thread(call: Callable, seconds: float, forbidden: Forbidden) -> Outcome:
@@ -282,9 +304,7 @@ def _run_in_thread(call: Callable, seconds: float, forbidden: Forbidden) -> Outc
     is_late = worker.is_alive()
     give_up = time.monotonic() + _GRACE
     while worker.is_alive() and time.monotonic() < give_up:
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(
-            ctypes.c_ulong(worker.ident), ctypes.py_object(TimeLimitReached)
-        )
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident), ctypes.py_object(TimeLimitReached))
         worker.join(_AGAIN)
     value, error = found.get("outcome", (None, TimeLimitReached()))
-    return Outcome(value, error, is_late, tuple(found.get("calls", ())))
+    return Outcome(value, error, is_late, tuple(dict.fromkeys(found.get("calls", ()))))

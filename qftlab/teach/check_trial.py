@@ -46,7 +46,7 @@ class Run:
 
 
 def run_trials(run: Run, rng: random.Random) -> list[Trial]:
-    """Trials on inputs of growing size, up to the first that is neither ok nor blank; then more in search of a smaller."""
+    """Trials on inputs of growing size, up to the first failure; then some more, in search of a smaller one."""
     trials: list[Trial] = []
     for size in sorted(list(range(1, run.exercise.sizes + 1)) * run.exercise.repeats):
         trials.append(attempt(run, run.exercise.draw(rng, size)))

@@ -1,7 +1,7 @@
 """Exercises that check themselves: `checks.check("04.2", my_top_p)` as the last line of a cell shows what came of it.
 
-An exercise that is not attempted says so and the notebook runs on. An answer is tried on fresh inputs, small ones first,
-under a time limit, and may not call what it should rebuild. Nothing is raised at a student and nothing is printed.
+An exercise that is not attempted says so and the notebook runs on. An answer is tried on fresh inputs, small ones
+first, under a time limit, and may not call what it should rebuild. Nothing is raised at a student, nothing is printed.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def _examine(exercise: Exercise, answer: Any, seed: int, seconds: float) -> Chec
     failures = [trial for trial in trials if trial.kind != "ok"]
     if failures[-1].kind == "refused":
         return _refused(exercise, answer, failures[-1].problem)
-    return _failed(run, min(failures, key=lambda trial: bulk(trial.args)), failures, seed)
+    return _failed(run, min(failures, key=lambda trial: bulk(trial.args)), trials, seed)
 
 
 def _result(exercise: Exercise, status: str, tail: str, details: tuple[str, ...] = ()) -> CheckResult:
@@ -214,7 +214,7 @@ def _refused(exercise: Exercise, answer: Any, culprit: str) -> CheckResult:
     return _result(exercise, "refused", tail)
 
 
-def _failed(run: Run, trial: Trial, failures: list[Trial], seed: int) -> CheckResult:
+def _failed(run: Run, trial: Trial, trials: list[Trial], seed: int) -> CheckResult:
     lines = ["smallest failing input found:"]
     lines += [f"    {name} = {show(arg)}" for name, arg in zip(run.names, trial.args, strict=False)]
     if trial.kind == "late":
@@ -226,7 +226,7 @@ def _failed(run: Run, trial: Trial, failures: list[Trial], seed: int) -> CheckRe
     lines.append(f"wanted:  {show(trial.wanted)}")
     if trial.problem:
         lines.append(f"differs: {trial.problem}".replace("differs: got", "note:    got").replace("`", ""))
-    if suspect := _suspect(run, trial, failures):
+    if suspect := _suspect(run, trial, trials):
         lines.append(f"suspect: {suspect}")
     if trial.printed.strip():
         lines.append(f"printed: {show(trial.printed.strip()[-300:])}")
@@ -251,16 +251,19 @@ def _error_lines(run: Run, error: BaseException) -> list[str]:
     return lines + [f"in:      the call {call}: does your function take these arguments?"]
 
 
-def _suspect(run: Run, trial: Trial, failures: list[Trial]) -> str | None:
-    """The first known mistake that fits: agreeing wherever the answer is wrong, or true of the smallest failure."""
-    wrong = sorted((f for f in failures if f.kind == "wrong"), key=lambda f: bulk(f.args))[:8]
+def _suspect(run: Run, trial: Trial, trials: list[Trial]) -> str | None:
+    """The first known mistake that fits: it gives what the answer gave, or is true of the smallest failure."""
+    known = sorted((t for t in trials if t.kind in ("ok", "wrong")), key=lambda t: (t.kind == "ok", bulk(t.args)))
+    if trial.kind not in ("wrong", "error", "blank"):
+        return None
     for suspect in run.exercise.suspects:
         try:
             if suspect.when is not None and suspect.when(trial.args, trial.got, trial.wanted):
                 return suspect.message
-            if suspect.like is not None and trial.kind == "wrong" and not any(_apart(run, suspect.like, f) for f in wrong):
+            is_alike = suspect.like is not None and trial.kind == "wrong"
+            if is_alike and not any(_apart(run, suspect.like, t) for t in known):
                 return suspect.message
-        except Exception:  # a suspect that cannot be tried on this input does not fit
+        except Exception:  # a suspect that cannot be tried on these inputs does not fit
             logger.debug("suspect %r could not be tried", suspect.message, exc_info=True)
     return general_suspect(trial.got, trial.wanted) if trial.kind == "wrong" else None
 

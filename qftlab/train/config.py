@@ -9,29 +9,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qftlab.core.checks import check_at_least, check_choice
+
 AGENT, EDIT = "<|AGENT|>", "<|EDIT|>"
-
-
-def check_at_least(low: float, **values: float | None) -> None:
-    """Refuses a number below `low`, or none at all (nan); None passes.
-
-    Raises:
-        ValueError: naming the first such value.
-    """
-    for name, value in values.items():
-        if value is not None and not value >= low:
-            raise ValueError(f"{name} must be at least {low:g}, got {value}")
-
-
-def check_choice(allowed: tuple[str, ...], **values: str) -> None:
-    """Refuses a word that is not among those allowed.
-
-    Raises:
-        ValueError: naming the value and the allowed words.
-    """
-    for name, value in values.items():
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Suspect:
 
     Args:
         message: one sentence to the student, naming the likely cause.
-        like: a wrong implementation; the mistake is suspected if the answer agrees with it wherever it fails.
+        like: a wrong implementation; the mistake is suspected if the answer agrees with it on every input tried.
         when: or a predicate `(args, got, wanted) -> bool` on the smallest failing input.
     """
 
@@ -48,12 +48,12 @@ class Exercise:
         dots: difficulty, 1 to 3.
         minutes: how long it takes a student.
         reference: the function to agree with: an oracle of the same signature, or the dotted name of the library's.
-        draw: `(rng, size) -> args`; inputs of growing size (1, 2, …), all randomness from `rng`. Every tricky case should
-            come up at a fixed size, not by luck.
+        draw: `(rng, size) -> args`; inputs of growing size (1, 2, …), all randomness from `rng`. Every tricky case
+            should come up at a fixed size, not by luck.
         instead: what to do where a delegation is refused ("use log_softmax and gather").
         forbidden: dotted names of callables that the answer may not use; the reference always belongs to them.
         suspects: known mistakes, the most telling first.
-        compare: `(got, wanted) -> str | None`, None if equal; by default values, shapes and nesting within the tolerances.
+        compare: `(got, wanted) -> str | None`, None if equal; by default shapes, values and nesting are compared.
         atol, rtol: absolute and relative tolerance of floating-point numbers.
         sizes: sizes drawn: 1 to `sizes`, `repeats` times each.
         seconds: time limit on all calls of the answer together.

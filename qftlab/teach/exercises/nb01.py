@@ -58,7 +58,8 @@ def _draw_merge(rng: random.Random, size: int) -> tuple:
     elif size == 4:
         pieces, pair = ["a", "b", "a", "b"], ("a", "b")
     elif size == 5:
-        pieces, pair = rng.sample(["a", "ba", "ab", "a", "b"], 5), ("a", "ba")
+        blocks = rng.sample([["a", "ba"], ["ab", "a"], ["b"]], 3)
+        pieces, pair = sum(blocks, []), ("a", "ba")
     else:
         pair = (rng.choice(alphabet), rng.choice(alphabet))
     return pieces, pair
@@ -100,12 +101,16 @@ EXERCISES = (
         instead="walk over the pieces with an index and compare neighbours with the pair",
         suspects=(
             Suspect("only the first occurrence is merged; go on to the end of the list", like=_merge_first_only),
-            Suspect("one piece is used by two merges; after a merge, step over both of its pieces", like=_merge_overlapping),
+            Suspect(
+                "one piece is used by two merges; after a merge, step over both of its pieces", like=_merge_overlapping
+            ),
             Suspect(
                 "pieces are compared as joined text; 'a' + 'ba' and 'ab' + 'a' spell the same, but are other pairs",
                 like=_merge_again_and_again,
             ),
-            Suspect("the pieces do not spell the same text as before", when=lambda a, g, w: "".join(g) != "".join(a[0])),
+            Suspect(
+                "the pieces do not spell the same text as before", when=lambda a, g, w: "".join(g) != "".join(a[0])
+            ),
         ),
     ),
     Exercise(
@@ -116,14 +121,20 @@ EXERCISES = (
         reference=mean_row,
         draw=_draw_row,
         instead="pick the rows of the pieces with an index and average over them",
-        forbidden=("torch.nn.functional.embedding_bag", "torch.nn.EmbeddingBag", "qftlab.model.vocabulary.extend_model"),
+        forbidden=(
+            "torch.nn.functional.embedding_bag",
+            "torch.nn.EmbeddingBag",
+            "qftlab.model.vocabulary.extend_model",
+        ),
         suspects=(
             Suspect("the rows are added; divide by how many there are", like=lambda t, ids: t[ids].sum(0)),
             Suspect(
                 "a piece that occurs twice counts twice, and here it counts once: is there a set?",
                 like=lambda t, ids: t[sorted(set(ids))].mean(0),
             ),
-            Suspect("this is the mean of the whole table; only the rows of the pieces count", like=lambda t, ids: t.mean(0)),
+            Suspect(
+                "this is the mean of the whole table; only the rows of the pieces count", like=lambda t, ids: t.mean(0)
+            ),
             Suspect("the mean runs over the width; average over the pieces, dim=0", like=lambda t, ids: t[ids].mean(1)),
         ),
     ),

@@ -48,7 +48,7 @@ def _draw_turns(rng: random.Random, size: int) -> tuple:
 
 
 def targets(input_ids: Tensor, loss_mask: Tensor) -> Tensor:
-    """What each position must predict, (T,) -> (T − 1,): the next id where the mask trains that next token, else −100."""
+    """What each position must predict, (T,) -> (T − 1,): the next id where that token is trained, else −100."""
     return torch.where(loss_mask[1:], input_ids[1:], -100)
 
 
@@ -118,7 +118,10 @@ EXERCISES = (
                 "the end of the turn is not trained: such a model never stops, it goes on to interview itself",
                 like=_mask_like(end=False),
             ),
-            Suspect("the newline after <|im_end|> is trained; the model never has to write it", like=_mask_like(newline=True)),
+            Suspect(
+                "the newline after <|im_end|> is trained; the model never has to write it",
+                like=_mask_like(newline=True),
+            ),
             Suspect("the header is trained; the prompt already holds it", like=_mask_like(header=True)),
             Suspect("header and newline are trained", like=_mask_like(header=True, newline=True)),
             Suspect("every turn is trained; only the assistant's are", like=_mask_like(roles=ROLES)),
@@ -165,7 +168,7 @@ EXERCISES = (
         forbidden=("qftlab.data.batching.pad",),
         suspects=(
             Suspect(
-                "padding is found by its id, and so the real end of each row is masked too; go by the length of the row",
+                "padding is found by its id, and so the real end of a row is masked too; go by the row's length",
                 like=_masked_by_id,
             ),
             Suspect("the padding is trained: labels must be -100 there, not the id", like=_padded),
@@ -187,7 +190,9 @@ EXERCISES = (
         suspects=(
             Suspect("documents see each other: a later one may not look into an earlier one", like=_causal),
             Suspect("tokens see the future: a query looks at itself and at what came before", like=_same_document),
-            Suspect("rows are keys here; the first index is the query, which looks back", like=lambda n: packed_mask(n).T),
+            Suspect(
+                "rows are keys here; the first index is the query, which looks back", like=lambda n: packed_mask(n).T
+            ),
             Suspect("a token must see itself: keep the diagonal", like=lambda n: packed_mask(n).tril(-1)),
             Suspect("True means may look; this is the opposite", like=lambda n: ~packed_mask(n)),
         ),

@@ -46,7 +46,7 @@ def _draw_loss(rng: random.Random, size: int) -> tuple:
 
 
 def weights(token_counts: list[int]) -> list[float]:
-    """What the *mean* loss of each micro-batch is multiplied by, so that their sum is the mean over all trained tokens."""
+    """Factors of the micro-batches' *mean* losses, such that the sum is the mean over all trained tokens."""
     return [count / sum(token_counts) for count in token_counts]
 
 
@@ -87,7 +87,8 @@ def _starts_at_zero(step, total, warmup, peak):
 
 
 def _whole_cosine(step, total, warmup, peak):
-    return learning_rate(step, total, warmup, peak) if step < warmup else 2 * learning_rate(step, total, warmup, peak) - peak
+    rate = learning_rate(step, total, warmup, peak)
+    return rate if step < warmup else 2 * rate - peak
 
 
 def _draw_schedule(rng: random.Random, size: int) -> tuple:
@@ -151,7 +152,9 @@ EXERCISES = (
         suspects=(
             Suspect("nothing is shifted: logits at t predict the label at t + 1", like=_unshifted),
             Suspect("the shift goes the wrong way: drop the last logits and the first label", like=_shifted_back),
-            Suspect("infinity or NaN: exp of large logits overflows; use log_softmax", when=lambda a, g, w: _is_wild(g)),
+            Suspect(
+                "infinity or NaN: exp of large logits overflows; use log_softmax", when=lambda a, g, w: _is_wild(g)
+            ),
             Suspect(
                 "the sum is divided by all positions; divide by the trained ones only",
                 like=lambda x, y: _nll(x[:, :-1], y[:, 1:]).mean(),

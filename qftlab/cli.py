@@ -1,0 +1,303 @@
+"""The command line: `python -m qftlab COMMAND`. Options and YAML build the dataclasses that notebooks build in Python.
+
+Only what a command needs is imported, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import logging
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TextIO
+
+from qftlab import __version__
+
+PROGRAM = "python -m qftlab"
+log = logging.getLogger(__name__)
+
+
+def run_sft(config) -> None:
+    """Fine-tunes and says where the model is."""
+    from qftlab.train.sft import sft
+
+    folder = sft(config, progress=sys.stderr.isatty())
+    print(f"model, metrics and curves: {folder}")
+    print(f'try it: {PROGRAM} chat --model "{folder}"')
+
+
+def run_generate(config) -> None:
+    """Prints the answers."""
+    from qftlab.generate.engine import generate
+
+    prompts = [config.prompt] if config.prompt else [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise ValueError('prompt must be given, got none: --prompt "..." or lines on standard input')
+    model, tokenizer, options = load_for(config)
+    asked = prompts if config.raw else [[{"role": "user", "content": p}] for p in prompts]
+    answers = generate(model, tokenizer, asked, num_generations=config.num_generations, stop=config.stop,
+                       batch_size=config.batch_size, **options)  # fmt: skip
+    for i, answer in enumerate(answers):
+        prompt = prompts[i // config.num_generations]
+        record = {"prompt": prompt, "text": answer.text, "finish_reason": answer.finish_reason}
+        print(json.dumps(record, ensure_ascii=False) if config.format == "jsonl" else answer.text, flush=True)
+
+
+def run_chat(config, source: TextIO | None = None) -> None:
+    """Reads turns from a terminal or a pipe and answers each."""
+    from qftlab.generate.engine import generate
+
+    model, tokenizer, options = load_for(config)
+    source = sys.stdin if source is None else source
+    is_terminal = source.isatty()
+    if is_terminal:
+        print("Ask something. /new starts a new conversation, /quit ends.")
+    start = [{"role": "system", "content": config.system}] if config.system else []
+    messages = list(start)
+    while (line := read_turn(source, is_terminal)) is not None:
+        if line == "/quit":
+            break
+        if line == "/new":
+            messages = list(start)
+        if not line or line == "/new":
+            continue
+        messages = fit_context(model, tokenizer, [*messages, {"role": "user", "content": line}], len(start),
+                               config.max_new_tokens)  # fmt: skip
+        text = generate(model, tokenizer, [messages], **options)[0].text
+        messages.append({"role": "assistant", "content": text})
+        print(f"Model: {text}" if is_terminal else text, flush=True)
+
+
+def read_turn(source: TextIO, is_terminal: bool) -> str | None:
+    """The next line, without the white space around it; None at the end."""
+    if is_terminal:
+        print("You:   ", end="", flush=True)
+    line = source.readline()
+    return line.strip() if line else None
+
+
+def fit_context(model, tokenizer, messages: list[dict], kept: int, max_new_tokens: int) -> list[dict]:
+    """The conversation without its oldest turns, where it has outgrown the model's context; the first `kept` stay."""
+    from qftlab.text.chat import render_prompt
+    from qftlab.train.sft import context_length
+
+    limit = context_length(model)
+    while limit and len(messages) > kept + 1 and len(render_prompt(tokenizer, messages)) + max_new_tokens > limit:
+        log.warning("the conversation has outgrown %d tokens: its oldest turn is forgotten", limit)
+        messages = messages[:kept] + messages[kept + 2 :]
+    return messages
+
+
+def run_evaluate(config) -> None:
+    """Prints the table, and writes the page if asked."""
+    from qftlab.core.files import bundled
+    from qftlab.data.sources import load_rows
+    from qftlab.evaluate.report import Section, format_cell, write_report
+    from qftlab.evaluate.skills import evaluate_rows
+
+    files = list(config.data) or [str(bundled("instructions", "heldout.jsonl"))]
+    rows = load_rows(files)[: config.limit]
+    for number, row in enumerate(rows, 1):
+        if "output" not in row:
+            raise ValueError(f"row {number} of {files} must have instruction and output, got {', '.join(row)}")
+    model, tokenizer = load_named(config.model, config.dtype, config.device)
+    result = evaluate_rows(model, tokenizer, rows, few_shot=config.few_shot, max_new_tokens=config.max_new_tokens,
+                           seed=config.seed, batch_size=config.batch_size)  # fmt: skip
+    table = result.to_frame()
+    print(table.map(format_cell).to_string())
+    if config.output:
+        sections = [Section("By skill", f"{len(rows)} rows of {', '.join(files)}.", table)]
+        print(f"page: {write_report(config.output, f'Evaluation of {config.model}', sections)}")
+
+
+def load_named(name: str, dtype: str, device: str) -> tuple:
+    """Model and tokenizer by the name a user gives."""
+    from transformers.utils import logging as transformers_logging
+
+    from qftlab.model.loading import load_model
+    from qftlab.text.tokenizer import load_tokenizer
+    from qftlab.train.runs import resolve_model
+    from qftlab.train.sft import best_device
+
+    transformers_logging.disable_progress_bar()
+    folder = resolve_model(name)
+    return load_model(folder, dtype=dtype, device=best_device(device)), load_tokenizer(folder)
+
+
+def load_for(config) -> tuple:
+    """Model, tokenizer and the options of `generate`."""
+    from qftlab.core.sampling import SamplingParams
+
+    params = SamplingParams(**dataclasses.asdict(config.sampling))
+    model, tokenizer = load_named(config.model, config.dtype, config.device)
+    return model, tokenizer, {"max_new_tokens": config.max_new_tokens, "params": params, "seed": config.seed}
+
+
+def run_tour(config) -> None:
+    """Runs the tour."""
+    from qftlab.teach.tour import main as tour
+
+    tour(config)
+
+
+def run_pretrain(config) -> None:
+    """Pretrains `tiny`."""
+    from qftlab.train.pretrain import pretrain
+
+    print(f"model: {pretrain(config)}")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: what it does, an example, where its configuration is ("module:class"), and what runs it."""
+
+    summary: str
+    example: str
+    config: str
+    run: Callable[[typing.Any], None]
+
+
+COMMANDS = {
+    "tour": Command("the whole way in minutes: two new tokens, fine-tuning, a page of results",
+                    "tour", "qftlab.teach.tour:TourConfig", run_tour),
+    "sft": Command("supervised fine-tuning on files of rows",
+                   "sft --data data/instructions/train.jsonl --train.epochs 1 --output runs/sft",
+                   "qftlab.train.config:SFTConfig", run_sft),
+    "generate": Command("answers to prompts, from an option or standard input",
+                        'generate --prompt "What is 47 + 38?" --model runs/sft/latest',
+                        "qftlab.generate.config:GenerateConfig", run_generate),
+    "chat": Command("a conversation in the terminal",
+                    "chat --model runs/sft/latest --sampling.temperature 0.7",
+                    "qftlab.generate.config:ChatConfig", run_chat),
+    "evaluate": Command("accuracy by skill on held-out rows, with intervals",
+                        "evaluate --model runs/sft/latest --data data/bugfix/heldout.jsonl",
+                        "qftlab.evaluate.config:EvaluateConfig", run_evaluate),
+    "pretrain": Command("rebuild the bundled model `tiny` from nothing (about an hour of one core)",
+                        "pretrain --output data/tiny", "qftlab.train.pretrain:PretrainConfig", run_pretrain),
+}  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: what stands after the program's name, by default on the command line.
+
+    Returns:
+        The exit code: 0, 2 for a mistake of the user's (one message, no traceback), 130 after Ctrl-C.
+    """
+    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if name == "--version":
+        print(f"qftlab {__version__}")
+        return 0
+    if name not in COMMANDS:
+        return complain(f"{name!r} is no command; there are {', '.join(COMMANDS)}: {PROGRAM} --help")
+    is_verbose = "--verbose" in rest
+    logging.basicConfig(level=logging.DEBUG if is_verbose else logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in () if is_verbose else ("httpx", "matplotlib", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        COMMANDS[name].run(parse(name, [a for a in rest if a != "--verbose"]))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        print("", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # What reads our output has had enough; Python would complain once more while closing it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ArithmeticError) as error:
+        log.debug("traceback:", exc_info=True)
+        return complain(f"{name}: {error}")
+    return 0
+
+
+def complain(message: str) -> int:
+    """One message to standard error; returns the exit code."""
+    print(f"qftlab {message}" if ": " in message else message, file=sys.stderr)
+    return 2
+
+
+def overview() -> str:
+    """The help of the whole program."""
+    lines = [f"usage: {PROGRAM} COMMAND [--config FILE.yaml] [--OPTION VALUE ...]", ""]
+    for name, command in COMMANDS.items():
+        lines += [f"  {name:9} {command.summary}", f"            {PROGRAM} {command.example}", ""]
+    lines += [
+        f"Options of a command:        {PROGRAM} sft --help",
+        f"Its settings as YAML:        {PROGRAM} sft --data rows.jsonl --print_config > sft.yaml",
+        f"Run them, with one changed:  {PROGRAM} sft --config sft.yaml --train.lr 5e-4",
+        "A trained model stays in its run folder; runs/sft/latest is the last one.",
+        "--verbose logs more, and shows where an error came from.",
+    ]
+    return "\n".join(lines)
+
+
+def parse(name: str, arguments: Sequence[str]) -> object:
+    """The configuration of a command, from flags and YAML.
+
+    Raises:
+        ValueError: for an unknown option or an unfit value.
+        SystemExit: after `--help` and `--print_config`.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    command = COMMANDS[name]
+    module, _, kind = command.config.partition(":")
+    config_class = getattr(importlib.import_module(module), kind)
+    parser = ArgumentParser(
+        prog=f"{PROGRAM} {name}",
+        usage=f"{PROGRAM} {name} [--config FILE.yaml] [--OPTION VALUE ...]",
+        description=f"{command.summary[0].upper()}{command.summary[1:]}. Example: {PROGRAM} {command.example}",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="a YAML file with these options; flags after it change them")
+    parser.add_class_arguments(config_class)
+    describe(parser, config_class)
+    try:
+        return build(config_class, parser.parse_args(list(arguments)))
+    except ArgumentError as error:
+        message = " ".join(str(error).split())
+        raise ValueError(f"{message} ({PROGRAM} {name} --help lists the options)") from None
+
+
+def build(kind: type, values: object) -> object:
+    """A dataclass, with the dataclasses inside it, from parsed values."""
+    types = typing.get_type_hints(kind)
+    given = {}
+    for field in dataclasses.fields(kind):
+        value = getattr(values, field.name)
+        given[field.name] = build(types[field.name], value) if dataclasses.is_dataclass(types[field.name]) else value
+    return kind(**given)
+
+
+def describe(parser, kind: type) -> None:
+    """Gives every option the text that the dataclass's docstring has for it, and groups their plain titles."""
+    helps = option_helps(kind)
+    for action in parser._actions:
+        if action.dest in helps:
+            action.help = helps[action.dest].replace("%", "%%")
+    for group in parser._action_groups:
+        if "class '" in str(group.title):
+            group.title = "settings"
+            group.description = None
+
+
+def option_helps(kind: type, prefix: str = "") -> dict[str, str]:
+    """Option name ("train.lr") to its line in the "Args:" section of the dataclass it belongs to."""
+    text = (kind.__doc__ or "").partition("Args:\n")[2].partition("Raises:")[0]
+    helps = {prefix + k: " ".join(v.split()) for k, v in re.findall(r"^        (\w+): (.+(?:\n {10,}.+)*)", text, re.M)}
+    for name, inner in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(inner):
+            helps |= {prefix + name: "a YAML file with the settings below"} | option_helps(inner, f"{prefix}{name}.")
+    return helps
