@@ -40,6 +40,7 @@ from qftlab.core import plots
 from qftlab.core.losses import masked_cross_entropy
 from qftlab.data.bundled import bundled
 from qftlab.data.sources import load_rows
+from qftlab.evaluate.kept import evaluate_kept
 from qftlab.evaluate.skills import compare, evaluate_rows
 from qftlab.generate.engine import generate
 from qftlab.teach import stages, views
@@ -222,9 +223,11 @@ assert base_chat.instructions.accuracy < 0.05 and base_chat.format.accuracy < 0.
 assert after.instructions.accuracy > 0.75 and after.format.accuracy > 0.95
 
 # %%
-skills = [s for s in after.skills]
+columns = {"base, 3-shot": base_shots, "after SFT": after}
 ax = plots.accuracy_bars(
-    skills, [base_shots.skill(s).accuracy for s in skills], [after.skill(s).accuracy for s in skills],
+    after.skills,
+    {name: [result.skill(s).accuracy for s in after.skills] for name, result in columns.items()},
+    intervals={name: [result.skill(s).interval for s in after.skills] for name, result in columns.items()},
 )
 views.show_figure(ax, alt="Accuracy by skill: base model with three examples, and the model after fine-tuning")
 
@@ -240,14 +243,13 @@ views.show_figure(ax, alt="Accuracy by skill: base model with three examples, an
 
 # %%
 chats = [[{"role": "user", "content": q}] for q in QUESTIONS]
-answers = {
-    "base": [c.text for c in generate(base.model, base.tokenizer, chats, max_new_tokens=40)],
-    "after SFT": [c.text for c in generate(sft.model, sft.tokenizer, chats, max_new_tokens=110)],
-}
-views.side_by_side(QUESTIONS, answers)
+before = generate(base.model, base.tokenizer, chats, max_new_tokens=40)
+answers = generate(sft.model, sft.tokenizer, chats, max_new_tokens=110)
+table = {q: {"base": b.text, "after SFT": a.text} for q, b, a in zip(QUESTIONS, before, answers)}
+views.side_by_side(table)
 
 # %%
-assert "1896" in answers["after SFT"][0] and "5050" in answers["after SFT"][2]
+assert "1896" in answers[0].text and "5050" in answers[2].text
 
 # %% [markdown]
 # **Read it.** The year is right because pretraining stored it. The sum is right because the model *works it out*: it
@@ -306,10 +308,8 @@ assert modes.mode.accuracy > 0.95
 
 # %%
 old = [row for row in exact if row["skill"] in ("add", "subtract", "reverse", "sort")]
-kept = {}
 for name, s in [("base", base), ("after SFT", sft)]:
-    kept[name] = stages.plain_accuracy(s.model, s.tokenizer, old)
-print({name: f"{value:.0%}" for name, value in kept.items()})
+    print(f"{name:10} {evaluate_kept(s.model, s.tokenizer, old).accuracy:.0%} of {len(old)} plain calculations right")
 
 # %% [markdown]
 # **Read it.** If the second number is far below the first, the model has *forgotten*. How much depends on the learning

@@ -68,6 +68,13 @@ class Evaluation:
         return Rate("instructions", sum(marks), len(marks))
 
     @property
+    def in_format(self) -> Rate:
+        """Instruction accuracy as a chat counts it: the answer is right *and* the turn was ended as it should be."""
+        pairs = zip(self.instruction_marks(), self.scores, strict=True)
+        marks = [bool(mark and score.formatted) for mark, score in pairs if mark is not None]
+        return Rate("instructions, in format", sum(marks), len(marks))
+
+    @property
     def format(self) -> Rate:
         """Share of all rows whose format was kept."""
         return Rate("format", sum(s.formatted for s in self.scores), len(self.scores))

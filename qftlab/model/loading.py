@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from qftlab.core.files import resolve
 from qftlab.model.attention import NAME as PACKED
@@ -39,22 +42,36 @@ def load_model(
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise FileNotFoundError(f"{source} holds no config.json: is it the model's folder?")
     implementation = register_packed_attention() if attention == PACKED else attention
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        dtype=DTYPES[dtype],
-        attn_implementation=implementation,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    with _without_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=DTYPES[dtype],
+            attn_implementation=implementation,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
     return model.to(device).eval()
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
     """Writes weights (safetensors), config and tokenizer to `folder`, as transformers and vLLM load them."""
     folder = Path(folder)
-    model.save_pretrained(folder)
+    with _without_bars():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Silences transformers' progress bars, which go to stderr and into notebooks, and gives them back."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 @dataclass(frozen=True)

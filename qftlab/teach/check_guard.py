@@ -125,7 +125,8 @@ def mentioned(answer: Any, forbidden: Forbidden) -> str | None:
         for other in _references(thing):
             if name := forbidden.name(other):
                 return name
-            if getattr(unwrap(other), "__globals__", _NOTHING) in (home, thing.__globals__):
+            where = getattr(unwrap(other), "__globals__", _NOTHING)
+            if where is home or where is thing.__globals__:
                 queue.append(other)
     return None
 

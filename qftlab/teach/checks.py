@@ -225,7 +225,8 @@ def _failed(run: Run, trial: Trial, trials: list[Trial], seed: int) -> CheckResu
         lines.append(f"got:     {show(trial.got)}")
     lines.append(f"wanted:  {show(trial.wanted)}")
     if trial.problem:
-        lines.append(f"differs: {trial.problem}".replace("differs: got", "note:    got").replace("`", ""))
+        label = "differs:" if trial.kind == "wrong" else "note:   "
+        lines.append(f"{label} {trial.problem}".replace("`", ""))
     if suspect := _suspect(run, trial, trials):
         lines.append(f"suspect: {suspect}")
     if trial.printed.strip():

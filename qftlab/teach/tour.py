@@ -61,8 +61,8 @@ class Scores:
         return [
             Verdict("base: format kept in chat", self.base_chat.format.accuracy, 0.05, at_most=True),
             Verdict("SFT: format kept", self.sft.format.accuracy, 0.95),
-            Verdict("base: instructions right in chat", self.base_chat.instructions.accuracy, 0.05, at_most=True),
-            Verdict("SFT: instructions right", self.sft.instructions.accuracy, 0.75),
+            Verdict("base: instructions right, in format", self.base_chat.in_format.accuracy, 0.05, at_most=True),
+            Verdict("SFT: instructions right, in format", self.sft.in_format.accuracy, 0.75),
             Verdict("SFT: AGENT/EDIT choice right", self.bugs.mode.accuracy, 0.95),
         ]
 
@@ -70,7 +70,10 @@ class Scores:
         """The before/after table, rates in [0, 1]; nan where a column does not apply."""
         lines = {
             "format kept": (self.base_chat.format, None, self.sft.format),
-            "instructions right": (self.base_chat.instructions, self.base_shots.instructions, self.sft.instructions),
+            "instructions right, in format": (self.base_chat.in_format, None, self.sft.in_format),
+            "instructions right, leniently": (
+                self.base_chat.instructions, self.base_shots.instructions, self.sft.instructions
+            ),
             "AGENT/EDIT choice right": (self.base_bugs.mode, None, self.bugs.mode),
             "whole bug answer right": (self.base_bugs.fix, None, self.bugs.fix),
             "Countdown solved": (None, None, self.countdown.countdown),
@@ -164,7 +167,7 @@ def write_page(folder: Path, scores: Scores, said: pandas.DataFrame, sft: Stage)
     bars = before_after_picture(scores)
     sections = [
         Section("Before and after", "Rates on questions that were never trained on.", scores.table(),
-                (Picture(bars, "Accuracy by skill for the base in chat, the base with three examples, and after SFT"),)),
+                (Picture(bars, "Accuracy by skill: base in chat, base with three examples, after SFT"),)),
         Section("The three questions", table=said),
         Section("Training", "Mean surprise of the trained tokens, in nats.",
                 pictures=(Picture(loss, "Training loss over optimizer steps"),)),

@@ -1,0 +1,570 @@
+"""The step, the loop and SFT, against transformers, TRL and a plain torch loop.
+
+Tolerances: fp32 sums in another order differ by about 1e-7. Adam divides by the root of the second moment, so where a
+gradient is nearly 0 its steps may differ by a thousandth of lr: weights after several steps are compared to 1e-5.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    get_scheduler,
+)
+
+from qftlab.core.files import bundled
+from qftlab.data.batching import Example, pack, pad
+from qftlab.data.sources import load_rows
+from qftlab.model.attention import register_packed_attention
+from qftlab.model.loading import load_model, save_model
+from qftlab.text.tokenizer import load_tokenizer
+from qftlab.train import loop, runs, sft
+from qftlab.train.config import SFTConfig, TrainConfig
+from qftlab.train.loop import MicroBatch, NonFiniteLoss, learning_rate, make_optimizer, train
+from qftlab.train.step import Step, count_trained_tokens
+
+V = 64
+SHAPE = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2}  # fmt: skip
+FAMILIES = {"qwen2": (Qwen2Config, Qwen2ForCausalLM, True), "qwen3": (Qwen3Config, Qwen3ForCausalLM, False),
+            "llama": (LlamaConfig, LlamaForCausalLM, False)}  # fmt: skip
+
+
+def small_model(family: str = "qwen2", attention: str = "packed", seed: int = 0, **shape):
+    config, kind, tied = FAMILIES[family]
+    config = config(**{**SHAPE, "tie_word_embeddings": tied, "head_dim": 8, **shape})
+    config._attn_implementation = register_packed_attention() if attention == "packed" else attention
+    torch.manual_seed(seed)
+    return kind(config).eval()
+
+
+def random_examples(count: int = 8, seed: int = 0, low: int = 3, high: int = 20) -> list[Example]:
+    """Random documents whose last half is trained."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(low, high, (count,), generator=g).tolist()
+    return [
+        Example(torch.randint(0, V, (n,), generator=g).tolist(), [False] * (n // 2) + [True] * (n - n // 2))
+        for n in lengths
+    ]
+
+
+def gradients(step, batch, num_tokens) -> tuple[float, dict]:
+    step.zero_grad()
+    loss = step(**batch, num_tokens=num_tokens)
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in step.model.named_parameters() if p.grad is not None}
+
+
+def assert_close(a: dict, b: dict, atol: float) -> None:
+    assert a.keys() == b.keys() and a
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+
+def test_step_by_hand() -> None:
+    """With a head of zeros every token has probability 1/V: two trained tokens cost 2 ln V."""
+    model = small_model("qwen3")
+    torch.nn.init.zeros_(model.lm_head.weight)
+    batch = pack([Example([1, 2, 3, 4], [True, False, True, True])])
+    assert count_trained_tokens(batch) == 2
+    assert Step(model)(**batch, num_tokens=2).item() == pytest.approx(math.log(V), abs=1e-6)
+    assert Step(model)(**batch, num_tokens=8).item() == pytest.approx(2 * math.log(V) / 8, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_step_equals_transformers_loss_and_gradients(family: str, side: str) -> None:
+    model = small_model(family)
+    batch = pad(random_examples(), pad_id=0, side=side)
+    num_tokens = count_trained_tokens(batch)
+    loss, grads = gradients(Step(model), batch, num_tokens)
+    model.zero_grad()
+    theirs = model(**batch, num_items_in_batch=num_tokens).loss
+    theirs.backward()
+    assert loss == pytest.approx(theirs.item(), abs=1e-6)
+    assert_close(grads, {n: p.grad for n, p in model.named_parameters()}, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("attention", ["packed", "sdpa"])
+def test_packed_equals_padded_equals_one_by_one(family: str, attention: str) -> None:
+    step, examples = Step(small_model(family, attention)), random_examples()
+    num_tokens = sum(count_trained_tokens(pack([e])) for e in examples)
+    packed = gradients(step, pack(examples), num_tokens)
+    padded = gradients(step, pad(examples, pad_id=0), num_tokens)
+    assert packed[0] == pytest.approx(padded[0], abs=1e-6)
+    assert_close(packed[1], padded[1], atol=1e-6)
+    alone = sum(step(**pack([e]), num_tokens=num_tokens).item() for e in examples)
+    assert packed[0] == pytest.approx(alone, abs=1e-6)
+
+
+def test_step_under_lora_equals_transformers() -> None:
+    """With an adapter on the head as well, whose `.weight` alone would be the base weight."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model = get_peft_model(small_model("qwen3"), lora).eval()
+    batch = pad(random_examples(), pad_id=0)
+    num_tokens = count_trained_tokens(batch)
+    loss, grads = gradients(Step(model), batch, num_tokens)
+    assert grads and all("lora" in name for name in grads)
+    model.zero_grad()
+    theirs = model(**batch, num_items_in_batch=num_tokens).loss
+    theirs.backward()
+    assert loss == pytest.approx(theirs.item(), abs=1e-6)
+    assert_close(grads, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}, atol=1e-6)
+
+
+def test_step_computes_the_head_at_trained_positions_only() -> None:
+    model, seen = small_model(), []
+    model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.shape))
+    batch = pack(random_examples())
+    Step(model)(**batch, num_tokens=1)
+    assert seen == [(count_trained_tokens(batch), V)]
+
+
+def test_step_refuses_a_model_that_changes_its_logits() -> None:
+    model = small_model()
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="final_logit_softcapping must be unset, got 30"):
+        Step(model)
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def fit(examples, **changes):
+    model = small_model()
+    config = TrainConfig(**{"lr": 1e-3, "batch_size": 8, "max_steps": 4, "warmup_ratio": 0.25, **changes})
+    result = sft.fit_examples(model, examples, config)
+    return model, result
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_splitting_a_step_changes_nothing(packing: bool) -> None:
+    """Accumulation 1x8 = 2x4 = 8x1, in gradients, losses and weights, with rows of very different length."""
+    examples = random_examples(16, low=2, high=40)
+    runs = [fit(examples, micro_batch_size=size, packing=packing) for size in (8, 4, 1)]
+    for model, result in runs[1:]:
+        assert result.losses == pytest.approx(runs[0][1].losses, abs=1e-6)
+        assert_close(dict(model.named_parameters()), dict(runs[0][0].named_parameters()), atol=1e-6)
+    step = Step(small_model())
+    num_tokens = sum(count_trained_tokens(pack([e])) for e in examples[:8])
+    collected = []
+    for size in (8, 4, 1):
+        step.zero_grad()
+        for i in range(0, 8, size):
+            batch = pack(examples[i : i + size]) if packing else pad(examples[i : i + size], 0)
+            step(**batch, num_tokens=num_tokens).backward()
+        collected.append({n: p.grad.clone() for n, p in step.named_parameters()})
+    assert_close(collected[0], collected[1], atol=1e-6)
+    assert_close(collected[0], collected[2], atol=1e-6)
+
+
+def test_loop_equals_a_plain_torch_loop() -> None:
+    """transformers' loss, torch's AdamW and clipping, transformers' cosine schedule; three epochs of two steps."""
+    examples = random_examples(6)
+    config = TrainConfig(lr=1e-2, epochs=3, batch_size=4, warmup_ratio=0, weight_decay=0.1, max_grad_norm=0.5, seed=3)
+    ours = small_model()
+    result = sft.fit_examples(ours, examples, config)
+    model = small_model()
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.98))
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=6)
+    losses = []
+    for number in range(6):
+        order = sft.batches(6, batch_size=4, seed=3, epoch=number // 2)[number % 2]
+        loss = model(**pad([examples[i] for i in order], 0)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert result.losses == pytest.approx(losses, abs=1e-5)
+    assert_close(dict(ours.named_parameters()), dict(model.named_parameters()), atol=1e-5)
+
+
+def test_loop_equals_trl(tmp_path) -> None:
+    """TRL's SFT on the same labels: first loss to 1e-6, three steps of losses and weights to 1e-5."""
+    from datasets import Dataset
+    from trl import SFTConfig as TRLConfig
+    from trl import SFTTrainer
+
+    examples = random_examples(8)
+    ours, theirs = (small_model(attention="sdpa", vocab_size=1024) for _ in range(2))
+    config = TrainConfig(lr=1e-3, epochs=3, batch_size=8, micro_batch_size=4, warmup_ratio=0, schedule="constant",
+                         weight_decay=0.0, max_grad_norm=1.0)  # fmt: skip
+    result = sft.fit_examples(ours, examples, config)
+    settings = TRLConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, learning_rate=1e-3,
+        per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=3, logging_steps=1,
+        lr_scheduler_type="constant", weight_decay=0.0, adam_beta1=0.9, adam_beta2=0.98, max_grad_norm=1.0,
+        report_to=[], save_strategy="no", max_length=None, disable_tqdm=True,
+    )  # fmt: skip
+    data = Dataset.from_list([{"input_ids": e.input_ids, "labels": e.labels()} for e in examples])
+    trainer = SFTTrainer(theirs, args=settings, train_dataset=data, processing_class=load_tokenizer("tiny"))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 3
+    assert result.losses[0] == pytest.approx(losses[0], abs=1e-6)
+    assert result.losses == pytest.approx(losses, abs=1e-5)
+    assert_close(dict(ours.named_parameters()), dict(theirs.named_parameters()), atol=1e-5)
+
+
+def test_first_gradients_equal_trl(tmp_path) -> None:
+    from datasets import Dataset
+    from trl import SFTConfig as TRLConfig
+    from trl import SFTTrainer
+
+    examples, model = random_examples(8), small_model(attention="sdpa", vocab_size=1024)
+    _, grads = gradients(Step(model), pack(examples), sum(count_trained_tokens(pack([e])) for e in examples))
+    settings = TRLConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False,
+                         report_to=[], max_length=None, disable_tqdm=True)  # fmt: skip
+    data = Dataset.from_list([{"input_ids": e.input_ids, "labels": e.labels()} for e in examples])
+    trainer = SFTTrainer(model, args=settings, train_dataset=data, processing_class=load_tokenizer("tiny"))
+    model.zero_grad()
+    batch = trainer.data_collator(list(data))
+    trainer.compute_loss(model, batch).backward()
+    assert_close(grads, {n: p.grad for n, p in model.named_parameters()}, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_schedules_equal_transformers_after_the_warmup(schedule: str) -> None:
+    config = TrainConfig(lr=0.5, warmup_ratio=0.2, schedule=schedule)
+    ours = [learning_rate(config, step, 20) for step in range(20)]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    theirs, scheduler = [], get_scheduler(name, optimizer, num_warmup_steps=4, num_training_steps=20)
+    for _ in range(20):
+        theirs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert ours[:4] == pytest.approx([0.125, 0.25, 0.375, 0.5])
+    assert ours[4:] == pytest.approx(theirs[4:], abs=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decay_is_on_matrices_only(family: str) -> None:
+    model = small_model(family)
+    decayed, others = make_optimizer(Step(model), TrainConfig(weight_decay=0.1)).param_groups
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.1 and others["weight_decay"] == 0.0
+    assert all("proj" in names[id(p)] or "lm_head" in names[id(p)] for p in decayed["params"])
+    assert {id(p) for p in [*decayed["params"], *others["params"]]} == set(names)
+    for kind in ("embed", "norm"):
+        assert any(kind in names[id(p)] for p in others["params"])
+
+
+def test_nothing_trainable_is_an_error() -> None:
+    with pytest.raises(ValueError, match="must have a trainable parameter, got none"):
+        make_optimizer(Step(small_model().requires_grad_(False)), TrainConfig())
+
+
+def test_a_non_finite_loss_names_its_rows_and_leaves_the_weights(monkeypatch) -> None:
+    """Row 5 has a token whose embedding is nan."""
+    examples = [Example([i + 1, 2, 3, 4], [False, True, True, True]) for i in range(6)]
+    examples[5] = Example([V - 1, 2, 3, 4], [False, True, True, True])
+    model = small_model("qwen3")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[V - 1] = math.nan
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(NonFiniteLoss, match=r"loss must be finite, got nan at step 1 in rows 5: look at these rows"):
+        sft.fit_examples(model, examples, TrainConfig(batch_size=6, micro_batch_size=1))
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, before[name], equal_nan=True, rtol=0, atol=0)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_step_without_a_trained_token_is_refused() -> None:
+    empty = MicroBatch(pack([Example([1, 2, 3], [True, False, False])]), (7,))
+    step = Step(small_model())
+    with pytest.raises(ValueError, match="step 1 must have a trained token, got none in rows 7"):
+        loop.optimizer_step(step, make_optimizer(step, TrainConfig()), [empty], 1e-3, 1.0)
+
+
+def test_ctrl_c_returns_what_there_is() -> None:
+    def stop_at_3(record: dict) -> None:
+        if record["step"] == 3:
+            raise KeyboardInterrupt
+
+    result = sft.fit_examples(small_model(), random_examples(), TrainConfig(batch_size=1), on_log=stop_at_3)
+    assert result.interrupted and result.steps == 3 and len(result.losses) == 3
+
+
+def test_modes_and_random_state_are_given_back() -> None:
+    model = small_model()
+    model.model.layers[0].train()
+    modes = {name: m.training for name, m in model.named_modules()}
+    seen = []
+    model.model.layers[1].register_forward_hook(lambda m, a, o: seen.append(m.training))
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    sft.fit_examples(model, random_examples(), TrainConfig(max_steps=2), held_out=random_examples(seed=1))
+    assert torch.equal(torch.rand(3), expected)
+    assert {name: m.training for name, m in model.named_modules()} == modes
+    assert seen == [False, True, True, False]  # held out, two steps, held out
+
+
+def test_the_seed_decides_dropout() -> None:
+    def losses(seed: int) -> list[float]:
+        model = small_model(attention="sdpa", attention_dropout=0.5)
+        return sft.fit_examples(model, random_examples(), TrainConfig(max_steps=2, batch_size=8, seed=seed)).losses
+
+    assert losses(0) == losses(0)
+    assert losses(0)[0] != losses(1)[0]
+
+
+def test_metrics_of_every_step() -> None:
+    records: list[dict] = []
+    examples = random_examples(5)
+    config = TrainConfig(epochs=2, batch_size=2, eval_every=2, packing=False)
+    result = sft.fit_examples(small_model(), examples, config, held_out=examples, on_log=records.append)
+    steps = [r for r in records if "loss" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6] and [r["epoch"] for r in steps] == [0, 0, 0, 1, 1, 1]
+    assert result.losses == [r["loss"] for r in steps]
+    assert [step for step, _ in result.held_out] == [0, 2, 4, 6]
+    # Real tokens are counted, never padding: twice the documents.
+    assert result.tokens == steps[-1]["tokens"] == 2 * sum(len(e.input_ids) for e in examples)
+    assert result.trained_tokens == 2 * sum(count_trained_tokens(pack([e])) for e in examples)
+    assert steps[0].keys() == {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "seconds"}
+    assert steps[-1]["seconds"] >= steps[0]["seconds"] >= 0
+
+
+def test_held_out_loss_is_the_mean_over_its_tokens() -> None:
+    examples, model = random_examples(7), small_model()
+    measure = sft.held_out_loss(Step(model), examples, TrainConfig(batch_size=2))
+    assert measure() == pytest.approx(model(**pad(examples, 0)).loss.item(), abs=1e-6)
+
+
+def test_batches_are_a_function_of_seed_epoch_and_step() -> None:
+    config = TrainConfig(batch_size=3, micro_batch_size=2, seed=1)
+    source, again = (sft.ExampleSource(random_examples(8), config) for _ in range(2))
+    rows = {(e, s): [m.rows for m in source(e, s)] for e in range(2) for s in range(3)}
+    for e, s in [(1, 2), (0, 0), (1, 0), (0, 2), (0, 1), (1, 1)]:  # in any order
+        assert [m.rows for m in again(e, s)] == rows[e, s]
+    for epoch in range(2):
+        assert sorted(i for s in range(3) for part in rows[epoch, s] for i in part) == list(range(8))
+    assert rows[0, 0] != rows[1, 0]
+    assert [len(part) for part in rows[0, 0]] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0}, "lr must be positive and finite, got 0"),
+        ({"lr": math.nan}, "lr must be positive"),
+        ({"epochs": -1}, "epochs must be positive"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"max_steps": 0}, "max_steps must be at least 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size must be at least 1"),
+        ({"warmup_ratio": 1}, r"warmup_ratio must be in \[0, 1\), got 1"),
+        ({"schedule": "step"}, "schedule must be one of cosine, linear, constant, got 'step'"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm must be at least 0, got nan"),
+    ],
+)
+def test_configurations_are_checked(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes)
+
+
+def test_sft_config_is_checked() -> None:
+    with pytest.raises(ValueError, match="data must name at least one file"):
+        SFTConfig()
+    with pytest.raises(ValueError, match="train_on must be one of all, last, got 'first'"):
+        SFTConfig(data="x.jsonl", train_on="first")
+    assert SFTConfig(data="x.jsonl").data == ("x.jsonl",)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(*pairs: tuple[str, str]) -> list[dict]:
+    return [{"instruction": a, "input": "", "output": b} for a, b in pairs]
+
+
+def test_rows_that_cannot_be_trained_on_are_counted() -> None:
+    tokenizer = load_tokenizer("tiny")
+    rows = rows_of(("hi", "yes"), ("hi", ""), ("hi", "no " * 90), ("hi", "yes"))
+    rows.append({"messages": [{"role": "user", "content": "alone"}]})
+    examples, usage = sft.encode_rows(tokenizer, rows, max_length=64)
+    assert (usage.rows, usage.documents, len(examples)) == (5, 2, 2)
+    assert usage.without_trained_token == (2, 5) and usage.too_long == (3,)
+    assert "2 left out: nothing to train in them (row 2, 5)" in usage.summary()
+    assert "1 left out: longer than 64 tokens (row 3)" in usage.summary()
+    assert usage.tokens == sum(len(e.input_ids) for e in examples)
+    # The assistant's content and its <|im_end|>, nothing else.
+    kept = [t for t, is_trained in zip(examples[0].input_ids, examples[0].loss_mask, strict=True) if is_trained]
+    assert tokenizer.decode(kept) == "yes<|im_end|>"
+    with pytest.raises(ValueError, match="rows must hold something to train on, got 1 rows"):
+        sft.encode_rows(tokenizer, rows[1:2])
+
+
+def test_a_row_that_cannot_be_rendered_is_named() -> None:
+    bad = {"messages": [{"role": "assistant", "content": "first"}]}
+    with pytest.raises(ValueError, match="row 2: "):
+        sft.encode_rows(load_tokenizer("tiny"), [*rows_of(("a", "b")), bad])
+
+
+# --- from files to files ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def little(tmp_path):
+    """A folder with a random model of the tiny tokenizer, training rows and held-out rows."""
+    tokenizer = load_tokenizer("tiny")
+    model = small_model(vocab_size=1024, max_position_embeddings=128)
+    save_model(model, tokenizer, tmp_path / "start")
+    rows = load_rows(bundled("instructions", "train.jsonl"))
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows[:60])), encoding="utf-8")
+    (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, rows[60:80])), encoding="utf-8")
+    return tmp_path
+
+
+def little_config(folder, **changes) -> SFTConfig:
+    train = TrainConfig(lr=1e-2, max_steps=6, batch_size=16, eval_every=3)
+    settings = {"model": str(folder / "start"), "data": str(folder / "train.jsonl"), "output": str(folder / "runs"),
+                "held_out": str(folder / "held.jsonl"), "device": "cpu", "train": train}  # fmt: skip
+    return SFTConfig(**{**settings, **changes})
+
+
+def test_sft_from_files_to_a_run_folder(little) -> None:
+    folder = sft.sft(little_config(little))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["config"]["train"]["lr"] == 1e-2
+    assert config["data_sha256"][str(little / "train.jsonl")] == runs.sha256(little / "train.jsonl")
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [m["loss"] for m in metrics if "loss" in m]
+    held = [m["held_out_loss"] for m in metrics if "held_out_loss" in m]
+    assert len(losses) == 6 and losses[-1] < losses[0] and len(held) == 3 and held[-1] < held[0]
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    usage = json.loads((folder / "token_usage.json").read_text())
+    assert usage["rows"] == usage["documents"] == 60 and usage["tokens_seen"] > 0 and usage["too_long"] == []
+    latest = runs.resolve_model(little / "runs" / "latest")
+    model, tokenizer = load_model(latest), load_tokenizer(latest)
+    assert len(tokenizer) == 1002 and tokenizer.convert_tokens_to_ids("<|EDIT|>") == 1001
+    assert model.get_input_embeddings().weight.shape[0] == 1024
+    # What was saved is what was trained: its held-out loss is the last one measured.
+    examples, _ = sft.encode_rows(tokenizer, load_rows(little / "held.jsonl"))
+    assert sft.held_out_loss(Step(model), examples, TrainConfig())() == pytest.approx(held[-1], abs=1e-5)
+
+
+def test_an_interrupted_run_keeps_its_model(little, monkeypatch) -> None:
+    count = []
+
+    def log(self, record: dict) -> None:
+        count.append(record)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.RunFolder, "log", log)
+    folder = sft.sft(little_config(little))
+    assert (folder / "model" / "model.safetensors").exists() and (folder / "curves.png").exists()
+
+
+def test_two_runs_get_two_folders_and_latest_is_the_second(tmp_path) -> None:
+    first, second = (runs.RunFolder(tmp_path, {"lr": 1}) for _ in range(2))
+    first.finish()
+    second.finish()
+    assert first.path != second.path
+    assert (tmp_path / "latest").resolve() == second.path.resolve()
+
+
+def test_latest_is_a_text_file_where_links_are_refused(tmp_path, monkeypatch) -> None:
+    def refuse(*args, **kwargs) -> None:
+        raise OSError("links are not allowed here")
+
+    monkeypatch.setattr("pathlib.Path.symlink_to", refuse)
+    run = runs.RunFolder(tmp_path, {})
+    run.model_path.mkdir()
+    (run.model_path / "config.json").write_text("{}")
+    run.finish()
+    assert (tmp_path / "latest").read_text() == run.path.name
+    assert runs.resolve_model(tmp_path / "latest") == str(run.model_path)
+    assert runs.resolve_model(tmp_path / "latest" / "model") == str(run.model_path)
+
+
+def test_resolve_model_names_what_is_missing(tmp_path) -> None:
+    assert runs.resolve_model("tiny") == "tiny" and runs.resolve_model("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
+    with pytest.raises(FileNotFoundError, match="points nowhere"):
+        runs.resolve_model(tmp_path / "latest")
+    run = runs.RunFolder(tmp_path, {})
+    with pytest.raises(FileNotFoundError, match="is a run without a model"):
+        runs.resolve_model(run.path)
+
+
+def test_fit_rows_teaches_the_bundled_model() -> None:
+    """Thirty steps of the bundled model on one easy skill more than halve its loss."""
+    rows = [r for r in load_rows(bundled("instructions", "train.jsonl")) if r["skill"] == "reverse"][:200]
+    model, tokenizer = load_model("tiny"), load_tokenizer("tiny")
+    result = sft.fit_rows(model, tokenizer, rows, TrainConfig(lr=1e-3, batch_size=32, max_steps=20))
+    assert sum(result.losses[-3:]) / 3 < 0.5 * result.losses[0]
+
+
+@pytest.mark.parametrize("kind", ["json", "csv"])
+def test_the_real_tokenizer_on_alpaca(real_data, tmp_path, kind: str) -> None:
+    """151,936 rows, the real Qwen2.5 tokenizer, alpaca as JSON and as CSV: 20 steps of falling loss."""
+    import csv
+
+    source = real_data / "alpaca" / "alpaca_train_950.json"
+    if kind == "csv":
+        rows, source = load_rows(source), tmp_path / "alpaca.csv"
+        with source.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["instruction", "input", "output"])
+            writer.writeheader()
+            writer.writerows(rows)
+    tokenizer = load_tokenizer(real_data / "qwen2.5-0.5b")
+    model = small_model(vocab_size=151_936, max_position_embeddings=1024, initializer_range=0.02)
+    save_model(model, tokenizer, tmp_path / "start")
+    train_config = TrainConfig(lr=5e-3, max_steps=20, batch_size=4, micro_batch_size=2)
+    config = SFTConfig(model=str(tmp_path / "start"), data=str(source), output=str(tmp_path / "runs"), device="cpu",
+                       max_length=256, train=train_config)  # fmt: skip
+    folder = sft.sft(config)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert len(losses) == 20 and losses[0] == pytest.approx(math.log(151_936), abs=0.5)
+    assert sum(losses[-5:]) / 5 < losses[0] - 1
+    saved = load_tokenizer(folder / "model")
+    assert saved.convert_tokens_to_ids("<|AGENT|>") == 151_665
+    assert load_model(folder / "model").get_input_embeddings().weight.shape[0] == 151_936
+
+
+def test_the_loop_takes_any_step_and_count() -> None:
+    """What DPO and RLOO will need: a step of their own and a count of pairs, not of tokens."""
+
+    class Squares(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor([1.0]))
+
+        def forward(self, input_ids, num_tokens):
+            return (self.w * input_ids).square().sum() / num_tokens
+
+    class Ones:
+        steps_per_epoch = 2
+
+        def __call__(self, epoch: int, step: int) -> list[MicroBatch]:
+            return [MicroBatch({"input_ids": torch.ones(1, 3)}), MicroBatch({"input_ids": torch.ones(1, 1)})]
+
+    step = Squares()
+    config = TrainConfig(lr=0.1, epochs=1, warmup_ratio=0, schedule="constant", weight_decay=0)
+    result = train(step, Ones(), config, count=lambda batch: batch["input_ids"].numel())
+    # w² each step: 1, then (1 − 0.1)²; Adam's first step moves by exactly lr.
+    assert result.losses == pytest.approx([1.0, 0.81], abs=1e-6)
