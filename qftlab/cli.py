@@ -27,6 +27,7 @@ def run_sft(config) -> None:
     """Fine-tunes and says where the model is."""
     from qftlab.train.sft import sft
 
+    hide_loading_bars()
     folder = sft(config, progress=sys.stderr.isatty())
     print(f"model, metrics and curves: {folder}")
     print(f'try it: {PROGRAM} chat --model "{folder}"')
@@ -118,16 +119,21 @@ def run_evaluate(config) -> None:
 
 def load_named(name: str, dtype: str, device: str) -> tuple:
     """Model and tokenizer by the name a user gives."""
-    from transformers.utils import logging as transformers_logging
-
     from qftlab.model.loading import load_model
     from qftlab.text.tokenizer import load_tokenizer
     from qftlab.train.runs import resolve_model
     from qftlab.train.sft import best_device
 
-    transformers_logging.disable_progress_bar()
+    hide_loading_bars()
     folder = resolve_model(name)
     return load_model(folder, dtype=dtype, device=best_device(device)), load_tokenizer(folder)
+
+
+def hide_loading_bars() -> None:
+    """Turns off transformers' bars, which are longer than the loading of a small model takes."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def load_for(config) -> tuple:
@@ -143,6 +149,7 @@ def run_tour(config) -> None:
     """Runs the tour."""
     from qftlab.teach.tour import main as tour
 
+    hide_loading_bars()
     tour(config)
 
 
@@ -202,7 +209,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         return complain(f"{name!r} is no command; there are {', '.join(COMMANDS)}: {PROGRAM} --help")
     is_verbose = "--verbose" in rest
-    logging.basicConfig(level=logging.DEBUG if is_verbose else logging.INFO, format="%(message)s", stream=sys.stderr)
+    # The tour says itself what the log would say.
+    level = logging.DEBUG if is_verbose else logging.WARNING if name == "tour" else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for noisy in () if is_verbose else ("httpx", "matplotlib", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:

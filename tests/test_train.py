@@ -533,7 +533,7 @@ def test_the_real_tokenizer_on_alpaca(real_data, tmp_path, kind: str) -> None:
     tokenizer = load_tokenizer(real_data / "qwen2.5-0.5b")
     model = small_model(vocab_size=151_936, max_position_embeddings=1024, initializer_range=0.02)
     save_model(model, tokenizer, tmp_path / "start")
-    train_config = TrainConfig(lr=5e-3, max_steps=20, batch_size=4, micro_batch_size=2)
+    train_config = TrainConfig(lr=5e-3, max_steps=20, batch_size=2, micro_batch_size=1)
     config = SFTConfig(model=str(tmp_path / "start"), data=str(source), output=str(tmp_path / "runs"), device="cpu",
                        max_length=256, train=train_config)  # fmt: skip
     folder = sft.sft(config)

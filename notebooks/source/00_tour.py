@@ -87,12 +87,12 @@ for start in ["47 + 38 =", "reverse 4 17 9 :", "The capital of France is", "Shan
 
 # %%
 question = [{"role": "user", "content": "What is 47 + 38?"}]
-print(generate(base.model, base.tokenizer, [question], max_new_tokens=40)[0].text)
+print(generate(base.model, base.tokenizer, [question], max_new_tokens=40, stop_token_ids=[])[0].text)
 
 # %% [markdown]
-# It continues, because that is all it has learned. The skill is there, the *behaviour* is not: it has never seen the
-# markers of a chat, does not know that a question wants an answer, and does not know when to stop. That is what
-# fine-tuning is for. First, though, it needs two new words.
+# It *continues*, because that is all it has learned: more text, more questions, answers to questions nobody asked. Now
+# and then the right number is among them. The skill is there, the behaviour is not: it has never seen the markers of a
+# chat and does not know whose turn it is. That is what fine-tuning is for. First, though, it needs two new words.
 
 # %% [markdown]
 # ## 2 · Two new tokens
@@ -196,8 +196,9 @@ assert sum(sft.losses[-10:]) / 10 < 0.25 * sft.losses[0]
 # ## 5 · Did it help?
 #
 # **Idea.** One good answer proves nothing. We ask both models the same held-out questions, none of which occurs in the
-# training data, and count. The base model is asked twice: in the chat format, where it is lost, and, to be fair to it,
-# as plain text with three solved examples in front (*3-shot*), where anything that looks right counts.
+# training data, and count. In a chat an answer counts if it is right *and* the turn is ended, so that a program can use
+# it. To be fair to the base model it is asked once more, as plain text with three solved examples in front (*3-shot*),
+# and there whatever looks right counts.
 
 # %%
 held_out = load_rows(bundled("instructions", "heldout.jsonl"))
@@ -207,20 +208,22 @@ base_shots = evaluate_rows(base.model, base.tokenizer, exact, few_shot=3)
 after = evaluate_rows(sft.model, sft.tokenizer, exact)
 
 # %%
-for name, result in [("base, chat", base_chat), ("base, 3-shot", base_shots), ("after SFT", after)]:
-    low, high = result.instructions.interval
-    print(f"{name:13} {result.instructions.accuracy:.0%} right, 95 % interval {low:.0%} to {high:.0%}")
+rates = {"base, chat": base_chat.in_format, "base, chat, leniently": base_chat.instructions,
+         "base, 3-shot, leniently": base_shots.instructions, "after SFT, chat": after.in_format}
+for name, rate in rates.items():
+    low, high = rate.interval
+    print(f"{name:24} {rate.accuracy:4.0%} right, 95 % interval {low:.0%} to {high:.0%}")
 
 # %% [markdown]
-# **Read it.** The middle line is the honest one. A good part of what fine-tuning "taught" was in the base model
-# already and could be had with examples in the prompt. What fine-tuning added is that you get it by *asking*. The
-# intervals are Wilson's: with a few hundred questions, two models a few points apart are not known to differ.
+# **Read it.** The third line is the honest one. Most of what fine-tuning "taught" was in the base model already, and
+# could be had with examples in the prompt. What fine-tuning added is that you get it by *asking*. The intervals are
+# Wilson's: with a few hundred questions, two models a few points apart are not known to differ.
 
 # %%
 verdict = compare(base_chat, after)
 print(f"{verdict.gained} questions gained, {verdict.lost} lost; p < 0.001: {verdict.p_value < 0.001}")
-assert base_chat.instructions.accuracy < 0.05 and base_chat.format.accuracy < 0.05
-assert after.instructions.accuracy > 0.75 and after.format.accuracy > 0.95
+assert base_chat.in_format.accuracy < 0.05 and base_chat.format.accuracy < 0.05
+assert after.in_format.accuracy > 0.75 and after.format.accuracy > 0.95
 
 # %%
 columns = {"base, 3-shot": base_shots, "after SFT": after}

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from torch import Tensor
-from torch.nn import functional as F
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -25,8 +23,11 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from qftlab.data.batching import Example, pack
 from qftlab.data.corpus import END, Document, documents, tokenizer_text
 from qftlab.model.attention import register_packed_attention
+from qftlab.train.loop import MicroBatch, optimizer_step
+from qftlab.train.step import Step
 
 log = logging.getLogger(__name__)
 
@@ -136,34 +137,13 @@ def new_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
     return model
 
 
-def packed_batch(tokenizer: PreTrainedTokenizerBase, docs: list[Document]) -> dict[str, Tensor]:
-    """Documents → one packed row; a token is trained if it lies in a trained span."""
-    encoded = tokenizer._tokenizer.encode_batch([d.text for d in docs])
-    ids, labels, lengths = [], [], []
-    for doc, e in zip(docs, encoded, strict=True):
-        inside = [any(a <= s and t <= b for a, b in doc.trained) for s, t in e.offsets]
-        ids += e.ids
-        labels += [i if keep and k else -100 for k, (i, keep) in enumerate(zip(e.ids, inside, strict=True))]
-        lengths.append(len(e.ids))
-    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-    return {
-        "input_ids": torch.tensor([ids]),
-        "labels": torch.tensor([labels]),
-        "position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0),
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
-    }
-
-
-def packed_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Mean NLL (nats) of the trained tokens, the head computed at their positions only."""
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    hidden = model.model(**inputs, use_cache=False).last_hidden_state[0, :-1]
-    targets = batch["labels"][0, 1:]
-    keep = targets >= 0
-    return F.cross_entropy(model.lm_head(hidden[keep]).float(), targets[keep])
+def encode_documents(tokenizer: PreTrainedTokenizerBase, docs: list[Document]) -> list[Example]:
+    """Documents → examples; a token is trained if it lies in a trained span."""
+    encoded = tokenizer.backend_tokenizer.encode_batch([d.text for d in docs])
+    return [
+        Example(e.ids, [any(a <= s and t <= b for a, b in doc.trained) for s, t in e.offsets])
+        for doc, e in zip(docs, encoded, strict=True)
+    ]
 
 
 def learning_rate(config: PretrainConfig, step: int) -> float:
@@ -195,33 +175,23 @@ def pretrain(config: PretrainConfig) -> Path:
         optimizer.load_state_dict(state["optimizer"])
         start, tokens, curve = state["step"], state["tokens"], state["curve"]
         log.info("resumed at step %d", start)
-    clock, recent = time.process_time(), []
-    for step in range(start, config.steps):
-        batch = packed_batch(tokenizer, documents(config.seed, step, config.documents_per_step))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        loss = packed_loss(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        recent.append(loss.detach())
-        tokens += batch["input_ids"].numel()
-        if (step + 1) % 50 == 0:
-            curve.append([step + 1, tokens, round(torch.stack(recent).mean().item(), 4)])
-            log.info(
-                "step %d loss %.4f tokens %d cpu %.0fs",
-                *curve[-1][:1],
-                curve[-1][2],
-                tokens,
-                time.process_time() - clock,
-            )
+    step, clock, recent = Step(model), time.process_time(), []
+    for number in range(start, config.steps):
+        examples = encode_documents(tokenizer, documents(config.seed, number, config.documents_per_step))
+        lr = learning_rate(config, number)
+        report = optimizer_step(step, optimizer, [MicroBatch(pack(examples))], lr, 1.0, number=number + 1)
+        recent.append(report.loss)
+        tokens += report.tokens
+        if (number + 1) % 50 == 0:
+            curve.append([number + 1, tokens, round(sum(recent) / len(recent), 4)])
+            log.info("step %d: loss %.4f, %d tokens, %.0f s", *curve[-1][::2], tokens, time.process_time() - clock)
             recent = []
-        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+        if (number + 1) % config.save_every == 0 or number + 1 == config.steps:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": number + 1}
             torch.save({**state, "tokens": tokens, "curve": curve}, checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
     _finish(folder, config, model, tokenizer, tokens, curve)
+    checkpoint.unlink(missing_ok=True)
     return folder
 
 

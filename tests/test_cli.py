@@ -1,0 +1,188 @@
+"""The command line: help at once, the same dataclasses from flags and YAML, one message for a user's mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qftlab import cli
+from qftlab.core.files import bundled
+from qftlab.core.sampling import SamplingParams
+from qftlab.data.sources import load_rows
+from qftlab.generate.config import SamplingConfig
+from qftlab.train.config import SFTConfig, TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(arguments)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_help_shows_every_command_with_an_example(capsys) -> None:
+    code, out, _ = run(capsys, "--help")
+    assert code == 0 and run(capsys)[1] == out
+    for name, command in cli.COMMANDS.items():
+        assert f"  {name}" in out and f"python -m qftlab {command.example}" in out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_option_is_explained(capsys, name: str) -> None:
+    code, out, _ = run(capsys, name, "--help")
+    assert code == 0 and "Example: python -m qftlab" in " ".join(out.split())
+    module, _, kind = cli.COMMANDS[name].config.partition(":")
+    config_class = getattr(sys.modules[module], kind)
+    helps = cli.option_helps(config_class)
+    if name != "pretrain":  # its shape options explain themselves
+        assert {f.name for f in dataclasses.fields(config_class)} <= set(helps)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["sft", "--help"], ["generate", "--help"], ["evaluate", "--help"]])
+def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
+    code = f"import sys; from qftlab.cli import main; main({arguments}); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_examples_are_valid() -> None:
+    for name, command in cli.COMMANDS.items():
+        import shlex
+
+        assert shlex.split(command.example)[0] == name
+        cli.parse(name, shlex.split(command.example)[1:])
+
+
+def test_flags_and_yaml_build_the_same_dataclass(tmp_path, capsys) -> None:
+    wanted = SFTConfig(data=("a.jsonl", "b.csv"), max_length=99, train=TrainConfig(lr=5e-4, packing=False))
+    flags = ["--data", "[a.jsonl, b.csv]", "--max_length", "99", "--train.lr", "5e-4", "--train.packing", "false"]
+    assert cli.parse("sft", flags) == wanted
+    _, out, _ = run(capsys, "sft", *flags, "--print_config")
+    assert yaml.safe_load(out)["train"]["lr"] == 5e-4
+    file = tmp_path / "sft.yaml"
+    file.write_text(out)
+    assert cli.parse("sft", ["--config", str(file)]) == wanted
+    changed = dataclasses.replace(wanted, train=dataclasses.replace(wanted.train, seed=7))
+    assert cli.parse("sft", ["--config", str(file), "--train.seed", "7"]) == changed
+    assert cli.parse("sft", ["--data", "a.jsonl"]).data == ("a.jsonl",)
+
+
+def test_sampling_options_are_those_of_the_library() -> None:
+    names = [field.name for field in dataclasses.fields(SamplingParams)]
+    assert [field.name for field in dataclasses.fields(SamplingConfig)] == names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bogus"], "'bogus' is no command; there are tour, sft"),
+        (["sft"], "data must name at least one file of rows"),
+        (["sft", "--data", "none.jsonl"], "none.jsonl does not exist"),
+        (["sft", "--data", "a", "--train.lr", "abc"], 'Parser key "train.lr"'),
+        (["sft", "--data", "a", "--train.lr", "-1"], "lr must be positive and finite, got -1.0"),
+        (["sft", "--data", "a", "--bogus", "1"], "unrecognized arguments: --bogus 1"),
+        (["sft", "--config", "none.yaml"], "none.yaml"),
+        (["generate", "--prompt", "hi", "--model", "/none"], "/none is no folder"),
+        (["generate", "--prompt", "hi", "--sampling.top_p", "2"], "top_p must be in (0, 1], got 2.0"),
+        (["generate", "--prompt", "hi", "--max_new_tokens", "100000"], "must fit the context of 512 tokens"),
+        (["evaluate", "--data", "none.jsonl"], "none.jsonl does not exist"),
+        (["evaluate", "--output", "page.pdf"], "output must end in .html or .md"),
+        (["tour", "--preset", "huge"], "preset must be one of tiny"),
+    ],
+)
+def test_a_mistake_gives_one_message_and_code_2(capsys, arguments: list[str], message: str) -> None:
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and message in err and "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_bad_row_is_named(capsys, tmp_path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a"\n')
+    code, _, err = run(capsys, "sft", "--data", str(file))
+    assert code == 2 and "rows.jsonl, line 2" in err and "Traceback" not in err
+
+
+def test_verbose_shows_where_an_error_came_from(caplog, capsys) -> None:
+    with caplog.at_level("DEBUG"):
+        assert cli.main(["sft", "--data", "none.jsonl", "--verbose"]) == 2
+    assert any(record.exc_info for record in caplog.records)
+
+
+def test_generate_answers_lines_of_standard_input(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("47 + 38 =\n\nreverse 1 2 3 :\n"))
+    code, out, _ = run(capsys, "generate", "--raw", "true", "--max_new_tokens", "4", "--format", "jsonl",
+                       "--num_generations", "2", "--sampling.temperature", "1")  # fmt: skip
+    records = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [r["prompt"] for r in records] == ["47 + 38 ="] * 2 + ["reverse 1 2 3 :"] * 2
+    assert all(r["finish_reason"] in ("stop", "length") for r in records)
+
+
+def test_generate_without_a_prompt_says_so(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    code, _, err = run(capsys, "generate")
+    assert code == 2 and "prompt must be given, got none" in err
+
+
+def test_chat_keeps_its_history(capsys, monkeypatch) -> None:
+    """Each turn is asked with all turns before it; /new forgets them, /quit ends."""
+    seen = []
+
+    def fake(model, tokenizer, prompts, **options):
+        seen.append([m["content"] for m in prompts[0]])
+        return [type("Answer", (), {"text": f"answer {len(seen)}"})()]
+
+    monkeypatch.setattr("qftlab.generate.engine.generate", fake)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\n two \n/new\nthree\n/quit\nfour\n"))
+    code, out, _ = run(capsys, "chat", "--system", "Be brief.", "--max_new_tokens", "8")
+    assert code == 0 and out.splitlines() == ["answer 1", "answer 2", "answer 3"]
+    assert seen == [["Be brief.", "one"], ["Be brief.", "one", "answer 1", "two"], ["Be brief.", "three"]]
+
+
+def test_chat_forgets_the_oldest_turn_when_it_must() -> None:
+    from qftlab.model.loading import load_model
+    from qftlab.text.tokenizer import load_tokenizer
+
+    roles = ["system", *["user", "assistant"] * 10, "user"]
+    messages = [{"role": role, "content": f"{i} " + "word " * 40} for i, role in enumerate(roles)]
+    kept = cli.fit_context(load_model("tiny"), load_tokenizer("tiny"), messages, 1, 32)
+    assert kept[0] == messages[0] and kept[-1] == messages[-1] and 2 < len(kept) < len(messages)
+    assert [m["role"] for m in kept[1:3]] == ["user", "assistant"] and kept[1:] == messages[-len(kept) + 1 :]
+
+
+def test_chat_through_a_pipe() -> None:
+    command = [sys.executable, "-m", "qftlab", "chat", "--max_new_tokens", "4", "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, input="hello\nagain\n", capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    assert "Traceback" not in done.stderr and "Loading weights" not in done.stderr
+
+
+def test_evaluate_prints_a_table_and_writes_a_page(capsys, tmp_path) -> None:
+    rows = [r for r in load_rows(bundled("instructions", "heldout.jsonl")) if r["skill"] == "reverse"][:3]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    page = tmp_path / "page.md"
+    code, out, _ = run(capsys, "evaluate", "--data", str(file), "--max_new_tokens", "4", "--output", str(page))
+    assert code == 0 and "reverse" in out and "accuracy" in out and str(page) in out
+    assert "reverse" in page.read_text(encoding="utf-8")
+    assert run(capsys, "evaluate", "--data", str(file), "--limit", "1", "--max_new_tokens", "4")[0] == 0
+
+
+def test_sft_and_then_generate_from_latest(capsys, tmp_path) -> None:
+    rows = load_rows(bundled("instructions", "train.jsonl"))[:32]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    code, out, _ = run(capsys, "sft", "--data", str(file), "--output", str(tmp_path / "runs"), "--train.max_steps", "2",
+                       "--train.batch_size", "8", "--device", "cpu")  # fmt: skip
+    assert code == 0 and "model, metrics and curves:" in out
+    code, out, _ = run(capsys, "generate", "--prompt", "What is 1 + 1?", "--max_new_tokens", "4",
+                       "--model", str(tmp_path / "runs" / "latest"))  # fmt: skip
+    assert code == 0 and out.strip()

@@ -1,0 +1,170 @@
+"""Stages: trained once, loaded afterwards, rebuilt when anything that decides them has changed or a byte is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from qftlab.model.loading import load_model
+from qftlab.teach import stages
+from qftlab.text.tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """The recipe of SFT with three steps; returns the list of stages that were built."""
+    built, recipe = [], stages.recipe
+
+    def short_recipe(name: str, preset: str = "tiny") -> stages.Recipe:
+        wanted = recipe(name, preset)
+        train = wanted.train and dataclasses.replace(wanted.train, max_steps=3, batch_size=8)
+        return dataclasses.replace(wanted, train=train)
+
+    def counted(name: str):
+        build = stages.BUILDERS[name]
+        return lambda wanted, say: (built.append(name), build(wanted, say))[1]
+
+    monkeypatch.setattr(stages, "recipe", short_recipe)
+    monkeypatch.setattr(stages, "BUILDERS", {name: counted(name) for name in stages.BUILDERS})
+    return built
+
+
+def leftovers(root: Path) -> list[str]:
+    return [p.name for p in root.iterdir() if p.name.startswith(".")]
+
+
+def test_base_is_the_bundled_model(tmp_path) -> None:
+    base = stages.stage("base", root=tmp_path)
+    assert base.losses == [] and len(base.tokenizer) == 1000 and not base.model.training
+    assert not list(tmp_path.iterdir())
+
+
+def test_extended_has_two_mean_rows_and_nothing_else_new(tmp_path) -> None:
+    base, extended = stages.stage("base", root=tmp_path), stages.stage("extended", root=tmp_path)
+    before, after = (s.model.get_input_embeddings().weight for s in (base, extended))
+    assert len(extended.tokenizer) == len(base.tokenizer) + 2 and before.shape == after.shape
+    for text in ("<|AGENT|>", "<|EDIT|>"):
+        pieces = base.tokenizer(text, add_special_tokens=False).input_ids
+        row = after[extended.tokenizer.convert_tokens_to_ids(text)]
+        torch.testing.assert_close(row, before[pieces].mean(0), atol=1e-6, rtol=0)
+    assert torch.equal(after[: len(base.tokenizer)], before[: len(base.tokenizer)])
+
+
+def test_sft_is_trained_once_and_then_loaded(tmp_path, short) -> None:
+    said: list[str] = []
+    first = stages.stage("sft", root=tmp_path, say=said.append)
+    again = stages.stage("sft", root=tmp_path, say=said.append)
+    assert short == ["sft"]
+    assert said[0].startswith("training stage sft of tiny on ") and "loss" in said[1]
+    assert len(first.losses) == 3 and first.losses == again.losses and first.path == again.path
+    for name, weight in first.model.state_dict().items():
+        assert torch.equal(weight, again.model.state_dict()[name])
+    assert not first.model.training and leftovers(tmp_path) == []
+    # The folder is a model like any other.
+    assert torch.equal(load_model(first.path).lm_head.weight, first.model.lm_head.weight)
+    assert len(load_tokenizer(first.path)) == 1002
+
+
+@pytest.mark.parametrize("damage", ["no record", "no weights", "cut weights", "flipped byte", "bad record", "empty"])
+def test_a_damaged_stage_is_made_again(tmp_path, short, damage: str) -> None:
+    path = stages.stage("extended", root=tmp_path).path
+    weights = path / "model.safetensors"
+    if damage == "no record":
+        (path / stages.RECORD).unlink()
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "flipped byte":
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    elif damage == "bad record":
+        (path / stages.RECORD).write_text("[]")
+    else:
+        shutil.rmtree(path)
+        path.mkdir()
+    assert not stages.is_whole(path)
+    stages.stage("extended", root=tmp_path)
+    assert short == ["extended", "extended"] and stages.is_whole(path) and leftovers(tmp_path) == []
+
+
+def test_a_failed_or_interrupted_build_leaves_nothing(tmp_path, short, monkeypatch) -> None:
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "save_model", stop)
+        with pytest.raises(KeyboardInterrupt):
+            stages.stage("extended", root=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    # Ctrl-C inside the loop: `train` returns, but an unfinished stage is not kept.
+    with pytest.raises(KeyboardInterrupt):
+        stages.stage("sft", root=tmp_path, say=lambda line: stop() if "step" in line else None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_may_build_the_same_stage(tmp_path, monkeypatch) -> None:
+    """The other one finishes while we build: its stage stays, ours is dropped."""
+    build = stages.BUILDERS["extended"]
+    path = stages.stage("extended", root=tmp_path / "other").path
+    target = tmp_path / "root" / path.name
+
+    def late(wanted, say):
+        built = build(wanted, say)
+        shutil.copytree(path, target)
+        return built
+
+    monkeypatch.setitem(stages.BUILDERS, "extended", late)
+    stage = stages.stage("extended", root=tmp_path / "root")
+    assert stage.path == target and stages.is_whole(target) and leftovers(tmp_path / "root") == []
+
+
+def test_the_fingerprint_follows_recipe_code_and_data(tmp_path, monkeypatch) -> None:
+    wanted = stages.recipe("sft")
+    digest = stages.fingerprint("sft", wanted)
+    assert digest == stages.fingerprint("sft", stages.recipe("sft"))
+    changed = dataclasses.replace(wanted, train=dataclasses.replace(wanted.train, lr=0.5))
+    others = [stages.fingerprint("extended", stages.recipe("extended")), stages.fingerprint("sft", changed)]
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "CODE", (*stages.CODE, "core/rewards.py"))
+        others.append(stages.fingerprint("sft", wanted))
+    data = tmp_path / "data"
+    shutil.copytree(stages.bundled(), data)
+    monkeypatch.setattr(stages, "bundled", data.joinpath)
+    assert stages.fingerprint("sft", wanted) == digest
+    file = data / wanted.preset.data[0]
+    lines = file.read_text(encoding="utf-8")
+    file.write_bytes(lines.replace("\n", "\r\n").encode())
+    assert stages.fingerprint("sft", wanted) == digest, "a checkout with Windows line ends has the same stages"
+    file.write_text(lines + json.dumps({"instruction": "a", "input": "", "output": "b"}), encoding="utf-8")
+    others.append(stages.fingerprint("sft", wanted))
+    assert len({digest, *others}) == 5
+
+
+def test_every_file_of_code_is_there() -> None:
+    package = Path(stages.__file__).resolve().parent.parent
+    assert [part for part in stages.CODE if not (package / part).is_file()] == []
+
+
+def test_stages_are_kept_in_the_project(tmp_path, monkeypatch) -> None:
+    (tmp_path / "my" / "notebooks").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "my" / "notebooks")
+    assert stages.default_root() == tmp_path / "my" / "notebooks" / "runs" / "stages"
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "qftlab").mkdir()
+    assert stages.default_root() == tmp_path / "runs" / "stages"
+
+
+def test_unknown_names_are_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="stage must be one of base, extended, sft, got 'dpo'"):
+        stages.stage("dpo", root=tmp_path)
+    with pytest.raises(ValueError, match="preset must be one of tiny"):
+        stages.stage("sft", preset="small", root=tmp_path)
+    with pytest.raises(ValueError, match="preset qwen3-8b trains adapters"):
+        stages.stage("sft", preset="qwen3-8b", root=tmp_path)
