@@ -123,6 +123,26 @@ def test_settings_out_of_range_are_refused(name, value):
         SamplingParams(**{name: value})
 
 
+def test_uniform_equals_splitmix64_in_python_integers():
+    """53 bits, bit for bit, for negative and huge counters as well."""
+    whole = 2**64 - 1
+
+    def mix(x: int) -> int:
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & whole
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & whole
+        return x ^ (x >> 31)
+
+    def wanted(seed: int, row: int, step: int) -> float:
+        state = (seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & whole
+        state = mix(state ^ mix((row + 0x9E3779B97F4A7C15) & whole))
+        return (mix((state + (step + 1) * 0xD1342543DE82EF95) & whole) >> 11) * 2.0**-53
+
+    rows = [0, 1, 5, 2**40, -3]
+    for seed in (0, 1, -7, 2**70):
+        for step in (0, 3, 10**6):
+            assert uniform(seed, torch.tensor(rows), step).tolist() == [wanted(seed, row, step) for row in rows]
+
+
 def test_uniform_is_uniform_and_independent_of_the_batch():
     rows = torch.arange(20_000)
     u = uniform(3, rows, 5)

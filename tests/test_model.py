@@ -88,13 +88,18 @@ def test_new_rows_are_means_and_nothing_else_moves(tied):
     assert (layers[0].weight is layers[1].weight) == tied
 
 
-def test_rows_are_added_only_when_the_tokenizer_outgrows_them():
-    tokenizer, model = load_tokenizer("tiny"), random_model(vocab_size=1001)
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_are_added_only_when_the_tokenizer_outgrows_them(tied):
+    tokenizer, model = load_tokenizer("tiny"), random_model(vocab_size=1001, tie_word_embeddings=tied)
+    head = model.get_output_embeddings().weight.clone()
     report = extend_tokenizer(tokenizer)
     extend_model(model, tokenizer, report, init="description", descriptions={"<|AGENT|>": "find", "<|EDIT|>": "line"})
     rows = model.get_input_embeddings().weight
     assert rows.shape[0] == 1002 and model.config.vocab_size == 1002
     assert torch.allclose(rows[1000], rows[tokenizer("find").input_ids].mean(0), atol=1e-6)
+    new_head = model.get_output_embeddings().weight
+    assert new_head.shape[0] == 1002 and torch.equal(new_head[:1000], head[:1000]) and (new_head is rows) == tied
+    assert torch.allclose(new_head[1000], head[tokenizer("find").input_ids].mean(0), atol=1e-6)
     again = rows.clone()
     extend_model(model, tokenizer, extend_tokenizer(tokenizer))
     assert torch.equal(rows, again)
@@ -114,6 +119,9 @@ def test_bad_requests_name_the_way_out(tmp_path):
         extend_model(model, tokenizer, report, init="zeros")
     with pytest.raises(ValueError, match=r"missing <\|AGENT\|>, <\|EDIT\|>"):
         extend_model(model, tokenizer, report, init="description")
+    other = load_tokenizer("tiny")
+    with pytest.raises(ValueError, match=r"report must be of this tokenizer, but <\|x\|> is 1000 in it and None here"):
+        extend_model(model, load_tokenizer("tiny"), extend_tokenizer(other, ["<|x|>"]))
     with pytest.raises(FileNotFoundError, match="holds no config.json"):
         load_model(tmp_path)
     with pytest.raises(FileNotFoundError, match="is no folder"):
@@ -122,6 +130,27 @@ def test_bad_requests_name_the_way_out(tmp_path):
         load_model("tiny", dtype="fp8")
     with pytest.raises(ValueError, match="preset must be one of"):
         get_preset("huge")
+
+
+def test_folders_without_sound_safetensors_are_refused(tmp_path):
+    random_model().config.save_pretrained(tmp_path)
+    torch.save({"lm_head.weight": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="cannot be loaded: .* read from .safetensors only"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not a header at all")
+    with pytest.raises(FileNotFoundError, match="cannot be loaded: "):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_name_that_the_hub_does_not_give_is_reported_in_one_line(load, monkeypatch):
+    def hub(*args, **kwargs):
+        raise OSError("We couldn't connect to the hub.\nmore")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", hub)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", hub)
+    with pytest.raises(FileNotFoundError, match="hub did not give it: We couldn't connect to the hub; give"):
+        load("Qwen/Qwen9")
 
 
 def test_saved_models_load_in_plain_transformers(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -84,6 +86,35 @@ def test_ids_are_the_template_s_own(tokenizer):
     assert render_prompt(tokenizer, CHAT[:3]) == tokenizer(prompt).input_ids
 
 
+@pytest.mark.parametrize("name", REAL)
+def test_masks_equal_trl_s_but_for_newlines_and_the_inserted_think_block(real_data, name):
+    """TRL's training templates also train the newlines around an answer and the think block the template puts in.
+
+    Answers that begin with white space are left out: there TRL lets the tokenizer merge it with the header's newline,
+    and its prompt is then no prefix.
+    """
+    trl = pytest.importorskip("trl")
+    tokenizer, is_qwen3 = load_tokenizer(real_data / name), name.startswith("qwen3")
+    file = "qwen3_training.jinja" if is_qwen3 else "qwen2_5_training.jinja"
+    template = (Path(trl.__file__).parent / "chat_templates" / file).read_text(encoding="utf-8")
+    said = ["hi", "a <b> c", "你好 é", "def f():\n    return 1\n", "line\n", "x " * 9, "#", "1 + 1 = 2", ""]
+    rng, differing = random.Random(0), set()
+    for _ in range(100):
+        chat = [{"role": "system", "content": rng.choice(said)}]
+        for _ in range(1 if is_qwen3 else rng.randint(1, 3)):
+            chat += [{"role": role, "content": rng.choice(said)} for role in ("user", "assistant")]
+        theirs = tokenizer.apply_chat_template(
+            chat, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ours = render_chat(tokenizer, chat)[-1]
+        assert ours.input_ids == list(theirs["input_ids"])
+        for token, kept, their in zip(ours.input_ids, ours.loss_mask, theirs["assistant_masks"], strict=True):
+            if kept != bool(their):
+                differing.add((tokenizer.decode([token]), kept))
+    inserted = {("<think>", False), ("</think>", False), ("\n\n", False)} if is_qwen3 else set()
+    assert differing == {("\n", False)} | inserted
+
+
 @pytest.mark.parametrize("thinking", [None, True, False])
 def test_qwen3_thinking_block_of_the_template_is_not_trained(real_data, thinking):
     tokenizer = load_tokenizer(real_data / "qwen3-0.6b")
@@ -150,6 +181,19 @@ def test_chats_that_cannot_be_trained_are_refused():
         render_chat(tokenizer, CHAT[:1])
     with pytest.raises(ValueError, match='train_on must be "all" or "last"'):
         render_chat(tokenizer, CHAT, train_on="first")
+    for bad, message in (
+        ({"role": "sytem", "content": "x"}, "turn 1 must have a role among system, user, assistant, tool, got 'sytem'"),
+        ({"content": "x"}, "turn 1 must have a role among"),
+        ({"role": "user", "content": 5}, "turn 1 must have a text as content, got 5"),
+        ({"role": "user", "content": None}, "turn 1 must have a text as content, got None"),
+        ({"role": "user", "content": "\ud800"}, "turn 1 holds half a surrogate pair"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            render_chat(tokenizer, [bad, CHAT[1]])
+        with pytest.raises(ValueError, match=message):
+            render_prompt(tokenizer, [bad])
+    with pytest.raises(ValueError, match="at least one turn"):
+        render_prompt(tokenizer, [])
     tokenizer.chat_template = "{% for m in messages %}{{ loop.length }}{{ m['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match="token 0 is '1' in the prompt and '2' in the whole"):
         render_chat(tokenizer, CHAT[:2])

@@ -105,8 +105,8 @@ print(generate(base.model, base.tokenizer, [question], max_new_tokens=40, stop_t
 extended = stages.stage("extended", preset=PRESET)
 for text in ["<|AGENT|>", "<|EDIT|>"]:
     before = base.tokenizer.tokenize(text)
-    after = extended.tokenizer.tokenize(text)
-    print(f"{text}: {len(before)} pieces {before} → {len(after)} piece, id {extended.tokenizer.convert_tokens_to_ids(text)}")
+    token_id = extended.tokenizer.convert_tokens_to_ids(text)
+    print(f"{text}: {len(before)} pieces {before} → one token, id {token_id}")
 
 # %% [markdown]
 # **Formula.** A new token needs a row in the embedding matrix. A random row would be noise in a place where the model
@@ -248,7 +248,7 @@ views.show_figure(ax, alt="Accuracy by skill: base model with three examples, an
 chats = [[{"role": "user", "content": q}] for q in QUESTIONS]
 before = generate(base.model, base.tokenizer, chats, max_new_tokens=40)
 answers = generate(sft.model, sft.tokenizer, chats, max_new_tokens=110)
-table = {q: {"base": b.text, "after SFT": a.text} for q, b, a in zip(QUESTIONS, before, answers)}
+table = {q: {"base": b.text, "after SFT": a.text} for q, b, a in zip(QUESTIONS, before, answers, strict=True)}
 views.side_by_side(table)
 
 # %%

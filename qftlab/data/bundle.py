@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -85,3 +86,7 @@ def _write(path: Path, rows: Iterable[dict]) -> str:
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     path.write_bytes(data)
     return hashlib.sha256(data).hexdigest()
+
+
+if __name__ == "__main__":
+    write_bundle(sys.argv[1] if len(sys.argv) > 1 else "data")

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from qftlab.core.files import resolve
 from qftlab.model.attention import NAME as PACKED
 from qftlab.model.attention import register_packed_attention
+from qftlab.text.tokenizer import not_loadable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 ATTENTIONS = (PACKED, "sdpa", "eager")
@@ -32,7 +34,8 @@ def load_model(
 
     Raises:
         ValueError: for an unknown dtype or attention.
-        FileNotFoundError: if a folder is meant and is not there, or holds no config.json.
+        FileNotFoundError: if the folder is not there or lacks config.json or whole safetensors weights, or the hub
+            does not give the name.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -42,14 +45,17 @@ def load_model(
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise FileNotFoundError(f"{source} holds no config.json: is it the model's folder?")
     implementation = register_packed_attention() if attention == PACKED else attention
-    with _without_bars():
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=DTYPES[dtype],
-            attn_implementation=implementation,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+    try:
+        with _without_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=DTYPES[dtype],
+                attn_implementation=implementation,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+    except (OSError, SafetensorError) as error:
+        raise not_loadable(source, error) from error
     return model.to(device).eval()
 
 

@@ -32,7 +32,7 @@ def extend_model(
         descriptions: token → a few words, for `init="description"`.
 
     Raises:
-        ValueError: for another `init`, a new token without a description, or an id that has no row.
+        ValueError: for another `init`, a new token without a description, or the report of another tokenizer.
 
     Source: Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models".
     """
@@ -41,6 +41,12 @@ def extend_model(
     lacking = [t.text for t in report.new if init == "description" and not (descriptions or {}).get(t.text)]
     if lacking:
         raise ValueError(f"descriptions must have an entry for each new token, missing {', '.join(lacking)}")
+    for token in report.tokens:
+        if (found := tokenizer.convert_tokens_to_ids(token.text)) != token.id:
+            raise ValueError(
+                f"report must be of this tokenizer, but {token.text} is {token.id} in it and {found} here: "
+                "pass what extend_tokenizer(tokenizer) returned"
+            )
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 # Tokens an assistant may say although they are control tokens.
 ASSISTANT_TOKENS = ("<|AGENT|>", "<|EDIT|>", "<think>", "</think>", "<tool_call>", "</tool_call>")
+ROLES = ("system", "user", "assistant", "tool")
 EMPTY_THINKING = "<think>\n\n</think>\n\n"
 
 
@@ -74,7 +75,7 @@ def render_prompt(
         allowed: control tokens the assistant may say, `ASSISTANT_TOKENS` by default.
 
     Raises:
-        ValueError: if the tokenizer has no chat template or there is no message.
+        ValueError: if the tokenizer has no chat template, there is no message, or one lacks a known role or a text.
     """
     return _Renderer(tokenizer, messages, thinking, allowed).prompt()
 
@@ -104,18 +105,18 @@ def render_chat(
         trained, one for each assistant turn, rendered as the last, so that each is seen as it will be at inference.
 
     Raises:
-        ValueError: for an unknown `train_on`, no assistant turn, or a template whose prompt is not a prefix of the
-            whole (the message shows the first differing token).
+        ValueError: for an unknown `train_on`, a message without role or text, no assistant turn, or a template whose
+            prompt is not a prefix of the whole (the message shows the first differing token).
     """
     if train_on not in ("all", "last"):
         raise ValueError(f'train_on must be "all" or "last", got {train_on!r}')
+    renderer = _Renderer(tokenizer, messages, thinking, allowed)
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not turns or turns[0] == 0:
         raise ValueError(
             "messages must hold an assistant turn after a user turn, got roles "
             f"{[m['role'] for m in messages]}: there is nothing to train"
         )
-    renderer = _Renderer(tokenizer, messages, thinking, allowed)
     if train_on == "last":
         return [renderer.whole(turns[-1], [renderer.span(turns[-1])])]
     spans = [renderer.span(i) for i in turns]
@@ -125,12 +126,27 @@ def render_chat(
     return [renderer.whole(i, [span]) for i, span in zip(turns, spans, strict=True)]
 
 
+def _check(messages: Sequence[Message]) -> None:
+    """Refuses what templates drop in silence (an unknown role) or fail on with an error of their own."""
+    if not messages:
+        raise ValueError("messages must hold at least one turn, got none")
+    for number, message in enumerate(messages, start=1):
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise ValueError(f"turn {number} must have a role among {', '.join(ROLES)}, got {role!r}")
+        if content is None and message.get("tool_calls"):
+            continue
+        if not isinstance(content, str):
+            raise ValueError(f"turn {number} must have a text as content, got {content!r:.60}")
+        if not content.isascii() and any("\ud800" <= c <= "\udfff" for c in content):
+            raise ValueError(f"turn {number} holds half a surrogate pair, which is no character: remove it")
+
+
 class _Renderer:
     """One conversation: its template text with typed control tokens hidden, and the way from there to ids."""
 
     def __init__(self, tokenizer, messages, thinking, allowed) -> None:
-        if not messages:
-            raise ValueError("messages must hold at least one turn, got none")
+        _check(messages)
         if not tokenizer.chat_template:
             name = tokenizer.name_or_path or "the tokenizer"
             raise ValueError(f"{name} has no chat template: set tokenizer.chat_template")
@@ -142,6 +158,7 @@ class _Renderer:
         free = (chr(c) for c in range(0xF0000, 0xFFFFD) if chr(c) not in used)
         self.hidden = dict(zip(self.control, free, strict=False))
         self.messages = [self._hide(m) for m in messages]
+        self.texts: dict[tuple[int, bool], str] = {}
 
     def _hide(self, message: Message) -> Message:
         """Puts one private character in the place of each control token that was typed, not meant."""
@@ -156,9 +173,11 @@ class _Renderer:
 
     def text(self, turns: int, *, prompt: bool = False) -> str:
         """The template's text of the first turns."""
-        return self.tokenizer.apply_chat_template(
-            self.messages[:turns], tokenize=False, add_generation_prompt=prompt, **self.options
-        )
+        if (turns, prompt) not in self.texts:
+            self.texts[turns, prompt] = self.tokenizer.apply_chat_template(
+                self.messages[:turns], tokenize=False, add_generation_prompt=prompt, **self.options
+            )
+        return self.texts[turns, prompt]
 
     def prompt(self) -> list[int]:
         """Ids of all turns and the header of the next."""

@@ -41,13 +41,28 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """Loads a fast tokenizer: "tiny", a local folder, or a name on the hub.
 
     Raises:
-        FileNotFoundError: if a path is meant and there is no such folder, or it holds no tokenizer.
+        FileNotFoundError: if there is no such folder, it holds no tokenizer, or the hub does not give it.
     """
     source = resolve(name_or_path)
     path = Path(source)
     if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise FileNotFoundError(f"{path} has neither tokenizer.json nor vocab.json: is it the model's folder?")
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except OSError as error:
+        raise not_loadable(source, error) from error
+
+
+def not_loadable(source: str, error: Exception) -> FileNotFoundError:
+    """What to raise when transformers could not load `source`: its reason in one line, and the way out."""
+    reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    if Path(source).is_dir():
+        way_out = "weights are read from .safetensors only (pickled files can run code), so save or copy them there"
+        return FileNotFoundError(f"{source} cannot be loaded: {reason}; {way_out}")
+    return FileNotFoundError(
+        f'{source} is no folder here, and the hub did not give it: {reason}; give "tiny", the folder of a saved model, '
+        "or check the name and the connection"
+    )
 
 
 def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str] = NEW_TOKENS) -> ExtensionReport:
