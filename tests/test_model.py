@@ -153,6 +153,13 @@ def test_a_name_that_the_hub_does_not_give_is_reported_in_one_line(load, monkeyp
         load("Qwen/Qwen9")
 
 
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_mistyped_run_is_not_looked_for_on_the_hub(load):
+    """Where there is no network, looking takes 46 seconds of retries and ends in an error about the connection."""
+    with pytest.raises(FileNotFoundError, match="runs/sfd is no folder: give"):
+        load("runs/sfd")
+
+
 def test_saved_models_load_in_plain_transformers(tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+# First parts of a path that are this lab's own folders, so that a mistyped run is not looked for on the hub.
+OWN_FOLDERS = ("runs", "my")
+
 
 def bundled(*parts: str) -> Path:
     """The path of a bundled file or folder, such as `bundled("countdown", "heldout.jsonl")`.
@@ -32,6 +35,7 @@ def resolve(name_or_path: str | Path) -> str:
         return str(bundled("tiny"))
     if Path(name).is_dir():
         return name
-    if isinstance(name_or_path, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith("."):
+    is_hub_name = isinstance(name_or_path, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
+    if is_hub_name and name.split("/")[0] not in OWN_FOLDERS:
         return name
     raise FileNotFoundError(f'{name} is no folder: give "tiny", the folder of a saved model, or a name on the hub')
