@@ -160,6 +160,16 @@ def run_pretrain(config) -> None:
     print(f"model: {pretrain(config)}")
 
 
+def text_of(function: str) -> Callable[[typing.Any], None]:
+    """A command that prints the text a library function ("module:function") makes of its configuration."""
+
+    def run(config) -> None:
+        module, _, name = function.partition(":")
+        print(getattr(importlib.import_module(module), name)(config))
+
+    return run
+
+
 @dataclass(frozen=True)
 class Command:
     """A command: what it does, an example, where its configuration is ("module:class"), and what runs it."""
@@ -185,6 +195,15 @@ COMMANDS = {
     "evaluate": Command("accuracy by skill on held-out rows, with intervals",
                         "evaluate --model runs/sft/latest --data data/bugfix/heldout.jsonl",
                         "qftlab.evaluate.config:EvaluateConfig", run_evaluate),
+    "data": Command("reads files, folders and hub names of rows, and says what is in them and what is wrong",
+                    "data --data [rows.jsonl,more.csv] --bad report", "qftlab.data.commands:DataConfig",
+                    text_of("qftlab.data.commands:describe")),
+    "lengths": Command("how long rows are in tokens, and which are longer than a limit",
+                       "lengths --data data/instructions/train.jsonl --max_length 64",
+                       "qftlab.data.commands:LengthsConfig", text_of("qftlab.data.commands:measure")),
+    "split": Command("a seeded split without a prompt on both sides, or (--against) what two sets share",
+                     "split --data rows.jsonl --output runs/split", "qftlab.data.commands:SplitConfig",
+                     text_of("qftlab.data.commands:divide")),
     "pretrain": Command("rebuild the bundled model `tiny` from nothing (about an hour of one core)",
                         "pretrain --output data/tiny", "qftlab.train.pretrain:PretrainConfig", run_pretrain),
 }  # fmt: skip

@@ -13,7 +13,10 @@ from qftlab.model.loading import load_model
 from qftlab.text.tokenizer import load_tokenizer
 from qftlab.train.pretrain import PretrainConfig, build_tokenizer, encode_documents, learning_rate, pretrain
 
-SMALL = {"documents_per_step": 8, "hidden_size": 32, "intermediate_size": 64, "layers": 2, "save_every": 2}
+SMALL = {
+    "documents_per_step": 8, "hidden_size": 32, "intermediate_size": 64, "layers": 2,
+    "save_every": 2, "polish_steps": 2,
+}  # fmt: skip
 
 
 def test_the_bundled_tokenizer_is_the_recipe_s():
@@ -34,12 +37,12 @@ def test_only_the_trained_spans_of_documents_are_learned():
 
 
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
-    whole = pretrain(PretrainConfig(output=str(tmp_path / "a"), steps=4, warmup=2, **SMALL))
+    whole = pretrain(PretrainConfig(output=str(tmp_path / "a"), steps=2, warmup=2, **SMALL))
 
     class Killed(Exception):
         pass
 
-    config = PretrainConfig(output=str(tmp_path / "b"), steps=4, warmup=2, **SMALL)
+    config = PretrainConfig(output=str(tmp_path / "b"), steps=2, warmup=2, **SMALL)
     with pytest.MonkeyPatch.context() as patch:
 
         def dies(seed, step, count):
@@ -55,13 +58,13 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not (resumed / "checkpoint.pt").exists()
     record = json.loads((resumed / "pretraining.json").read_text())
-    assert record["config"]["steps"] == 4 and record["tokens"] > 100
+    assert record["config"]["steps"] == 2 and record["tokens"] > 100
 
 
 def test_schedule_and_settings():
-    config = PretrainConfig(steps=100, warmup=10, decay=0.3, lr=1.0)
-    rates = [learning_rate(config, i) for i in (0, 9, 50, 69, 85, 99)]
-    assert rates == pytest.approx([0.1, 1.0, 1.0, 1.0, 0.5, 1 / 30])
+    config = PretrainConfig(steps=100, warmup=10, decay=0.3, lr=1.0, polish_steps=10, polish_lr=0.5)
+    rates = [learning_rate(config, i) for i in (0, 9, 50, 69, 85, 99, 100, 109)]
+    assert rates == pytest.approx([0.1, 1.0, 1.0, 1.0, 0.5, 1 / 30, 0.5, 0.05])
     with pytest.raises(ValueError, match="steps must be at least 1"):
         replace(config, steps=0)
     with pytest.raises(ValueError, match="rows must be at least vocab_size"):

@@ -568,3 +568,14 @@ def test_the_loop_takes_any_step_and_count() -> None:
     result = train(step, Ones(), config, count=lambda batch: batch["input_ids"].numel())
     # w² each step: 1, then (1 − 0.1)²; Adam's first step moves by exactly lr.
     assert result.losses == pytest.approx([1.0, 0.81], abs=1e-6)
+
+
+def test_a_folder_of_runs_stands_for_its_last_one(tmp_path):
+    from qftlab.train.runs import resolve_model
+
+    run = tmp_path / "20260101-000000"
+    (run / "model").mkdir(parents=True)
+    (run / "model" / "config.json").write_text("{}")
+    (run / "metrics.jsonl").write_text("")
+    (tmp_path / "latest").symlink_to(run.name)
+    assert resolve_model(tmp_path).endswith("model") and resolve_model(tmp_path) == resolve_model(tmp_path / "latest")

@@ -4,10 +4,10 @@
 # In the next few minutes a language model that can only *continue text* becomes one that *answers you*. You train it
 # yourself, here, on the machine you are sitting at.
 #
-# ![Accuracy of the base model and of the model after fine-tuning, skill by skill](figures/00_before_after.png)
+# ![Four rates on held-out questions, base model beside the fine-tuned one: ends its turn, answers right, chooses AGENT or EDIT, and keeps its old skills](figures/00_before_after.png)
 #
-# **Read it.** Each row is a skill, measured on questions that were never trained on; the thin line is the 95 %
-# interval. The base model *has* most of these skills, and yet answers almost nothing. Fine-tuning is the difference.
+# **Read it.** Each row is a rate on questions that were never trained on; the thin line is its 95 % interval. The base
+# model *has* its skills (last row), and yet answers nothing. Fine-tuning is the difference, and it has a price.
 #
 # | | |
 # |---|---|

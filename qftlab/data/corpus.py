@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from qftlab.data import bugfix, facts
 from qftlab.data.countdown import random_problem as random_countdown
-from qftlab.data.instructions import KNOWLEDGE, random_problem
+from qftlab.data.instructions import KNOWLEDGE, Problem, held_out_problem, random_problem, sum_steps
 
 END = "<|endoftext|>"
 # How often each kind of document is drawn.
@@ -35,6 +35,9 @@ FORMATS = (
     ("- ", "\n- "),
     ("> ", "\n"),
 )
+
+
+MORE_SUMS = {**MIXTURE, "sums": 22, "university": 4, "joke": 2, "length": 1, "transcript": 3}
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,10 @@ PHASES = (
     Phase(0, 0.25, FORMATS[:1], MIXTURE),
     Phase(1_250, 0.65, FORMATS, MIXTURE),
     # Long additions came last (3 % right at step 2,000 where two-digit ones stood at 93 %): more of them.
-    Phase(2_250, 0.65, FORMATS, {**MIXTURE, "sums": 22, "university": 4, "joke": 2, "length": 1, "transcript": 3},
-          ("square", "half", "long", "long", "long", "three")),
-)  # fmt: skip
+    Phase(2_250, 0.65, FORMATS, MORE_SUMS, ("square", "half", "long", "long", "long", "three")),
+    # Of 98 sums "1 to n" the model had learned each, and not the way: a short last phase, with more and larger n.
+    Phase(4_400, 0.65, FORMATS, {**MORE_SUMS, "sum_to_any": 30}, ("square", "half", "long", "long", "long", "three")),
+)
 
 
 @dataclass
@@ -131,6 +135,19 @@ def _expression(rng: random.Random, phase: Phase) -> Document:
             return Document().add(f"{problem.solution} =", trained=False).add(f" {problem.target}{END}", trained=True)
 
 
+def _sum_to_any(rng: random.Random, phase: Phase) -> Document:
+    """The worked sum of 1 to n as in `instructions`, for n up to 300; what is held out there is held out here."""
+    while True:
+        n = rng.randint(2, 300)
+        question = f"What is the sum of the first {n} natural numbers? Please think step by step."
+        problem = Problem("sum_to_n", f"sum {n}", question, f"sum 1 to {n} :", sum_steps(n))
+        if not held_out_problem(problem):
+            break
+    document = Document()
+    _add_answer(document, problem.question, problem.plain, problem.answer, _ask(rng, phase))
+    return document.add(END, trained=True)
+
+
 def _program(rng: random.Random, phase: Phase) -> Document:
     """A working program and what it prints."""
     bug = bugfix.random_bug(rng)
@@ -158,6 +175,7 @@ def _institution(rng: random.Random, phase: Phase) -> Document:
 
 
 KINDS = {
+    "sum_to_any": _sum_to_any,
     "sums": _sums,
     "expression": _expression,
     "program": _program,

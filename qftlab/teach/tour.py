@@ -125,9 +125,26 @@ def answers(stages: dict[str, Stage], seed: int = 0) -> pandas.DataFrame:
 
 
 def before_after_picture(scores: Scores):
-    """Accuracy by skill, with intervals: base in chat, base with three examples, and after SFT. Returns the axes."""
+    """The four numbers that changed, base beside SFT, with intervals; returns the axes."""
+    rates = {
+        "ends its turn": (scores.base_chat.format, scores.sft.format),
+        "answers right": (scores.base_chat.in_format, scores.sft.in_format),
+        "AGENT or EDIT": (scores.base_bugs.mode, scores.bugs.mode),
+        "old skills, no chat": (scores.kept_before, scores.kept_after),
+    }
+    columns = dict(zip(("base model", "after SFT"), zip(*rates.values(), strict=True), strict=True))
+    return plots.accuracy_bars(
+        list(rates),
+        {name: [rate.accuracy for rate in column] for name, column in columns.items()},
+        intervals={name: [rate.interval for rate in column] for name, column in columns.items()},
+        title="Before and after a minute of fine-tuning",
+    )
+
+
+def skills_picture(scores: Scores):
+    """Accuracy by skill with intervals, the base with three examples beside SFT; returns the axes."""
     skills = scores.sft.skills
-    series = {"base, chat": scores.base_chat, "base, 3-shot": scores.base_shots, "after SFT": scores.sft}
+    series = {"base, 3-shot": scores.base_shots, "after SFT": scores.sft}
     return plots.accuracy_bars(
         skills,
         {name: [e.skill(s).accuracy for s in skills] for name, e in series.items()},
@@ -164,14 +181,15 @@ def main(config: TourConfig, say: Callable[[str], None] = print) -> Path:
 def write_page(folder: Path, scores: Scores, said: pandas.DataFrame, sft: Stage) -> Path:
     """Writes report.html and report.md with the table, the answers, the loss curve and the bars; returns the first."""
     loss = plots.loss_curve(range(1, len(sft.losses) + 1), sft.losses)
-    bars = before_after_picture(scores)
+    bars, skills = before_after_picture(scores), skills_picture(scores)
     sections = [
         Section("Before and after", "Rates on questions that were never trained on.", scores.table(),
-                (Picture(bars, "Accuracy by skill: base in chat, base with three examples, after SFT"),)),
+                (Picture(bars, "Four rates on held-out questions, base model beside SFT"),)),
         Section("The three questions", table=said),
         Section("Training", "Mean surprise of the trained tokens, in nats.",
                 pictures=(Picture(loss, "Training loss over optimizer steps"),)),
-        Section("By skill", table=scores.sft.to_frame()),
+        Section("By skill", "The base model is shown three solved examples, and read leniently.", scores.sft.to_frame(),
+                (Picture(skills, "Accuracy by skill: base model with three examples, and after SFT"),)),
     ]  # fmt: skip
     intro = "A tiny Qwen2, pretrained on generated text, after two new tokens and a minute of fine-tuning."
     for name in ("report.md", "report.html"):

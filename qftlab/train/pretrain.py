@@ -52,6 +52,7 @@ class PretrainConfig:
         steps: optimizer steps.
         documents_per_step: documents in a step, about 35 tokens each.
         lr: peak learning rate, reached after `warmup` steps and left `decay` of the run before its end.
+        polish_steps: steps of the last, short phase of the corpus; its rate falls from `polish_lr` to zero.
         weight_decay: on matrices only.
         vocab_size: tokenizer entries, special tokens included; `rows` embedding rows stand above them.
         save_every: steps between checkpoints.
@@ -64,6 +65,8 @@ class PretrainConfig:
     lr: float = 2e-3
     warmup: int = 200
     decay: float = 0.3
+    polish_steps: int = 400
+    polish_lr: float = 8e-4
     weight_decay: float = 0.05
     vocab_size: int = 1_000
     rows: int = 1_024
@@ -147,7 +150,9 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, docs: list[Document]) -
 
 
 def learning_rate(config: PretrainConfig, step: int) -> float:
-    """Linear warm-up, a plateau, and a linear fall to zero over the last `decay` share of the steps."""
+    """Linear warm-up, a plateau, a linear fall to zero over the last `decay` share; then once more from `polish_lr`."""
+    if step >= config.steps:
+        return config.polish_lr * (config.steps + config.polish_steps - step) / config.polish_steps
     falling = (config.steps - step) / max(1.0, config.decay * config.steps)
     return config.lr * min(1.0, (step + 1) / config.warmup, falling)
 
@@ -176,7 +181,8 @@ def pretrain(config: PretrainConfig) -> Path:
         start, tokens, curve = state["step"], state["tokens"], state["curve"]
         log.info("resumed at step %d", start)
     step, clock, recent = Step(model), time.process_time(), []
-    for number in range(start, config.steps):
+    last = config.steps + config.polish_steps
+    for number in range(start, last):
         examples = encode_documents(tokenizer, documents(config.seed, number, config.documents_per_step))
         lr = learning_rate(config, number)
         report = optimizer_step(step, optimizer, [MicroBatch(pack(examples))], lr, 1.0, number=number + 1)
@@ -186,7 +192,7 @@ def pretrain(config: PretrainConfig) -> Path:
             curve.append([number + 1, tokens, round(sum(recent) / len(recent), 4)])
             log.info("step %d: loss %.4f, %d tokens, %.0f s", *curve[-1][::2], tokens, time.process_time() - clock)
             recent = []
-        if (number + 1) % config.save_every == 0 or number + 1 == config.steps:
+        if (number + 1) % config.save_every == 0 or number + 1 == last:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": number + 1}
             torch.save({**state, "tokens": tokens, "curve": curve}, checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)

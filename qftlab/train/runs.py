@@ -87,6 +87,8 @@ def resolve_model(name: str | Path) -> str:
         FileNotFoundError: if `latest` points nowhere, or a run folder holds no model.
     """
     path = Path(name)
+    if (path / LATEST).exists():  # the folder of runs stands for its last one
+        return resolve_model(path / LATEST)
     for part in (path, *path.parents):
         if part.name == LATEST and part.is_file():
             path = part.parent / part.read_text(encoding="utf-8").strip() / path.relative_to(part)
