@@ -8,7 +8,7 @@ whole conversation's ids, and special-token text that somebody typed stays text.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -21,7 +21,11 @@ EMPTY_THINKING = "<think>\n\n</think>\n\n"
 
 
 class Message(TypedDict):
-    """One turn of a chat: `role` is "system", "user", "assistant" or "tool"."""
+    """One turn of a chat: `role` is "system", "user", "assistant" or "tool".
+
+    An assistant turn may also hold `tool_calls`, in the form of the OpenAI protocol, and then no content, and Qwen3's
+    `reasoning_content`; they are trained as the template writes them.
+    """
 
     role: str
     content: str
@@ -134,12 +138,19 @@ def _check(messages: Sequence[Message]) -> None:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise ValueError(f"turn {number} must have a role among {', '.join(ROLES)}, got {role!r}")
-        if content is None and message.get("tool_calls"):
-            continue
-        if not isinstance(content, str):
+        if not isinstance(content, str) and not (content is None and role == "assistant" and message.get("tool_calls")):
             raise ValueError(f"turn {number} must have a text as content, got {content!r:.60}")
-        if not content.isascii() and any("\ud800" <= c <= "\udfff" for c in content):
+        used = "".join(_characters(message))
+        if not used.isascii() and any("\ud800" <= c <= "\udfff" for c in used):
             raise ValueError(f"turn {number} holds half a surrogate pair, which is no character: remove it")
+
+
+def _characters(value) -> set[str]:
+    """Every character in the texts of a message, tool calls included."""
+    if isinstance(value, str):
+        return set(value)
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return set().union(*map(_characters, inner))
 
 
 class _Renderer:
@@ -154,22 +165,38 @@ class _Renderer:
         self.control = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self.allowed = set(ASSISTANT_TOKENS if allowed is None else allowed)
         self.options = {} if thinking is None else {"enable_thinking": thinking}
-        used = "".join(str(m.get("content")) for m in messages)
+        if any(m.get("tool_calls") for m in messages) and "tool_calls" not in str(tokenizer.chat_template):
+            name = tokenizer.name_or_path or "the tokenizer"
+            raise ValueError(f"{name} has a chat template without tool_calls: write the call into the content")
+        used = set().union(*(_characters(m) for m in messages))
         free = (chr(c) for c in range(0xF0000, 0xFFFFD) if chr(c) not in used)
         self.hidden = dict(zip(self.control, free, strict=False))
         self.messages = [self._hide(m) for m in messages]
         self.texts: dict[tuple[int, bool], str] = {}
 
     def _hide(self, message: Message) -> Message:
-        """Puts one private character in the place of each control token that was typed, not meant."""
-        content = message.get("content")
-        if not isinstance(content, str):
-            return message
+        """Puts one private character in the place of each control token that was typed, not meant.
+
+        In what an assistant says the allowed ones are meant; in the arguments of its tool calls none is.
+        """
         spared = self.allowed if message["role"] == "assistant" else ()
-        for token, stand_in in self.hidden.items():
-            if token in content and token not in spared:
-                content = content.replace(token, stand_in)
-        return {**message, "content": content}
+        said = ("content", "reasoning_content")
+        return {
+            key: value if key == "role" else self._hide_in(value, spared if key in said else ())
+            for key, value in message.items()
+        }
+
+    def _hide_in(self, value, spared: Collection[str]):
+        """The same for one value of a message: a text, or lists and dicts that hold texts."""
+        if isinstance(value, dict):
+            return {self._hide_in(key, spared): self._hide_in(inner, spared) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._hide_in(inner, spared) for inner in value]
+        if isinstance(value, str):
+            for token, stand_in in self.hidden.items():
+                if token in value and token not in spared:
+                    value = value.replace(token, stand_in)
+        return value
 
     def text(self, turns: int, *, prompt: bool = False) -> str:
         """The template's text of the first turns."""

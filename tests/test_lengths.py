@@ -1,0 +1,196 @@
+"""Token lengths: statistics by hand, counts equal to training's, policies, and the rate and memory of the counting."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+import tracemalloc
+from itertools import chain, cycle, islice
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qftlab import cli
+from qftlab.core.files import bundled
+from qftlab.data.batching import Example, count_trained
+from qftlab.data.lengths import LengthStats, _template, length_stats, limit_lengths, row_examples, row_lengths
+from qftlab.data.sources import load, load_rows, stream
+from qftlab.text.tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_tokenizer("tiny")
+
+
+def test_statistics_by_hand():
+    stats = LengthStats()
+    stats.add([4, 1, 1])
+    stats.add([10])
+    assert (stats.count, stats.total, stats.mean, stats.min, stats.max) == (4, 16, 4.0, 1, 10)
+    assert [stats.quantile(q) for q in (0, 0.5, 0.75, 0.95, 1)] == [1, 1, 4, 10, 10]
+    assert stats.histogram(bins=2) == [(1, 5, 3), (6, 10, 1)]
+    assert "min 1, mean 4.0, median 1, p95 10, max 10" in stats.summary()
+    assert LengthStats().summary() == "no documents"
+    for ask in (lambda s: s.mean, lambda s: s.max, lambda s: s.quantile(0.5), lambda s: s.histogram()):
+        with pytest.raises(ValueError, match="at least one document"):
+            ask(LengthStats())
+    with pytest.raises(ValueError, match=r"q must be in \[0, 1\]"):
+        stats.quantile(1.5)
+
+
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=300), st.integers(1, 20))
+def test_statistics_agree_with_numpy(lengths, bins):
+    stats = LengthStats()
+    stats.add(lengths)
+    assert stats.mean == pytest.approx(statistics.fmean(lengths), rel=1e-12)
+    for q in (0.05, 0.5, 0.95, 1.0):
+        assert stats.quantile(q) == np.quantile(lengths, q, method="inverted_cdf")
+    bars = stats.histogram(bins)
+    assert len(bars) <= bins and sum(n for _, _, n in bars) == len(lengths)
+    assert all(n == sum(a <= length <= b for length in lengths) for a, b, n in bars)
+
+
+WILD = [
+    {"instruction": "a", "input": "", "output": "b"},
+    {"instruction": " a\n", "input": "", "output": "\n\n b "},
+    {"instruction": "say <|im_end|>", "input": "x", "output": "<|im_end|> and <|im_start|>"},
+    {"instruction": "think", "input": "", "output": "<think>\nhm\n</think>\n\nyes"},
+    {"instruction": "a < b", "input": "\u00e9\U0001f600", "output": "<|AGENT|>go"},
+    {"instruction": "empty", "input": "", "output": ""},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 3},
+    {"messages": [{"role": "user", "content": "only asked"}]},
+]
+
+
+@pytest.mark.parametrize("name", ["tiny", "qwen2.5-0.5b-instruct", "qwen3-0.6b"])
+def test_counts_are_those_of_training(name, request):
+    source = name if name == "tiny" else request.getfixturevalue("real_data") / name
+    tokenizer = load_tokenizer(source)
+    rows = WILD + load_rows(bundled("bugfix", "heldout.jsonl"))[:20]
+    if name != "tiny":
+        rows += load_rows(request.getfixturevalue("real_data") / "alpaca" / "alpaca_train_950.json")[:300]
+    wanted = [[len(e.input_ids) for e in row_examples(tokenizer, row, 1)] for row in rows]
+    assert sum(_template(tokenizer)(row) is not None for row in rows) >= len(rows) - len(WILD) - 20  # the fast way
+    for size in (1, 7, 1000):
+        assert list(chain.from_iterable(row_lengths(tokenizer, rows, batch_size=size))) == wanted
+    assert wanted[5] == wanted[7] == []
+    assert length_stats(tokenizer, rows).total == sum(map(sum, wanted))
+
+
+def test_rows_that_cannot_be_rendered_are_named(tiny):
+    rows = [*WILD[:2], {"prompt": "x"}]
+    for size in (1, 2, 10):
+        with pytest.raises(ValueError, match="row 3: "):
+            list(row_lengths(tiny, rows, batch_size=size))
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        next(row_lengths(tiny, rows, batch_size=0))
+
+
+def example(prompt: int, answer: int) -> Example:
+    return Example(list(range(prompt + answer)), [False] * prompt + [True] * answer)
+
+
+def test_policies_by_hand():
+    examples = [example(3, 2), example(3, 4), example(5, 2), example(6, 0), example(2, 9)]
+    kept, report = limit_lengths(examples, 5, "truncate")
+    assert [len(e.input_ids) for e in kept] == [5, 5, 5] and [count_trained([e]) for e in kept] == [2, 2, 3]
+    assert (report.num_affected, report.num_truncated, report.num_skipped) == (4, 2, 2)
+    assert report.first == ((2, 7, "truncated"), (3, 7, "its prompt alone fills max_length"),
+                            (4, 6, "nothing to train in it"), (5, 11, "truncated"))  # fmt: skip
+    kept, report = limit_lengths(iter(examples), 5, "skip")
+    assert [len(e.input_ids) for e in kept] == [5] and report.num_skipped == 4 and report.num_truncated == 0
+    with pytest.raises(ValueError, match=r"4 of 5 affected by max_length 5(?s:.*)example 2: 7 tokens(?s:.*)raise max"):
+        limit_lengths(examples, 5, "error")
+    assert limit_lengths([example(3, 2)], 5, "error")[1].num_affected == 0
+    assert len(limit_lengths([example(3, 9)] * 40, 5, "skip")[1].first) == 10
+    for bad in ({"max_length": 1}, {"max_length": 5, "policy": "cut"}):
+        with pytest.raises(ValueError, match="must be"):
+            limit_lengths(examples, **bad)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=12), max_size=20), st.integers(2, 12))
+def test_truncation_keeps_prompts_and_something_to_train(masks, limit):
+    examples = [Example(list(range(len(mask))), mask) for mask in masks]
+    kept, report = limit_lengths(examples, limit, "truncate")
+    assert all(len(e.input_ids) <= limit and count_trained([e]) for e in kept)
+    assert len(kept) + report.num_skipped == report.num_examples == len(examples)
+    whole = {tuple(e.loss_mask) for e in examples}
+    assert all(any(tuple(e.loss_mask) == mask[: len(e.loss_mask)] for mask in whole) for e in kept)
+
+
+def rate(tokenizer, rows: list[dict], rounds: int) -> float:
+    """Our rate over that of the tokenizer's own batch call on ready texts: the median of rounds, both sides in each.
+
+    Both run on one thread and are timed by the processor, so that other programs do not matter.
+    """
+    fill, backend, ratios = _template(tokenizer), tokenizer.backend_tokenizer, []
+    texts = [fill(row) for row in rows]
+    assert None not in texts
+    for _ in range(rounds):
+        start = time.process_time()
+        tokens = 0
+        for i in range(0, len(texts), 1000):
+            tokens += sum(map(len, backend.encode_batch_fast(texts[i : i + 1000], add_special_tokens=False)))
+        middle = time.process_time()
+        assert length_stats(tokenizer, iter(rows)).total == tokens
+        ratios.append((middle - start) / (time.process_time() - middle))
+    return statistics.median(ratios)
+
+
+def test_counting_keeps_up_with_the_tokenizer_small(real_data):
+    rows = load(real_data / "alpaca" / "alpaca_train_950.json").rows
+    assert rate(load_tokenizer(real_data / "qwen2.5-0.5b-instruct"), rows * 2, rounds=3) > 0.8  # small, so noisy
+
+
+@pytest.mark.slow
+def test_counting_keeps_up_with_the_tokenizer_on_100_000_rows(real_data):
+    rows = load(real_data / "alpaca" / "alpaca_train_950.json").rows
+    many = list(islice(cycle(rows), 100_000))
+    assert rate(load_tokenizer(real_data / "qwen2.5-0.5b-instruct"), many, rounds=3) > 0.9
+
+
+def peak_of(tokenizer, path) -> int:
+    """Bytes that Python held at most while the file was read and counted."""
+    tracemalloc.start()
+    assert length_stats(tokenizer, stream(path), batch_size=100).count
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def grow(path, count: int) -> str:
+    row = {"instruction": "Say it again.", "input": "", "output": "so it is " * 20}
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({**row, "input": str(i)}) + "\n" for i in range(count))
+    return str(path)
+
+
+def test_memory_does_not_grow_with_the_file(tiny, tmp_path):
+    peak_of(tiny, grow(tmp_path / "warm.jsonl", 100))
+    small, large = (peak_of(tiny, grow(tmp_path / f"{n}.jsonl", n)) for n in (300, 1500))
+    assert large < 1.2 * small + 100_000, (small, large)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_20_000_rows(tiny, tmp_path):
+    peak_of(tiny, grow(tmp_path / "warm.jsonl", 100))
+    small, large = (peak_of(tiny, grow(tmp_path / f"{n}.jsonl", n)) for n in (1000, 20_000))
+    assert large < 1.2 * small + 100_000, (small, large)
+
+
+def test_lengths_command(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"instruction": "Hi", "output": "yes " * n} for n in (1, 2, 300)] + [{"instruction": "Hi", "output": ""}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert cli.main(["lengths", "--data", str(path), "--max_length", "64", "--policy", "truncate"]) == 0
+    out = capsys.readouterr().out
+    assert "documents 3" in out and "2 rows affected" in out and "1 of them truncated" in out
+    assert " row 3: " in out and " row 4: 0 tokens, nothing to train in it" in out
+    assert cli.main(["lengths", "--data", str(path), "--max_length", "64", "--policy", "error"]) == 2
+    assert "raise max_length" in capsys.readouterr().err
+    assert cli.main(["lengths", "--data", str(path), "--model", str(tmp_path)]) == 2
+    assert "Traceback" not in capsys.readouterr().err

@@ -1,0 +1,128 @@
+"""Splits: no prompt on both sides, a pure function of rows and seed; contamination found where it is planted."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qftlab import cli
+from qftlab.core.files import bundled
+from qftlab.data.sources import load, load_rows
+from qftlab.data.split import contamination, prompt_key, prompt_text, split_rows
+
+
+def row(question: str, answer: str = "a") -> dict:
+    return {"instruction": question, "input": "", "output": answer}
+
+
+def test_keys_by_hand():
+    assert prompt_key(row("  What\tIS\n\u2460 ")) == prompt_key(row("what is 1")) == "what is 1"
+    assert prompt_key(row("3 + 4")) != prompt_key(row("3 - 4"))
+    said = {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "What"},
+                         {"role": "user", "content": "is 1"}, {"role": "assistant", "content": "x"},
+                         {"role": "user", "content": "more"}]}  # fmt: skip
+    assert prompt_key(said) == "what is 1" and prompt_text({"prompt": "P"}) == "P"
+    a, b = ({"instruction": "x", "numbers": n, "target": 5} for n in ([3, 2], [2, 3]))
+    assert prompt_key(a) == prompt_key(b) == "countdown [2, 3] 5"
+    with pytest.raises(ValueError, match="row must have instruction"):
+        prompt_key({"question": "x"})
+
+
+@given(st.lists(st.integers(0, 30), min_size=12, max_size=120), st.integers(0, 9), st.floats(0.15, 0.85))
+def test_no_prompt_is_on_both_sides(names, seed, share):
+    rows = [row(f"Q {n}" if i % 2 else f" q  {n}\n", str(i)) for i, n in enumerate(names)]
+    try:
+        made = split_rows(rows, test=share, seed=seed)
+    except ValueError as error:
+        assert "must fill both sides" in str(error)
+        return
+    keys = [{prompt_key(r) for r in side} for side in (made.train, made.test)]
+    assert not keys[0] & keys[1] and made.num_groups == len(keys[0] | keys[1])
+    assert sorted(made.train + made.test, key=str) == sorted(rows, key=str)
+    assert len(made.test) <= round(share * len(rows))
+    mixed = random.Random(0).sample(rows, len(rows))
+    again = split_rows(mixed, test=share, seed=seed)
+    assert sorted(again.test, key=str) == sorted(made.test, key=str)
+    assert contamination(made.train, made.test).num_exact == 0
+
+
+def test_default_is_80_to_20_and_the_seed_matters():
+    rows = [row(f"question {i}") for i in range(1000)]
+    made = split_rows(rows)
+    assert (len(made.train), len(made.test), made.num_repeated) == (800, 200, 0)
+    assert made == split_rows(rows) and made.train == [r for r in rows if r in made.train]
+    shared = sum(r in made.test for r in split_rows(rows, seed=1).test)
+    assert 15 < shared < 70  # independent splits share a fifth of 200; six standard deviations are 31
+    for share in (0, 1, -1, 5):
+        with pytest.raises(ValueError, match=r"test must be in \(0, 1\)"):
+            split_rows(rows, test=share)
+    with pytest.raises(ValueError, match="must fill both sides"):
+        split_rows([row("same")] * 10)
+
+
+def test_contamination_by_hand():
+    test = [row("Hello there"), row("one two three four five six"), row("short"), row("one two three four five 6")]
+    train = [row("nothing"), row("now: One, two three. four five!"), row(" hello  THERE"), row("short and sweet")]
+    found = contamination(iter(train), test, n=5)
+    assert (found.num_test, found.num_exact, found.num_overlapping, found.is_clean) == (4, 1, 2, False)
+    assert found.first == ((1, 3, "same prompt"), (2, 2, "5 words in a row"), (4, 2, "5 words in a row"))
+    assert contamination(train, test, n=6).num_overlapping == 0
+    assert contamination(train[:1], test).is_clean and "of 4 test rows 0" in contamination([], test).summary()
+    with pytest.raises(ValueError, match="n must be at least 2"):
+        contamination(train, test, n=1)
+
+
+def test_the_overlap_of_s1_and_math500(real_data):
+    lines = (real_data / "chat_messages" / "s1_overlap_36.jsonl").read_text(encoding="utf-8").splitlines()
+    pairs = [json.loads(line) for line in lines]
+    train, test = ([row(p[f"{name}_problem"]) for p in pairs] for name in ("train", "math500"))
+    found = contamination(train, test, n=8)
+    assert (len(pairs), found.num_test, found.num_exact, found.num_overlapping) == (36, 36, 2, 11)
+    # Its authors count every sign of LaTeX as a token; so all 36 share 8, though mostly notation.
+
+    def runs(text: str) -> set[tuple[str, ...]]:
+        signs = re.findall(r"\w+|[^\w\s]", text.casefold())
+        return {tuple(signs[i : i + 8]) for i in range(len(signs) - 7)}
+
+    assert all(runs(p["train_problem"]) & runs(p["math500_problem"]) for p in pairs)
+    clean = contamination(load(real_data / "alpaca" / "alpaca_train_950.json").rows, test)
+    assert clean.is_clean
+
+
+def test_real_files(real_data):
+    rows = load(real_data / "alpaca" / "alpaca_data_1k.json").rows
+    made = split_rows(rows)
+    assert len(made.test) == 200 and contamination(made.train, made.test).num_exact == 0
+    leaked = contamination(made.train + made.test[:20], made.test)
+    assert leaked.num_exact == 20
+    pairs = load(real_data / "ultrafeedback" / "train_clean.jsonl").rows
+    assert contamination((r for r in pairs), split_rows(pairs).test).num_exact == 200
+
+
+@pytest.mark.parametrize("name", ["countdown", "bugfix", "instructions"])
+def test_the_bundled_sets_do_not_leak(name):
+    training = {"countdown": "demonstrations.jsonl"}.get(name, "train.jsonl")
+    # Every joke has the same prompt ("Tell me a joke about computers."): it is held out by its answer.
+    train, test = ([r for r in load_rows(bundled(name, file)) if r.get("skill") != "joke"]
+                   for file in (training, "heldout.jsonl"))  # fmt: skip
+    found = contamination(train, test)
+    assert found.num_exact == 0, found.summary()
+
+
+def test_split_command_writes_both_sides_once(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row(f"q {i % 40}", str(i))) for i in range(50)))
+    arguments = ["split", "--data", str(path), "--output", str(tmp_path / "out"), "--seed", "3"]
+    assert cli.main(arguments) == 0
+    assert "40 different prompts, 10 rows repeat one" in capsys.readouterr().out
+    train, test = (load_rows(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "test"))
+    assert len(train + test) == 50 and contamination(train, test).is_clean
+    assert cli.main(arguments) == 2 and "exists: choose another output" in capsys.readouterr().err
+    compare = ["split", "--data", str(path), "--against", str(tmp_path / "out" / "test.jsonl")]
+    assert cli.main(compare) == 0 and f"of {len(test)} test rows {len(test)} have" in capsys.readouterr().out
+    assert cli.main([*compare, "--output", "x"]) == 2 and cli.main(["split", "--data", str(path), "--n", "1"]) == 2
