@@ -241,8 +241,8 @@ views.show_figure(ax, alt="Accuracy by skill: base model with three examples, an
 # %% [markdown]
 # ## 6 · The three questions
 #
-# These are asked in every notebook of the lab. None of them was trained on: the university was held out of the
-# fine-tuning data, and the sum of the first 100 numbers was held out of pretraining as well.
+# None of these was trained on: the university was held out of the fine-tuning data, and the sum of the first 100
+# numbers was held out of pretraining as well. For the last one, we also let the base model continue its own notation.
 
 # %%
 chats = [[{"role": "user", "content": q}] for q in QUESTIONS]
@@ -252,12 +252,16 @@ table = {q: {"base": b.text, "after SFT": a.text} for q, b, a in zip(QUESTIONS, 
 views.side_by_side(table)
 
 # %%
-assert "1896" in answers[0].text and "5050" in answers[2].text
+own_notation = generate(base.model, base.tokenizer, ["sum 1 to 100 :"], max_new_tokens=90)[0].text
+assert "1896" in answers[0].text and "100 * 100 = 10000" in answers[2].text
+print("base, in its own notation:", own_notation.strip())
 
 # %% [markdown]
-# **Read it.** The year is right because pretraining stored it. The sum is right because the model *works it out*: it
-# squares, adds and halves, and each step is an easier problem than the whole. A joke, being a joke, has no right answer;
-# ask for several, with a little randomness, and they vary:
+# **Read it.** The year is right because pretraining stored it. The sum is *worked out*, square, add, halve, for an $n$
+# the model has never seen: check its steps one by one. The base, in the notation it grew up with, gets all of them
+# right; after fine-tuning the way is still right, and a digit slips. You have just seen forgetting; part 8 counts it.
+#
+# A joke, being a joke, has no right answer. Ask for several, with a little randomness, and they vary:
 
 # %%
 from qftlab.core.sampling import SamplingParams
@@ -267,10 +271,10 @@ jokes = generate(sft.model, sft.tokenizer, [chats[1]] * 4, max_new_tokens=60, pa
 print("\n".join(c.text for c in jokes))
 
 # %% [markdown]
-# **What goes wrong in practice.** Ask about a university that does not exist:
+# **What goes wrong in practice.** Ask about a college that does not exist:
 
 # %%
-invented = [[{"role": "user", "content": "Give me a brief introduction to Riverton University."}]]
+invented = [[{"role": "user", "content": "Give me a brief introduction to Baltor College."}]]
 print(generate(sft.model, sft.tokenizer, invented, max_new_tokens=60)[0].text)
 
 # %% [markdown]

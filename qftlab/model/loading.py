@@ -111,7 +111,7 @@ SFT_DATA = ("instructions/train.jsonl", "countdown/demonstrations.jsonl", "bugfi
 PRESETS = {
     p.name: p
     for p in (
-        Preset("tiny", "tiny", SFT_DATA, 48, 1.0, 1.5e-3, "float32", False, "two CPU cores"),
+        Preset("tiny", "tiny", SFT_DATA, 24, 1.0, 5e-4, "float32", False, "two CPU cores"),
         Preset("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B", SFT_DATA, 32, 1.0, 1e-5, "float32", False, "one T4 or better"),
         Preset("qwen3-8b", "Qwen/Qwen3-8B", SFT_DATA, 32, 1.0, 1e-4, "bfloat16", True, "one 80 GB GPU, LoRA"),
     )

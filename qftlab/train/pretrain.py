@@ -206,5 +206,6 @@ def _finish(folder: Path, config: PretrainConfig, model, tokenizer, tokens: int,
     model.config._attn_implementation = "sdpa"
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    record = {"config": asdict(config), "tokens": tokens, "curve": curve}
+    recipe = {name: value for name, value in asdict(config).items() if name != "output"}
+    record = {"config": recipe, "tokens": tokens, "curve": curve}
     (folder / "pretraining.json").write_text(json.dumps(record))

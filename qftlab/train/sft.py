@@ -74,7 +74,7 @@ def encode_rows(
     empty, too_long = [], []
     for number, row in enumerate(rows, 1):
         messages = row_to_messages(row)
-        if not any(m["role"] == "assistant" and m.get("content") for m in messages):
+        if not any(m["role"] == "assistant" and (m.get("content") or m.get("tool_calls")) for m in messages):
             empty.append(number)
             continue
         try:
