@@ -252,7 +252,7 @@ table = {q: {"base": b.text, "after SFT": a.text} for q, b, a in zip(QUESTIONS, 
 views.side_by_side(table)
 
 # %%
-own_notation = generate(base.model, base.tokenizer, ["sum 1 to 100 :"], max_new_tokens=90)[0].text
+own_notation = generate(base.model, base.tokenizer, ["sum 1 to 100 :"], max_new_tokens=110)[0].text
 assert "1896" in answers[0].text and "100 * 100 = 10000" in answers[2].text
 print("base, in its own notation:", own_notation.strip())
 
@@ -332,7 +332,7 @@ for name, s in [("base", base), ("after SFT", sft)]:
 # 151,665, still inside its 151,936 embedding rows, so nothing is resized there either.
 #
 # **Different:** its base model has seen chats, so its score in the chat format does not start near zero; and a useful
-# learning rate is about a hundred times smaller (1e-5 instead of 1e-3).
+# learning rate is about fifty times smaller (1e-5 instead of 5e-4).
 #
 # **Published:** 0.49 billion parameters, of which 0.36 billion are not embeddings (the model's card on the Hugging Face
 # hub). **Our own run:** not run by us.
