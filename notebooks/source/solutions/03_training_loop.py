@@ -1,0 +1,149 @@
+# %% [markdown]
+# # 03 · The training loop: solutions
+#
+# One good answer to each exercise of [03 · The training loop](../03_training_loop.ipynb), with the reason in a sentence or two. Yours
+# may look different; the check decides. If you have not tried yet, go back: ten minutes of your own are worth more than this page.
+
+# %% tags=["setup"]
+import sys
+
+if "google.colab" in sys.modules:  # on Colab only: fetch the library, leave torch and transformers as they are
+    REPO = "OWNER/qftlab"
+    get_ipython().run_line_magic("pip", f"install -q --no-deps git+https://github.com/{REPO}")
+    get_ipython().run_line_magic("pip", "install -q jsonargparse")
+
+# %%
+import math
+
+import torch
+
+from qftlab.teach import checks
+
+# %% tags=["parameters"]
+SEED = 0
+
+# %% [markdown]
+# ## Exercise 03.1 · Masked cross-entropy by hand
+#
+# Four moves: shift, mask, pick, average. `log_softmax` subtracts the largest logit before it takes an exponential, so nothing
+# overflows. `clamp` turns −100 into a column that exists; what is picked there is thrown away by the mask. The
+# division is by the trained tokens of *all* rows together: a mean of row means would weigh a token in a short row more.
+
+# %%
+def my_loss(logits, labels):
+    logits, targets = logits[:, :-1], labels[:, 1:]
+    trained = targets != -100
+    picked = logits.log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return -picked[trained].sum() / trained.sum()
+
+
+checks.check("03.1", my_loss)
+
+# %% [markdown]
+# ## Exercise 03.2 · Weights of micro-batches
+#
+# A mean times its count is a sum, and a sum divided by all tokens is its share of the whole mean. So the weight is the
+# micro-batch's share of the trained tokens.
+
+# %%
+def my_weights(token_counts):
+    total = sum(token_counts)
+    return [count / total for count in token_counts]
+
+
+checks.check("03.2", my_weights)
+
+# %% [markdown]
+# The toy numbers of the notebook: one token with 4 nats, nine with 1 nat each.
+
+# %%
+weighted = sum(w * mean for w, mean in zip(my_weights([1, 9]), [4.0, 1.0], strict=True))
+assert abs(weighted - 1.3) < 1e-9
+print(f"by tokens {weighted:.2f}, as a mean of means {(4.0 + 1.0) / 2:.2f}")
+
+# %% [markdown]
+# ## Exercise 03.3 · Warm-up and cosine
+#
+# Two cases. `step + 1`, so that the first step moves; `step - warmup` over `total - warmup`, so that the cosine starts at the
+# peak, where the warm-up has ended, and comes to 0 where the run does. With `warmup=0` the first case never happens, and
+# nothing is divided by 0.
+
+# %%
+def my_rate(step, total, warmup, peak):
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / (total - warmup)
+    return peak * (1 + math.cos(math.pi * done)) / 2
+
+
+checks.check("03.3", my_rate)
+
+# %%
+rates = [my_rate(step, 6, 2, 1.0) for step in range(6)]
+assert all(abs(a - b) < 0.005 for a, b in zip(rates, [0.5, 1.0, 1.0, 0.854, 0.5, 0.146], strict=True))
+print([f"{r:.2f}" for r in rates])
+
+# %% [markdown]
+# ## Predict, then run: three learning rates
+#
+# **Too small** moves every weight by a hundredth of the right step, so in 16 steps it gets about as far as the right
+# rate does in one or two: an almost level line. **Right** falls steeply, because the *format* is learned in a handful of steps, and then slowly.
+# **Too large** rises at once. AdamW's step does not shrink when the gradient does: every weight moves by about $\eta$, whatever the
+# slope, and weights of a few hundredths do not survive steps of a few hundredths. It ends up *worse than blind guessing*, 6.93 nats,
+# for a while at least: a ruined model is not modest, it is sure of wrong tokens.
+#
+# Clipping does not save it. It shortens the gradient, and AdamW divides by the size of the gradient anyway:
+
+# %%
+moves = []
+for clip in [1000.0, 1.0]:
+    weight = torch.nn.Parameter(torch.tensor([0.02]))
+    adam = torch.optim.AdamW([weight], lr=0.06, weight_decay=0.0)
+    (50 * weight).sum().backward()
+    torch.nn.utils.clip_grad_norm_([weight], clip)
+    adam.step()
+    moves.append(weight.item() - 0.02)
+print(f"without clipping the weight moves by {moves[0]:.2f}, with clipping by {moves[1]:.2f}")
+assert abs(moves[0] - moves[1]) < 1e-6
+
+# %% [markdown]
+# ## Explain: the loss climbs, and accuracy does not fall
+#
+# Accuracy asks only *which* answer is the likeliest; the loss also asks *how sure* the model was. A model that has learned sixteen answers
+# by heart has learned to be sure. Where it was wrong before, it is now wrong with confidence: the right answer's probability goes from a
+# half to a hundredth, and its surprise from 0.69 to 4.61 nats, while the mark stays "wrong". Where it is right, the most it can
+# gain is what little surprise was left. So a few confident errors raise the mean, and no answer has changed sides.
+
+# %%
+probability_of_the_truth = {"at its best": [0.6, 0.6, 0.6, 0.4], "overfitted": [0.99, 0.99, 0.99, 0.01]}
+for name, p in probability_of_the_truth.items():
+    loss, right = -sum(map(math.log, p)) / len(p), sum(x > 0.5 for x in p)
+    print(f"{name}: {right} of {len(p)} right, loss {loss:.2f} nats")
+assert -sum(map(math.log, p)) / 4 > 1.1
+
+# %% [markdown]
+# ## Exercise 03.4 · A detector
+#
+# One form for both sides, a set for the larger one, a lookup for each prompt of the other. `split()` without an argument cuts at any run of
+# white space and drops it at the ends; `" ".join` puts single blanks back.
+
+# %%
+def my_leaks(train, test):
+    def even(prompt):
+        return " ".join(prompt.lower().split())
+
+    known = {even(prompt) for prompt in train}
+    return [i for i, prompt in enumerate(test) if even(prompt) in known]
+
+
+checks.check("03.4", my_leaks)
+
+# %% [markdown]
+# What it cannot find is a question in other words, and no cleverer comparison of letters would:
+
+# %%
+assert my_leaks(["what is  47 + 38?"], ["What is 47 + 38?"]) == [0]
+assert my_leaks(["Add 47 and 38."], ["What is 47 + 38?"]) == []
+
+# %%
+checks.progress("03")
