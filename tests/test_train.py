@@ -407,7 +407,7 @@ def test_rows_that_cannot_be_trained_on_are_counted() -> None:
     examples, usage = sft.encode_rows(tokenizer, rows, max_length=64)
     assert (usage.rows, usage.documents, len(examples)) == (5, 2, 2)
     assert usage.without_trained_token == (2, 5) and usage.too_long == (3,)
-    assert "2 left out: nothing to train in them (row 2, 5)" in usage.summary()
+    assert "2 left out: the assistant says nothing in them (an empty output?) (row 2, 5)" in usage.summary()
     assert "1 left out: longer than 64 tokens (row 3)" in usage.summary()
     assert usage.tokens == sum(len(e.input_ids) for e in examples)
     # The assistant's content and its <|im_end|>, nothing else.

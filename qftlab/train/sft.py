@@ -45,14 +45,14 @@ class TokenUsage:
         left_out = "".join(
             f"; {len(numbers)} left out: {why} (row {', '.join(map(str, numbers[:5]))}{', …' if numbers[5:] else ''})"
             for numbers, why in (
-                (self.without_trained_token, "nothing to train in them"),
+                (self.without_trained_token, "the assistant says nothing in them (an empty output?)"),
                 (self.too_long, f"longer than {self.max_length} tokens"),
             )
             if numbers
         )
         return (
-            f"{self.rows} rows, {self.tokens} tokens, {self.trained_tokens} of them trained, "
-            f"{self.median_length} tokens in the median row{left_out}"
+            f"{self.rows} rows read, {self.documents} documents kept, {self.tokens} tokens, "
+            f"{self.trained_tokens} of them trained, {self.median_length} tokens in the median row{left_out}"
         )
 
 
