@@ -23,6 +23,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from qftlab.core.checks import check_at_least
 from qftlab.data.batching import Example, pack
 from qftlab.data.corpus import END, Document, documents, tokenizer_text
 from qftlab.model.attention import register_packed_attention
@@ -77,9 +78,7 @@ class PretrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "documents_per_step", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(1, steps=self.steps, documents_per_step=self.documents_per_step, save_every=self.save_every)
         if self.rows < self.vocab_size:
             raise ValueError(f"rows must be at least vocab_size, got {self.rows} < {self.vocab_size}")
 
