@@ -22,7 +22,9 @@ from transformers import (
 
 from qftlab.core.sampling import SamplingParams
 from qftlab.generate import engine
-from qftlab.generate.engine import Completion, continuation_text, default_stop_ids, find_stop, generate
+from qftlab.generate.engine import Completion, generate
+from qftlab.generate.prompts import default_stop_ids
+from qftlab.generate.texts import continuation_text, find_stop
 from qftlab.model.attention import register_packed_attention
 
 SHAPE = {
@@ -103,16 +105,6 @@ def test_repetition_penalty_is_transformers_over_the_prompt_and_not_the_padding(
         assert theirs(model, tokenizer, prompt, 20, repetition_penalty=1.4) == completion.token_ids
 
 
-def test_positions_begin_at_each_rows_first_token(tokenizer) -> None:
-    """Rotary attention only sees differences, so no output tells: the context's end and learned positions would."""
-    model, seen = make_model("qwen2"), []
-    model.model.register_forward_pre_hook(
-        lambda m, args, kw: seen.append(kw["position_ids"].tolist()), with_kwargs=True
-    )
-    generate(model, tokenizer, [[1, 2, 3], [4]], max_new_tokens=3, stop_token_ids=())
-    assert seen == [[[0, 0, 0], [0, 1, 2]], [[1], [3]], [[2], [4]]], "shorter prompts first, padded on the left"
-
-
 def test_logprobs_are_those_of_a_whole_pass(tokenizer) -> None:
     """Against one uncached, unpadded pass in float64; 2e-5 nats is the fp32 error of a 37-token pass."""
     model = make_model("qwen3")
@@ -170,18 +162,18 @@ def test_ids_past_the_tokenizer_are_never_produced(tokenizer) -> None:
 
 
 class Script:
-    """Forces a model to say given tokens, whatever the prompt: a forward hook that rewrites the logits."""
+    """Forces a model to say given tokens, whatever the prompt: a forward hook on its head that rewrites the logits."""
 
     def __init__(self, model, token_ids: list[int]) -> None:
         self.token_ids, self.step = token_ids, 0
-        self.handle = model.register_forward_hook(self.hook)
+        self.handle = model.get_output_embeddings().register_forward_hook(self.hook)
 
-    def hook(self, module, args, output):
+    def hook(self, module, args, logits):
         wanted = self.token_ids[min(self.step, len(self.token_ids) - 1)]
-        output.logits[:, -1] = 0.0
-        output.logits[:, -1, wanted] = 50.0
+        logits = torch.zeros_like(logits)
+        logits[:, wanted] = 50.0
         self.step += 1
-        return output
+        return logits
 
 
 def say(tokenizer, text: str, prompt: str | list = "Hi", **options) -> Completion:
@@ -302,11 +294,11 @@ def test_training_flags_and_gradients_are_left_alone(tokenizer) -> None:
 def test_out_of_memory_halves_the_batch(tokenizer, monkeypatch, caplog) -> None:
     model, decode, sizes = make_model("qwen2"), engine._decode, []
 
-    def small(model, batch, plan):
+    def small(decoder, batch):
         sizes.append(len(batch))
         if len(batch) > 3:
             raise torch.OutOfMemoryError("too many rows")
-        return decode(model, batch, plan)
+        return decode(decoder, batch)
 
     want = generate(model, tokenizer, PROMPTS, max_new_tokens=8)
     monkeypatch.setattr(engine, "_decode", small)

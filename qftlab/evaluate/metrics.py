@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qftlab.core.rewards import countdown_reward, extract_answer
-from qftlab.generate.engine import END_OF_TURN, Completion, known_id
+from qftlab.generate.engine import Completion
+from qftlab.generate.prompts import END_OF_TURN, known_id
 
 MODES = ("AGENT", "EDIT")
 # No single right answer: without a fact to check ("check" in the row) these rows are not marked right or wrong.

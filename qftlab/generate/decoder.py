@@ -1,0 +1,308 @@
+"""One readable, cached, gradient-free pass over a transformers model's own weights: Qwen2, Qwen3 and Llama.
+
+It enters the modules below a layer (so adapters, new-token rows and quantised weights work as they are) but not the
+layers themselves: keys and values go to a preallocated cache, grouped queries read them without repeating them, and
+only the last position reaches the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from qftlab.generate.cache import KVCache
+from qftlab.generate.fuse import Fused
+
+FAMILIES = ("qwen2", "qwen3", "llama")
+# Rotary embeddings whose angles depend on how long the text already is cannot be tabulated.
+MOVING_ROPES = ("dynamic", "longrope")
+Recorder = Callable[[Callable[[], None]], Callable[[], None]]
+PREFILL_TOKENS = 16_384  # read in one pass; more prompts than that take several
+
+
+class Decoder:
+    """Decodes with a model's weights; nothing is copied unless `fuse` is set.
+
+    Args:
+        model: a causal transformers model of a family named in `FAMILIES`, or one wrapped by peft.
+        fuse: join each layer's projections, adapters folded in, in a snapshot of `snapshot_bytes`: faster, and to be
+            refreshed after every update of the weights.
+        recorder: turns a step that works on tensors at fixed places into what replays it; by default CUDA graphs on
+            CUDA, and every step run as it is elsewhere.
+
+    Raises:
+        ValueError: for another family, sharded weights, or, with `fuse`, weights that cannot be folded.
+    """
+
+    def __init__(self, model: nn.Module, *, fuse: bool = False, recorder: Recorder | None = None) -> None:
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.config = self.model.config
+        _check_supported(model, self.config)
+        body = self.model.get_decoder()
+        self.rotary, self.last_norm = body.rotary_emb, body.norm
+        self.layers = [_Layer(layer, fuse) for layer in body.layers]
+        self.scale = body.layers[0].self_attn.scaling
+        self.embed, self.head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        self.fused, self.version = fuse, weights_version(model)
+        self.recorder = CudaGraphs() if recorder is None and self.weight.device.type == "cuda" else recorder
+        self.spare = None  # the tensors of the last batch, for the next one
+        self._angles: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """A weight of the model, for its dtype and device."""
+        return self.last_norm.weight
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Memory of the fused snapshot; 0 without one."""
+        return sum(layer.snapshot_bytes for layer in self.layers)
+
+    @torch.no_grad()
+    def refresh_(self) -> None:
+        """Brings the fused snapshot up to the model's weights, in place; without one there is nothing to do."""
+        for layer in self.layers:
+            layer.refresh_()
+        self.version = weights_version(self.model)
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache of `batch_size` rows of `capacity` tokens."""
+        heads, head_dim = self.layers[0].kv_heads, self.layers[0].head_dim
+        return KVCache.empty(len(self.layers), batch_size, heads, capacity, head_dim, self.weight)
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+        """Reads whole prompts into the first rows of an empty cache.
+
+        Args:
+            prompts: ids of each prompt, one at least.
+            cache: of at least as many rows and columns.
+
+        Returns:
+            (P, V) logits after the last token of each prompt, in the model's dtype.
+
+        Raises:
+            RuntimeError: if the fused snapshot is older than the weights.
+        """
+        self.check_version()
+        logits, rows = [], max(1, PREFILL_TOKENS // max(map(len, prompts)))
+        for start in range(0, len(prompts), rows):
+            logits.append(self._prefill(prompts[start : start + rows], cache, start))
+        cache.lengths[: len(prompts)] = map(len, prompts)
+        return torch.cat(logits) if len(logits) > 1 else logits[0]
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], cache: KVCache, first: int) -> Tensor:
+        device, width = self.weight.device, max(map(len, prompts))
+        # Padding stands on the right, where causal attention never looks: no mask. Its keys are overwritten or masked.
+        ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in prompts], device=device)  # (P, T)
+        rows = slice(first, first + len(prompts))
+        cos, sin = (table[:width].repeat(len(prompts), 1).unsqueeze(1) for table in self._rope(cache.capacity))
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            q, k, v = (x.unflatten(0, ids.shape).transpose(1, 2) for x in (q, k, v))  # (P, H, T, d)
+            keys[rows, :, :width], values[rows, :, :width] = k, v
+            if k.shape[1] != q.shape[1]:
+                k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=width > 1, scale=self.scale)
+            return out.transpose(1, 2).flatten(0, 1).flatten(1)  # (P·T, H·d)
+
+        hidden = self._layers(self.embed(ids.flatten()), cos, sin, cache, attend)
+        last = torch.tensor([i * width + len(p) - 1 for i, p in enumerate(prompts)], device=device)
+        return self._logits(hidden[last])
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Reads one more token a row.
+
+        Args:
+            tokens: (B,) int64, one for each row of the cache.
+            cache: gets their keys and values; its lengths grow by one.
+
+        Returns:
+            (B, V) logits after them, in the model's dtype.
+
+        Raises:
+            ValueError: if the cache is full.
+            RuntimeError: if the fused snapshot is older than the weights.
+        """
+        self.check_version()
+        lengths, width = cache.lengths, max(cache.lengths) + 1
+        if width > cache.capacity:
+            raise ValueError(f"cache must have room for another token, got {cache.capacity} columns, all in use")
+        cos, sin = self._rope(cache.capacity)
+        if min(lengths) == width - 1:  # no row is shorter: no mask, and one slice is written
+            at, mask, cos, sin = slice(width - 1, width), None, cos[width - 1], sin[width - 1]
+            logits = self._step(tokens, cache, at, mask, cos, sin, width)
+        else:
+            positions = torch.tensor(lengths, device=tokens.device)
+            logits = self.step_at(tokens, positions, cache, width)
+        cache.lengths = [n + 1 for n in lengths]
+        return logits
+
+    @torch.no_grad()
+    def step_at(self, tokens: Tensor, positions: Tensor, cache: KVCache, width: int) -> Tensor:
+        """`step` with the rows' lengths as a tensor (B,) and a fixed width: what a CUDA graph can record.
+
+        It neither checks nor advances the cache's lengths.
+        """
+        cos, sin = (table[positions].unsqueeze(1) for table in self._rope(cache.capacity))
+        hidden_columns = torch.arange(width, device=tokens.device) > positions.unsqueeze(1)  # (B, L)
+        mask = torch.zeros(hidden_columns.shape, dtype=self.weight.dtype, device=tokens.device)
+        mask = mask.masked_fill_(hidden_columns, -torch.inf)[:, None, None]  # (B, 1, 1, L)
+        return self._step(tokens, cache, positions, mask, cos, sin, width)
+
+    def _step(self, tokens, cache: KVCache, at: slice | Tensor, mask, cos, sin, width: int) -> Tensor:
+        rows = slice(None) if isinstance(at, slice) else torch.arange(len(tokens), device=tokens.device)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            if isinstance(at, slice):
+                keys[:, :, at], values[:, :, at] = k.unsqueeze(2), v.unsqueeze(2)
+            else:
+                keys[rows, :, at], values[rows, :, at] = k, v
+            # The queries that share a key head take the place of query positions: keys are never repeated.
+            q = q.unflatten(1, (k.shape[1], -1))  # (B, H_kv, H / H_kv, d)
+            out = F.scaled_dot_product_attention(
+                q, keys[:, :, :width], values[:, :, :width], attn_mask=mask, scale=self.scale
+            )
+            return out.flatten(1)  # (B, H·d)
+
+        return self._logits(self._layers(self.embed(tokens), cos, sin, cache, attend))
+
+    def _layers(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, attend) -> Tensor:
+        """The residual stream through every layer: (N, D) → (N, D), one line of it a token."""
+        for layer, (keys, values) in zip(self.layers, cache.store, strict=True):
+            q, k, v = layer.queries_keys_values(_norm(x, layer.norm), cos, sin)
+            x = layer.output(attend(q, k, v, keys, values)).add_(x)
+            x = layer.mlp(_norm(x, layer.mlp_norm)).add_(x)
+        return x
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.head(_norm(hidden, self.last_norm))
+
+    def _rope(self, capacity: int) -> tuple[Tensor, Tensor]:
+        """cos and signed sin of every position, (L, d) each: rotating is then x·cos + roll(x)·sin."""
+        weight = self.weight
+        if self._angles is None or len(self._angles[0]) < capacity or self._angles[0].dtype != weight.dtype:
+            positions = torch.arange(max(capacity, 128), device=weight.device).unsqueeze(0)
+            cos, sin = (x[0] for x in self.rotary(weight, positions))
+            half = sin.shape[-1] // 2
+            self._angles = cos, torch.cat([-sin[:, :half], sin[:, half:]], dim=-1)
+        return self._angles
+
+    def check_version(self) -> None:
+        """Refuses to go on with a fused snapshot that is older than the weights.
+
+        Raises:
+            RuntimeError: naming both versions.
+        """
+        if self.fused and self.version != weights_version(self.model):
+            raise RuntimeError(
+                f"the fused snapshot must be as new as the weights, got version {self.version} of "
+                f"{weights_version(self.model)}: call refresh_() after each update"
+            )
+
+
+class CudaGraphs:
+    """Records steps as CUDA graphs, which replay without the launches' cost; all share one pool of memory."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph, pool=self._pool):
+            step()
+        return graph.replay
+
+
+class _Layer:
+    """The parts of one decoder layer, with its projections as they are or fused."""
+
+    def __init__(self, layer: nn.Module, fuse: bool) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.head_dim = attention.head_dim
+        self.kv_heads = attention.config.num_key_value_heads
+        self.heads = attention.config.num_attention_heads
+        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.activation = mlp.act_fn
+        qkv, up = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
+        groups = (qkv, up, (attention.o_proj,), (mlp.down_proj,))
+        self._qkv, self._up, [self.output], [self.down] = (
+            (Fused(group),) if fuse else tuple(map(_projection, group)) for group in groups
+        )
+
+    @property
+    def _parts(self) -> list[Fused]:
+        return [part for part in (*self._qkv, *self._up, self.output, self.down) if isinstance(part, Fused)]
+
+    @property
+    def snapshot_bytes(self) -> int:
+        return sum(part.num_bytes for part in self._parts)
+
+    def refresh_(self) -> None:
+        for part in self._parts:
+            part.refresh_()
+
+    def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, D) → (N, H, d), (N, H_kv, d), (N, H_kv, d), queries and keys rotated."""
+        joined = _joined(self._qkv, x).unflatten(1, (-1, self.head_dim))  # (N, H + 2·H_kv, d)
+        qk, v = joined[:, : -self.kv_heads], joined[:, -self.kv_heads :]
+        if self.q_norm is not None:
+            qk = torch.cat([_norm(qk[:, : self.heads], self.q_norm), _norm(qk[:, self.heads :], self.k_norm)], dim=1)
+        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
+        return qk[:, : self.heads], qk[:, self.heads :], v
+
+    def mlp(self, x: Tensor) -> Tensor:
+        gate, up = (part(x) for part in self._up) if len(self._up) == 2 else self._up[0](x).chunk(2, dim=-1)
+        return self.down(self.activation(gate).mul_(up))
+
+
+def _projection(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The module, or the product it amounts to: a plain one needs no call of a module."""
+    if type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks:
+        return partial(F.linear, weight=module.weight, bias=module.bias)
+    return module
+
+
+def _joined(parts: Sequence, x: Tensor) -> Tensor:
+    return parts[0](x) if len(parts) == 1 else torch.cat([part(x) for part in parts], dim=-1)
+
+
+def _norm(x: Tensor, norm: nn.Module) -> Tensor:
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def weights_version(model: nn.Module) -> int:
+    """How many updates `bump_weights_version_` has counted on this model."""
+    return getattr(model.get_base_model() if hasattr(model, "get_base_model") else model, "_qftlab_version", 0)
+
+
+def bump_weights_version_(model: nn.Module) -> None:
+    """Counts an update of the weights: fused snapshots older than it then refuse to decode.
+
+    A training loop calls it after each optimizer step; tensors' own version counters miss fused optimizers.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base._qftlab_version = weights_version(model) + 1
+
+
+def _check_supported(model: nn.Module, config) -> None:
+    kind, rope = getattr(config, "model_type", "?"), getattr(config, "rope_parameters", None) or {}
+    if kind not in FAMILIES:
+        raise ValueError(f"model must be one of {', '.join(FAMILIES)}, got {kind!r}: use transformers' own generate")
+    if rope.get("rope_type") in MOVING_ROPES or rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"rope_type must be fixed over the whole head, got {rope}: use transformers' own generate")
+    if getattr(config, "use_sliding_window", False):
+        raise ValueError("use_sliding_window must be false, got true: use transformers' own generate")
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError("adapters must change weights, got prompt learning: use transformers' own generate")
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        raise ValueError("weights must be whole on each process to decode, got sharded ones: gather them first")
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise ValueError("a model must be on one device to decode, got several: load it without a device map")
