@@ -10,7 +10,6 @@ import importlib
 import json
 import logging
 import os
-import re
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from qftlab import __version__
+from qftlab.core.options import parse_config
 
 PROGRAM = "python -m qftlab"
 log = logging.getLogger(__name__)
@@ -278,54 +278,7 @@ def parse(name: str, arguments: Sequence[str]) -> object:
         ValueError: for an unknown option or an unfit value.
         SystemExit: after `--help` and `--print_config`.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
-
     command = COMMANDS[name]
     module, _, kind = command.config.partition(":")
-    config_class = getattr(importlib.import_module(module), kind)
-    parser = ArgumentParser(
-        prog=f"{PROGRAM} {name}",
-        usage=f"{PROGRAM} {name} [--config FILE.yaml] [--OPTION VALUE ...]",
-        description=f"{command.summary[0].upper()}{command.summary[1:]}. Example: {PROGRAM} {command.example}",
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action="config", help="a YAML file with these options; flags after it change them")
-    parser.add_class_arguments(config_class)
-    describe(parser, config_class)
-    try:
-        return build(config_class, parser.parse_args(list(arguments)))
-    except ArgumentError as error:
-        message = " ".join(str(error).split())
-        raise ValueError(f"{message} ({PROGRAM} {name} --help lists the options)") from None
-
-
-def build(kind: type, values: object) -> object:
-    """A dataclass, with the dataclasses inside it, from parsed values."""
-    types = typing.get_type_hints(kind)
-    given = {}
-    for field in dataclasses.fields(kind):
-        value = getattr(values, field.name)
-        given[field.name] = build(types[field.name], value) if dataclasses.is_dataclass(types[field.name]) else value
-    return kind(**given)
-
-
-def describe(parser, kind: type) -> None:
-    """Gives every option the text that the dataclass's docstring has for it, and groups their plain titles."""
-    helps = option_helps(kind)
-    for action in parser._actions:
-        if action.dest in helps:
-            action.help = helps[action.dest].replace("%", "%%")
-    for group in parser._action_groups:
-        if "class '" in str(group.title):
-            group.title = "settings"
-            group.description = None
-
-
-def option_helps(kind: type, prefix: str = "") -> dict[str, str]:
-    """Option name ("train.lr") to its line in the "Args:" section of the dataclass it belongs to."""
-    text = (kind.__doc__ or "").partition("Args:\n")[2].partition("Raises:")[0]
-    helps = {prefix + k: " ".join(v.split()) for k, v in re.findall(r"^        (\w+): (.+(?:\n {10,}.+)*)", text, re.M)}
-    for name, inner in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(inner):
-            helps |= {prefix + name: "a YAML file with the settings below"} | option_helps(inner, f"{prefix}{name}.")
-    return helps
+    about = f"{command.summary[0].upper()}{command.summary[1:]}. Example: {PROGRAM} {command.example}"
+    return parse_config(getattr(importlib.import_module(module), kind), arguments, f"{PROGRAM} {name}", about)

@@ -14,6 +14,7 @@ import yaml
 
 from qftlab import cli
 from qftlab.core.files import bundled
+from qftlab.core.options import option_helps
 from qftlab.core.sampling import SamplingParams
 from qftlab.data.sources import load_rows
 from qftlab.generate.config import SamplingConfig
@@ -41,7 +42,7 @@ def test_every_option_is_explained(capsys, name: str) -> None:
     assert code == 0 and "Example: python -m qftlab" in " ".join(out.split())
     module, _, kind = cli.COMMANDS[name].config.partition(":")
     config_class = getattr(sys.modules[module], kind)
-    helps = cli.option_helps(config_class)
+    helps = option_helps(config_class)
     if name != "pretrain":  # its shape options explain themselves
         assert {f.name for f in dataclasses.fields(config_class)} <= set(helps)
 
