@@ -98,9 +98,9 @@ def test_a_fused_snapshot_knows_that_it_is_old_and_is_refreshed_in_place() -> No
     decoder, fresh = Decoder(model, fuse=True), Decoder(model)
     shared = [w for w in (layer._qkv[0].weight for layer in decoder.layers)]
     places = [w.data_ptr() for w in shared]
-    assert decoder.snapshot_bytes == 4 * sum(
-        p.numel() for name, p in model.named_parameters() if "proj" in name
-    ), "every projection and its bias, once"
+    joined = sum(p.numel() for name, p in model.named_parameters() if "proj.weight" in name) + 300 * 32
+    biases = sum(4 * 16 for _ in decoder.layers)  # of queries, keys and values
+    assert decoder.snapshot_bytes == 4 * (3 * joined + biases), "as it is, transposed and tiled: three times"
     assert fresh.snapshot_bytes == 0
     with torch.no_grad():
         for parameter in model.parameters():
@@ -117,7 +117,7 @@ def test_a_fused_snapshot_knows_that_it_is_old_and_is_refreshed_in_place() -> No
 @pytest.mark.parametrize("params", [MIXED, MIXED[1], SamplingParams(0.0), SamplingParams(0.0, repetition_penalty=1.3)])
 @pytest.mark.parametrize("fuse", [False, True], ids=["unfused", "fused"])
 def test_steps_on_fixed_tensors_are_the_eager_ones(params, fuse: bool, tokenizer) -> None:  # noqa: F811
-    """What CUDA graphs record, run as it is: buckets of rows and columns, buffers in place, samplers without branches."""
+    """What CUDA graphs record, run as it is: buckets of rows and columns, buffers in place, no branches."""
     model, recorded = make_model("qwen2", max_position_embeddings=512), []
 
     def recorder(step):
@@ -159,6 +159,29 @@ def test_each_prompt_may_have_its_own_settings(tokenizer) -> None:  # noqa: F811
         assert together[i].token_ids == alone.token_ids
     with pytest.raises(ValueError, match="one for each of the 4 prompts, got 2"):
         generate(model, tokenizer, RAGGED, params=MIXED[:2], max_new_tokens=9)
+
+
+def test_each_prompt_may_have_its_own_limit(tokenizer) -> None:  # noqa: F811
+    model, limits = make_model("qwen2"), [3, 9, 1, 6]
+    whole = generate(model, tokenizer, RAGGED, max_new_tokens=9, stop_token_ids=())
+    done = generate(model, tokenizer, RAGGED, max_new_tokens=limits, stop_token_ids=())
+    assert [c.token_ids for c in done] == [c.token_ids[:n] for c, n in zip(whole, limits, strict=True)]
+    with pytest.raises(ValueError, match="one for each of 4 prompts, got 2"):
+        generate(model, tokenizer, RAGGED, max_new_tokens=[1, 2])
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        generate(model, tokenizer, RAGGED, max_new_tokens=[1, 2, 0, 4])
+
+
+def test_padding_ids_in_a_prompt_are_tokens_like_others(tokenizer) -> None:  # noqa: F811
+    """Nothing is masked by id: a prompt of nothing but the padding token (which is also the end) is read as written."""
+    model, pad = make_model("qwen2"), tokenizer.pad_token_id
+    done = generate(model, tokenizer, [[pad, pad, pad], [pad]], max_new_tokens=5, stop_token_ids=())
+    for prompt, completion in zip([[pad] * 3, [pad]], done, strict=True):
+        ids = list(prompt)
+        for _ in range(5):
+            with torch.no_grad():
+                ids.append(model(torch.tensor([ids])).logits[0, -1, : len(tokenizer)].argmax().item())
+        assert completion.token_ids == ids[len(prompt) :]
 
 
 @pytest.mark.parametrize("stop", [(), ("q",), ("ab", "\u00e9"), ("\ufffd",)])

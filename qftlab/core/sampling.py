@@ -42,7 +42,8 @@ def sample(
     """Draws the next token of each row by inverting its cumulative distribution at `u`; greedy at temperature 0.
 
     The tokens are those of `filter_logits` and an inverse over ids in ascending order, at a tenth of the time: top-k
-    works on the likeliest tokens only, top-p on a histogram of which one bin is sorted.
+    works on the likeliest tokens only, top-p on those or, where the mass is spread, on a histogram of which one bin
+    is sorted.
 
     Args:
         logits: (B, V).

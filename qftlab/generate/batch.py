@@ -40,10 +40,12 @@ class Settings:
 
     @property
     def is_greedy(self) -> bool:
+        """Whether no row is sampled."""
         return all(p.temperature == 0 for p in self.params)
 
     @property
     def is_penalised(self) -> bool:
+        """Whether a row has a repetition penalty."""
         return any(p.repetition_penalty != 1 for p in self.params)
 
 
@@ -116,7 +118,7 @@ class Batch:
             for name, value in values.items():
                 arena.params[name][:n] = value
         if settings.is_penalised:
-            vocabulary = self.decoder.head.weight.shape[0]
+            vocabulary = self.decoder.vocabulary
             if arena.seen is None:
                 arena.seen = torch.zeros(len(arena.tokens), vocabulary, dtype=torch.bool, device=device)
             arena.seen.zero_()

@@ -48,6 +48,9 @@ class Decoder:
         self.layers = [_Layer(layer, fuse) for layer in body.layers]
         self.scale = body.layers[0].self_attn.scaling
         self.embed, self.head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        self.vocabulary = self.head.weight.shape[0]
+        if fuse and self.weight.device.type == "cpu" and _is_plain(self.head):
+            self.head = Fused((self.head,))  # for its layout; elsewhere there is nothing to join
         self.fused, self.version = fuse, weights_version(model)
         self.recorder = CudaGraphs() if recorder is None and self.weight.device.type == "cuda" else recorder
         self.spare = None  # the tensors of the last batch, for the next one
@@ -61,13 +64,16 @@ class Decoder:
     @property
     def snapshot_bytes(self) -> int:
         """Memory of the fused snapshot; 0 without one."""
-        return sum(layer.snapshot_bytes for layer in self.layers)
+        head = self.head.num_bytes if isinstance(self.head, Fused) else 0
+        return head + sum(layer.snapshot_bytes for layer in self.layers)
 
     @torch.no_grad()
     def refresh_(self) -> None:
         """Brings the fused snapshot up to the model's weights, in place; without one there is nothing to do."""
         for layer in self.layers:
             layer.refresh_()
+        if isinstance(self.head, Fused):
+            self.head.refresh_()
         self.version = weights_version(self.model)
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
@@ -265,9 +271,11 @@ class _Layer:
 
 def _projection(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """The module, or the product it amounts to: a plain one needs no call of a module."""
-    if type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks:
-        return partial(F.linear, weight=module.weight, bias=module.bias)
-    return module
+    return partial(F.linear, weight=module.weight, bias=module.bias) if _is_plain(module) else module
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def _joined(parts: Sequence, x: Tensor) -> Tensor:

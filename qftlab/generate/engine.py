@@ -44,7 +44,6 @@ class Completion:
 @dataclass(frozen=True)
 class _Plan:
     tokenizer: object
-    max_new_tokens: int
     stop: tuple[str, ...]
     stop_ids: frozenset[int]
     seed: int
@@ -56,8 +55,8 @@ class _Plan:
 class _Row:
     """One completion, from its prompt to its end."""
 
-    def __init__(self, number: int, prompt_ids: list[int], params: SamplingParams, plan: _Plan) -> None:
-        self.number, self.prompt_ids, self.params, self.plan = number, prompt_ids, params, plan
+    def __init__(self, number: int, prompt_ids: list[int], params: SamplingParams, limit: int, plan: _Plan) -> None:
+        self.number, self.prompt_ids, self.params, self.limit, self.plan = number, prompt_ids, params, limit, plan
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.text, self.finish_reason, self.piece = "", "", ""
@@ -74,7 +73,7 @@ class _Row:
         cut = find_stop(self.plan.tokenizer, self.prompt_ids, self.token_ids, self.plan.stop)
         if cut is not None:
             self.finish("stop", cut=cut)
-        elif len(self.token_ids) == self.plan.max_new_tokens:
+        elif len(self.token_ids) == self.limit:
             self.finish("length")
         elif self.plan.is_streaming:
             self.piece = self._stream.take(self.token_ids)
@@ -96,7 +95,7 @@ def generate(
     tokenizer,
     prompts: Sequence[Prompt],
     *,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | Sequence[int] = 128,
     params: SamplingParams | Sequence[SamplingParams] = GREEDY,
     stop: str | Sequence[str] = (),
     stop_token_ids: Sequence[int] | None = None,
@@ -116,7 +115,7 @@ def generate(
             given back as found.
         tokenizer: its tokenizer; ids past `len(tokenizer)` are never produced.
         prompts: each a str (raw text, no template), a list of messages (rendered as a chat prompt) or a list of ids.
-        max_new_tokens: the most tokens a completion may have.
+        max_new_tokens: the most tokens a completion may have, the same for all prompts or one for each.
         params: temperature and filters, the same for all prompts or one for each; temperature 0 is greedy.
         stop: strings that end a completion, found across token borders.
         stop_token_ids: tokens that end one; by default `default_stop_ids(model, tokenizer)`.
@@ -179,26 +178,26 @@ def _plan_rows(
     num_generations=1, return_logprobs=False, is_streaming=False,
 ) -> list[_Row]:  # fmt: skip
     """A row for every completion, in the order of the results, once everything has been checked."""
-    check_at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size, num_generations=num_generations)
+    check_at_least(1, batch_size=batch_size, num_generations=num_generations)
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stop:
         raise ValueError("stop strings must not be empty, got '': leave it out")
     encoded = encode_prompts(tokenizer, prompts)
-    check_prompts(encoded, model, max_new_tokens)
+    limits = check_prompts(encoded, model, max_new_tokens)
     each = [params] * len(encoded) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(encoded):
         raise ValueError(f"params must be one, or one for each of the {len(encoded)} prompts, got {len(each)}")
     stop_ids = default_stop_ids(model, tokenizer) if stop_token_ids is None else stop_token_ids
     limit = min(len(tokenizer), head_rows(model))
-    plan = _Plan(tokenizer, max_new_tokens, stop, frozenset(stop_ids), seed, limit, return_logprobs, is_streaming)
-    copies = range(num_generations)
-    return [_Row(i * num_generations + g, ids, each[i], plan) for i, ids in enumerate(encoded) for g in copies]
+    plan = _Plan(tokenizer, stop, frozenset(stop_ids), seed, limit, return_logprobs, is_streaming)
+    numbers = [(i, g) for i in range(len(encoded)) for g in range(num_generations)]
+    return [_Row(i * num_generations + g, encoded[i], each[i], limits[i], plan) for i, g in numbers]
 
 
 def _run(model, decoder: Decoder | None, rows: list[_Row], batch_size: int) -> Iterator[_Row]:
     """Decodes all rows, those with short prompts first; yields a row whenever it has got a token."""
     waiting = sorted(rows, key=lambda row: len(row.prompt_ids))
-    with _evaluating(model):
+    with evaluating(model):
         decoder = decoder or Decoder(model)
         while waiting:
             batch = waiting[:batch_size]
@@ -223,7 +222,7 @@ def _decode(decoder: Decoder, rows: list[_Row]) -> Iterator[_Row]:
     for row in rows:
         row.token_ids, row.logprobs = [], []
     plan = rows[0].plan
-    settings = Settings([r.params for r in rows], [r.number for r in rows], plan.seed, plan.max_new_tokens,
+    settings = Settings([r.params for r in rows], [r.number for r in rows], plan.seed, max(r.limit for r in rows),
                         plan.vocab_limit, plan.with_logprobs)  # fmt: skip
     batch = Batch(decoder, [row.prompt_ids for row in rows], settings)
     try:
@@ -245,7 +244,8 @@ def _decode(decoder: Decoder, rows: list[_Row]) -> Iterator[_Row]:
 
 
 @contextmanager
-def _evaluating(model) -> Iterator[None]:
+def evaluating(model) -> Iterator[None]:
+    """Evaluation mode inside; outside, every submodule's own mode again."""
     found = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from qftlab.core.checks import check_at_least
 from qftlab.text.chat import render_prompt
 
 END_OF_TURN = "<|im_end|>"
@@ -38,26 +39,34 @@ def _encode(tokenizer, prompt: Prompt, index: int) -> list[int]:
     return ids
 
 
-def check_prompts(encoded: Sequence[Sequence[int]], model, max_new_tokens: int) -> None:
+def check_prompts(encoded: Sequence[Sequence[int]], model, max_new_tokens: int | Sequence[int]) -> list[int]:
     """Refuses ids that the model has no row for, and prompts that do not fit its context with their new tokens.
+
+    Returns:
+        The most new tokens of each prompt.
 
     Raises:
         ValueError: naming the prompt and both numbers.
     """
+    limits = [max_new_tokens] * len(encoded) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if len(limits) != len(encoded):
+        raise ValueError(f"max_new_tokens must be one, or one for each of {len(encoded)} prompts, got {len(limits)}")
+    check_at_least(1, max_new_tokens=min(limits, default=1))
     context = getattr(model.config, "max_position_embeddings", None)
     rows = min(head_rows(model), model.get_input_embeddings().weight.shape[0])
-    for i, ids in enumerate(encoded):
+    for i, (ids, limit) in enumerate(zip(encoded, limits, strict=True)):
         if min(ids) < 0 or max(ids) >= rows:
             worst = max(ids) if max(ids) >= rows else min(ids)
             raise ValueError(
                 f"prompts[{i}] must hold ids from 0 to {rows - 1}, the rows of the model's embedding, got {worst}: "
                 "use the model's own tokenizer, or extend the model after extending the tokenizer"
             )
-        if context is not None and len(ids) + max_new_tokens > context:
+        if context is not None and len(ids) + limit > context:
             raise ValueError(
                 f"prompt and new tokens must fit the context of {context} tokens, got {len(ids)} in prompts[{i}] + "
-                f"{max_new_tokens} new: shorten the prompt or lower max_new_tokens"
+                f"{limit} new: shorten the prompt or lower max_new_tokens"
             )
+    return limits
 
 
 def head_rows(model) -> int:
