@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IDLE = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
+NOTEBOOK = ROOT / "notebooks" / "04_decoding.ipynb"
 CELL = """
 import sys
 sys.path.insert(0, {root!r})
@@ -39,6 +40,10 @@ def lab(tmp_path_factory) -> Iterator[tuple[Path, str]]:
     news = folder / ".settings" / "@jupyterlab" / "apputils-extension"
     news.mkdir(parents=True)
     (news / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}', encoding="utf-8")
+    # Otherwise cells outside the window are not on the page at all.
+    tracker = folder / ".settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    tracker.parent.mkdir(parents=True)
+    tracker.write_text('{"windowingMode": "none"}', encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -68,39 +73,126 @@ def _wait_for(address: str, log: Path) -> None:
     raise AssertionError("JupyterLab did not start:\n" + log.read_text(encoding="utf-8")[-2000:])
 
 
-def test_mask_viewer_from_the_keyboard(lab) -> None:
-    """Tab and space reach the next conversation and shift the marks: the picture and its words follow."""
+@pytest.fixture
+def page(lab) -> Iterator:
+    """A page of Chromium, as wide as a laptop; a script error on it fails the test."""
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("no chromium on the path")
+    with playwright.sync_playwright() as driver:
+        page = driver.chromium.launch(executable_path=chromium, args=QUIET).new_page(
+            viewport={"width": 1280, "height": 1100}
+        )
+        errors: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        yield page
+        assert errors == []
+
+
+def run_all(page, address: str, name: str) -> None:
+    """Opens a notebook and runs all of it; returns when the last cell was sent, not when it is done."""
+    page.goto(f"{address}/lab/tree/{name}?token=t&reset")
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=90_000)
+    page.wait_for_function(IDLE, timeout=90_000)
+    page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells') }")
+
+
+def test_mask_viewer_from_the_keyboard(lab, page) -> None:
+    """Tab and space reach the next conversation and shift the marks: the picture and its words follow."""
     folder, address = lab
     cell = nbformat.v4.new_code_cell(CELL.format(root=str(ROOT), tiny=str(ROOT / "data" / "tiny")))
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), folder / "viewer.ipynb")
-    with playwright.sync_playwright() as driver:
-        page = driver.chromium.launch(executable_path=chromium, args=QUIET).new_page()
-        errors: list[str] = []
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(f"{address}/lab/tree/viewer.ipynb?token=t&reset")
-        page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=90_000)
-        page.wait_for_function(IDLE, timeout=90_000)
-        page.evaluate("async () => { await jupyterapp.commands.execute('notebook:run-all-cells') }")
-        shown = page.locator(".jupyter-widgets img").first
-        shown.wait_for(timeout=90_000)
-        assert "trained is 5<|im_end|>" in shown.get_attribute("alt")
-        page.locator(".jupyter-widgets select").focus()
-        page.keyboard.press("Tab")
-        page.keyboard.press("Tab")
-        page.keyboard.press("Space")
-        page.wait_for_function("document.querySelector('.jupyter-widgets img').alt.includes('c␣a␣t<|im_end|>')")
-        page.keyboard.press("Tab")
-        before = shown.get_attribute("src")
-        page.keyboard.press("Space")
-        page.wait_for_function("before => document.querySelector('.jupyter-widgets img').src !== before", arg=before)
-        page.locator(".jupyter-widgets summary").focus()
-        page.keyboard.press("Space")
-        columns = ["position", "id", "token", "loss here", "predicts"]
-        assert page.locator(".jupyter-widgets th").all_inner_texts() == columns
-        assert shown.evaluate("image => image.naturalWidth") == 900
-        assert errors == []
+    run_all(page, address, "viewer.ipynb")
+    shown = page.locator(".jupyter-widgets img").first
+    shown.wait_for(timeout=90_000)
+    assert "trained is 5<|im_end|>" in shown.get_attribute("alt")
+    page.locator(".jupyter-widgets select").focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+    page.wait_for_function("document.querySelector('.jupyter-widgets img').alt.includes('c␣a␣t<|im_end|>')")
+    page.keyboard.press("Tab")
+    before = shown.get_attribute("src")
+    page.keyboard.press("Space")
+    page.wait_for_function("before => document.querySelector('.jupyter-widgets img').src !== before", arg=before)
+    page.locator(".jupyter-widgets summary").focus()
+    page.keyboard.press("Space")
+    columns = ["position", "id", "token", "loss here", "predicts"]
+    assert page.locator(".jupyter-widgets th").all_inner_texts() == columns
+    assert shown.evaluate("image => image.naturalWidth") == 900
+
+
+class Lab:
+    """The decoding lab as a reader sees it."""
+
+    def __init__(self, page) -> None:
+        self.page, self.box = page, page.locator(".qftlab-decoding").last
+
+    def bars(self) -> list[str]:
+        """What the twelve rows say of their tokens' probabilities."""
+        return self.box.locator(".qftlab-bars img").evaluate_all("images => images.map(image => image.alt)")
+
+    def chips(self) -> list[str]:
+        """The text, token by token, after the chip of the prompt."""
+        return self.box.locator(".qftlab-chip").all_inner_texts()
+
+    def tree(self) -> str:
+        """The words of the tree's picture."""
+        return self.box.locator(".qftlab-tree img").get_attribute("alt")
+
+    def until(self, is_so, what: str) -> None:
+        """Waits ten seconds for something to be so."""
+        for _ in range(200):
+            if is_so():
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError(f"not within 10 s: {what}; chips {self.chips()}, tree {self.tree()}, bars {self.bars()}")
+
+    def press(self, locator, *keys: str) -> None:
+        """Keys pressed on a control that has the focus."""
+        locator.focus()
+        for key in keys:
+            self.page.keyboard.press(key)
+
+
+def test_decoding_lab_of_notebook_04(lab, page) -> None:
+    """Runs the notebook, then from the keyboard: a slider, a forced token, both tabs, a wrong number; two widths."""
+    folder, address = lab
+    shutil.copy(NOTEBOOK, folder / "04.ipynb")
+    shutil.copytree(ROOT / "notebooks" / "figures", folder / "figures")
+    run_all(page, address, "04.ipynb")
+    page.locator(".qftlab-decoding .qftlab-token").last.wait_for(state="attached", timeout=480_000)
+    seen = Lab(page)
+    seen.box.scroll_into_view_if_needed()
+    bars, chips, tree = seen.bars(), seen.chips(), seen.tree()
+    assert len(bars) == 12 and chips[0] == "prompt"
+    slider, number = seen.box.locator(".noUi-handle").first, seen.box.locator("input[type=number]").first
+    seen.press(slider, *["ArrowRight"] * 40)
+    seen.until(lambda: float(number.input_value()) == 2, "the temperature at its highest")
+    seen.until(lambda: seen.bars() != bars, "other probabilities at temperature 2")
+    assert seen.chips() == chips and seen.tree() == tree
+    third = seen.box.locator(".qftlab-token").nth(2)
+    forced = third.inner_text()
+    seen.press(third, "Space")
+    seen.until(lambda: seen.chips() == [*chips, forced], f"{forced} as the last chip")
+    seen.until(lambda: seen.tree() != tree, "another tree")
+    assert third.evaluate("button => button === document.activeElement"), "the focus stays on the row"
+    seen.press(seen.box.get_by_role("button", name="Undo", exact=True), "Space")
+    seen.until(lambda: seen.chips() == chips and seen.tree() == tree, "the text and the tree of before")
+    seen.press(seen.box.get_by_role("tab", name="Sample"), "ArrowRight", "Enter")
+    seen.press(seen.box.get_by_role("button", name="Run", exact=True), "Space")
+    seen.until(lambda: "Beam search" in seen.tree() and seen.chips() != chips, "a searched tree")
+    seen.box.locator("input[type=number]:visible").first.fill("0")
+    page.keyboard.press("Tab")
+    alert = seen.box.get_by_role("alert")
+    alert.wait_for(timeout=10_000)
+    assert "num_beams must be at least 1, got 0" in alert.inner_text()
+    row, tabs = seen.box.locator(".qftlab-token").first, seen.box.get_by_role("tablist")
+    assert row.bounding_box()["x"] > tabs.bounding_box()["x"] + 200  # beside them
+    page.set_viewport_size({"width": 760, "height": 1100})
+    page.wait_for_timeout(500)
+    assert seen.box.bounding_box()["width"] < 660
+    assert row.bounding_box()["x"] < tabs.bounding_box()["x"] + 20  # under them
+    assert row.bounding_box()["y"] > tabs.bounding_box()["y"] + 100

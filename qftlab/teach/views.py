@@ -14,6 +14,7 @@ from io import BytesIO
 from textwrap import wrap
 
 from qftlab.teach.attention import attention_view as attention_view
+from qftlab.teach.decoding import decoding_tree as decoding_tree
 from qftlab.teach.drawing import Chip, Strip, chips_svg, image
 from qftlab.teach.tokens import Token, cells, column, read_tokens, visible
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qftlab.teach.decoding_lab import DecodingLab as DecodingLab
+from qftlab.teach.decoding_lab import require_ipywidgets
 from qftlab.teach.views import TokenView, mask_view
 
 
@@ -36,7 +38,7 @@ class MaskViewer:
             ImportError: if ipywidgets is missing.
             ValueError: if there is no conversation, or names and conversations differ in number.
         """
-        widgets = _ipywidgets()
+        widgets = require_ipywidgets("MaskViewer", "qftlab.teach.views.mask_view")
         if not conversations:
             raise ValueError("conversations must hold at least one conversation, got none")
         names = _names(conversations) if names is None else [str(name) for name in names]
@@ -83,17 +85,6 @@ class MaskViewer:
 
     def __repr__(self) -> str:
         return str(self.view)
-
-
-def _ipywidgets():
-    try:
-        import ipywidgets
-    except ImportError as error:
-        raise ImportError(
-            "MaskViewer needs ipywidgets, which is not installed: run `pip install 'qftlab[lab]'`, "
-            "or use qftlab.teach.views.mask_view, which shows the same without it"
-        ) from error
-    return ipywidgets
 
 
 def _rendered(tokenizer, conversation):
