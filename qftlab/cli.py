@@ -23,14 +23,28 @@ PROGRAM = "python -m qftlab"
 log = logging.getLogger(__name__)
 
 
-def run_sft(config) -> None:
-    """Fine-tunes and says where the model is."""
-    from qftlab.train.sft import sft
+def trains(function: str) -> Callable[[typing.Any], None]:
+    """A command that trains by a library function ("module:function") and says where the model is."""
 
-    hide_loading_bars()
-    folder = sft(config, progress=sys.stderr.isatty())
-    print(f"model, metrics and curves: {folder}")
-    print(f'try it: {PROGRAM} chat --model "{folder}"')
+    def run(config) -> None:
+        module, _, name = function.partition(":")
+        hide_loading_bars()
+        folder = getattr(importlib.import_module(module), name)(config, progress=sys.stderr.isatty())
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            print(f"model, metrics and curves: {folder}")
+            print(f'try it: {PROGRAM} chat --model "{folder}"')
+
+    return run
+
+
+def run_export(config) -> None:
+    """Merges, checks and writes, and says what was checked."""
+    from qftlab.model.export import Card, export_model
+
+    model, tokenizer = load_named(config.model, config.dtype, config.device)
+    report = export_model(model, tokenizer, config.output, card=Card(base=config.base, data=config.data), in_place=True)
+    print(f"{report.path}: {report.positions} greedy tokens as before, largest difference of a logit "
+          f"{report.largest_difference:.1e} of the largest one (allowed {report.tolerance:.0e})")  # fmt: skip
 
 
 def run_generate(config) -> None:
@@ -185,7 +199,10 @@ COMMANDS = {
                     "tour", "qftlab.teach.tour:TourConfig", run_tour),
     "sft": Command("supervised fine-tuning on files of rows",
                    "sft --data data/instructions/train.jsonl --train.epochs 1 --output runs/sft",
-                   "qftlab.train.config:SFTConfig", run_sft),
+                   "qftlab.train.config:SFTConfig", trains("qftlab.train.sft:sft")),
+    "dpo": Command("direct preference optimisation on files of pairs",
+                   "dpo --model runs/sft/latest --data pairs.jsonl --loss.beta 0.5 --loss.nll_weight 1",
+                   "qftlab.train.preference_config:DPOConfig", trains("qftlab.train.dpo:dpo")),
     "generate": Command("answers to prompts, from an option or standard input",
                         'generate --prompt "What is 47 + 38?" --model runs/sft/latest',
                         "qftlab.generate.config:GenerateConfig", run_generate),
@@ -195,6 +212,9 @@ COMMANDS = {
     "evaluate": Command("accuracy by skill on held-out rows, with intervals",
                         "evaluate --model runs/sft/latest --data data/bugfix/heldout.jsonl",
                         "qftlab.evaluate.config:EvaluateConfig", run_evaluate),
+    "export": Command("adapters merged and checked, in a folder that transformers and vLLM load",
+                      "export --model runs/sft/latest --output exported", "qftlab.model.config:ExportConfig",
+                      run_export),
     "data": Command("reads files, folders and hub names of rows, and says what is in them and what is wrong",
                     "data --data [rows.jsonl,more.csv] --bad report", "qftlab.data.commands:DataConfig",
                     text_of("qftlab.data.commands:describe")),

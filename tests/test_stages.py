@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qftlab.model.loading import load_model
+from qftlab.model.config import LoRAConfig
+from qftlab.model.loading import PRESETS, load_model
+from qftlab.model.lora import trained_token_ids
 from qftlab.teach import stages
 from qftlab.text.tokenizer import load_tokenizer
 
@@ -166,5 +168,40 @@ def test_unknown_names_are_refused(tmp_path) -> None:
         stages.stage("dpo", root=tmp_path)
     with pytest.raises(ValueError, match="preset must be one of tiny"):
         stages.stage("sft", preset="small", root=tmp_path)
-    with pytest.raises(ValueError, match="preset qwen3-8b trains adapters"):
-        stages.stage("sft", preset="qwen3-8b", root=tmp_path)
+
+
+def test_a_preset_with_adapters_keeps_adapters_and_rows_only(tmp_path, short, monkeypatch) -> None:
+    preset = dataclasses.replace(PRESETS["tiny"], name="tiny-lora", lora=LoRAConfig(4))
+    monkeypatch.setitem(PRESETS, "tiny-lora", preset)
+    first = stages.stage("sft", preset="tiny-lora", root=tmp_path)
+    again = stages.stage("sft", preset="tiny-lora", root=tmp_path)
+    assert short == ["sft"] and trained_token_ids(again.model) == [1000, 1001] and len(again.tokenizer) == 1002
+    assert (first.path / "adapter_config.json").is_file() and not (first.path / "model.safetensors").exists()
+    ids = torch.tensor([[5, 1000, 7]])
+    with torch.no_grad():
+        base, tuned = stages.stage("extended", root=tmp_path).model(ids).logits, first.model(ids).logits
+        assert torch.equal(tuned, again.model(ids).logits) and not torch.allclose(tuned, base, atol=1e-3)
+    assert stages.fingerprint("sft", stages.recipe("sft")) not in first.path.name
+
+
+def test_measured_numbers_are_kept_until_what_decides_them_changes(tmp_path) -> None:
+    calls = []
+
+    def run(rank: int) -> dict:
+        calls.append(rank)
+        return {"losses": [(0, 1.5)], "rank": rank}
+
+    def run_anew(rank: int) -> dict:
+        return run(rank)
+
+    first = stages.measured("ranks", run, tmp_path, rank=2)
+    assert stages.measured("ranks", run, tmp_path, rank=2) == first == {"losses": [[0, 1.5]], "rank": 2}
+    assert calls == [2] and len(list(tmp_path.iterdir())) == 1
+    stages.measured("ranks", run, tmp_path, rank=4)
+    stages.measured("ranks", run_anew, tmp_path, rank=2)
+    assert calls == [2, 4, 2] and len(list(tmp_path.iterdir())) == 3
+    next(tmp_path.glob("ranks-*.json")).write_text("{cut")
+    stages.measured("ranks", run, tmp_path, rank=2)
+    stages.measured("ranks", run, tmp_path, rank=4)
+    stages.measured("ranks", run_anew, tmp_path, rank=2)
+    assert len(calls) == 4, "the damaged one is measured again, the others are not"

@@ -343,7 +343,8 @@ def test_metrics_of_every_step() -> None:
     # Real tokens are counted, never padding: twice the documents.
     assert result.tokens == steps[-1]["tokens"] == 2 * sum(len(e.input_ids) for e in examples)
     assert result.trained_tokens == 2 * sum(count_trained_tokens(pack([e])) for e in examples)
-    assert steps[0].keys() == {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "seconds"}
+    names = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "seconds", "tokens_per_second"}
+    assert steps[0].keys() == names | {"peak_gb"}
     assert steps[-1]["seconds"] >= steps[0]["seconds"] >= 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,61 +10,102 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from qftlab.core.checks import check_choice
 from qftlab.core.files import resolve
 from qftlab.model.attention import NAME as PACKED
 from qftlab.model.attention import register_packed_attention
+from qftlab.model.config import LoRAConfig
+from qftlab.model.lora import adapter_base, is_adapted, load_adapters, save_adapters
 from qftlab.text.tokenizer import not_loadable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 ATTENTIONS = (PACKED, "sdpa", "eager")
+QUANTS = ("none", "8bit", "4bit")
 
 
 def load_model(
-    name_or_path: str | Path, *, dtype: str = "float32", device: str = "cpu", attention: str = PACKED
+    name_or_path: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    attention: str = PACKED,
+    quant: str = "none",
+    lora: str | Path | None = None,
 ) -> PreTrainedModel:
     """Loads a causal language model from safetensors, without running any code of its repository.
 
     Args:
-        name_or_path: "tiny", the folder of a saved model, or a name on the hub.
+        name_or_path: "tiny", the folder of a saved model, or a name on the hub. A folder of adapters stands for the
+            base it names, with the adapters on it.
         dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own.
         device: where the weights go, such as "cpu" or "cuda".
         attention: "packed" (trains packed batches, otherwise as "sdpa"), "sdpa" or "eager".
+        quant: "8bit" or "4bit" (NF4) weights by bitsandbytes, frozen: for QLoRA; they need a GPU.
+        lora: a folder of adapters to put on; see `qftlab.model.lora` for fresh ones.
 
     Raises:
-        ValueError: for an unknown dtype or attention.
+        ValueError: for an unknown dtype, attention or quant, or adapters that do not fit.
+        ImportError: if bitsandbytes or peft is needed and missing.
+        RuntimeError: for quantised weights without a GPU.
         FileNotFoundError: if the folder is not there or lacks config.json or whole safetensors weights, or the hub
             does not give the name.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if attention not in ATTENTIONS:
-        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
+    check_choice(tuple(DTYPES), dtype=dtype)
+    check_choice(ATTENTIONS, attention=attention)
+    check_choice(QUANTS, quant=quant)
     source = resolve(name_or_path)
+    if lora is None and (base := adapter_base(source)):
+        source, lora = resolve(base), source
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise FileNotFoundError(f"{source} holds no config.json: is it the model's folder?")
-    implementation = register_packed_attention() if attention == PACKED else attention
+    options = {"quantization_config": _quantisation(quant, dtype, device), "device_map": {"": device}}
     try:
         with _without_bars():
             model = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=DTYPES[dtype],
-                attn_implementation=implementation,
+                attn_implementation=register_packed_attention() if attention == PACKED else attention,
                 use_safetensors=True,
                 trust_remote_code=False,
+                **(options if quant != "none" else {}),
             )
     except (OSError, SafetensorError) as error:
         raise not_loadable(source, error) from error
-    return model.to(device).eval()
+    model = (model.to(device) if quant == "none" else model).eval()
+    return model if lora is None else load_adapters(model, lora)
+
+
+def _quantisation(quant: str, dtype: str, device: str):
+    """transformers' settings for bitsandbytes; None for whole weights."""
+    if quant == "none":
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(f"quant {quant!r} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    if not (device.startswith("cuda") and torch.cuda.is_available()):
+        # bitsandbytes 0.50 also runs on CPUs, but refuses or garbles 4-bit matrices whose width is no multiple of 64.
+        raise RuntimeError(f'quant {quant!r} needs a CUDA GPU, got device {device!r}: leave it "none" here')
+    if quant == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if dtype == "auto" else DTYPES[dtype]
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
-    """Writes weights (safetensors), config and tokenizer to `folder`, as transformers and vLLM load them."""
+    """Writes weights (safetensors), config and tokenizer to `folder`, as transformers and vLLM load them.
+
+    Of an adapted model it writes the adapters only, beside the tokenizer: `load_model` finds their base by its name.
+    """
     folder = Path(folder)
     with _without_bars():
-        model.save_pretrained(folder)
+        if is_adapted(model):
+            save_adapters(model, folder)
+        else:
+            model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -92,7 +134,7 @@ class Preset:
         epochs: passes over the rows.
         lr: peak learning rate of SFT.
         dtype: of the weights.
-        lora: whether adapters are trained in place of the weights.
+        lora: adapters trained in place of the weights; rank 0 where the weights themselves are.
         note: the hardware it is meant for.
     """
 
@@ -103,7 +145,7 @@ class Preset:
     epochs: float
     lr: float
     dtype: str
-    lora: bool
+    lora: LoRAConfig
     note: str
 
 
@@ -111,9 +153,9 @@ SFT_DATA = ("instructions/train.jsonl", "countdown/demonstrations.jsonl", "bugfi
 PRESETS = {
     p.name: p
     for p in (
-        Preset("tiny", "tiny", SFT_DATA, 24, 1.0, 5e-4, "float32", False, "two CPU cores"),
-        Preset("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B", SFT_DATA, 32, 1.0, 1e-5, "float32", False, "one T4 or better"),
-        Preset("qwen3-8b", "Qwen/Qwen3-8B", SFT_DATA, 32, 1.0, 1e-4, "bfloat16", True, "one 80 GB GPU, LoRA"),
+        Preset("tiny", "tiny", SFT_DATA, 24, 1.0, 5e-4, "float32", LoRAConfig(), "two CPU cores"),
+        Preset("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B", SFT_DATA, 32, 1.0, 1e-5, "float32", LoRAConfig(), "a T4 or better"),
+        Preset("qwen3-8b", "Qwen/Qwen3-8B", SFT_DATA, 32, 1.0, 1e-4, "bfloat16", LoRAConfig(16), "one 80 GB GPU"),
     )
 }
 

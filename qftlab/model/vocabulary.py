@@ -32,12 +32,15 @@ def extend_model(
         descriptions: token → a few words, for `init="description"`.
 
     Raises:
-        ValueError: for another `init`, a new token without a description, or the report of another tokenizer.
+        ValueError: for another `init`, a new token without a description, the report of another tokenizer, or a model
+            that has adapters already.
 
     Source: Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models".
     """
     if init not in ("mean", "description"):
         raise ValueError(f'init must be "mean" or "description", got {init!r}')
+    if hasattr(model, "peft_config"):
+        raise ValueError("model must be extended before it gets adapters, got one with adapters")
     lacking = [t.text for t in report.new if init == "description" and not (descriptions or {}).get(t.text)]
     if lacking:
         raise ValueError(f"descriptions must have an entry for each new token, missing {', '.join(lacking)}")
@@ -62,4 +65,9 @@ def extend_model(
 def row_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The layers that hold one row a token: the embedding, and the head where it is a matrix of its own."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
+    return [embedding] if head is None or _matrix(head) is _matrix(embedding) else [embedding, head]
+
+
+def _matrix(layer: nn.Module) -> torch.Tensor:
+    """The weight that a layer is made of; one whose rows peft trains answers `.weight` with a new tensor each time."""
+    return (layer.token_adapter.base_layer if hasattr(layer, "token_adapter") else layer).weight

@@ -259,7 +259,7 @@ class DecodingLab:
     def view(self) -> DistributionView | None:
         """What may come next, to print or to draw; None where the text has ended."""
         seen = self.state.distribution()
-        shown = "".join([self.state.prompt, *self.state.texts()])
+        shown = (" → " if self.state.chat else "").join([self.state.prompt, "".join(self.state.texts())])
         return None if seen is None else distribution_view(seen, title=f"After: {shown}")
 
     def tree_view(self):

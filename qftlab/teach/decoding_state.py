@@ -74,7 +74,7 @@ class DecodingState:
         Raises:
             ValueError: for an empty prompt, one that fills the context, or an unknown preset.
         """
-        self._model, self._tokenizer, self._chat = model, tokenizer, chat
+        self._model, self._tokenizer, self.chat = model, tokenizer, chat
         self._texts = texts_of(tokenizer)
         self._reader = Reader(model)
         self._stop_ids = frozenset(default_stop_ids(model, tokenizer))
@@ -273,7 +273,7 @@ class DecodingState:
         self._past.append((self.prompt, self.prompt_ids, self.steps, self.shown, self.mode))
 
     def _encoded(self, prompt: str) -> list[int]:
-        given = [{"role": "user", "content": prompt}] if self._chat else prompt
+        given = [{"role": "user", "content": prompt}] if self.chat else prompt
         if not prompt:
             raise ValueError("the prompt must hold some text, got none")
         ids = encode_prompts(self._tokenizer, [given])[0]

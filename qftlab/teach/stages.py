@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from qftlab.core.files import bundled, resolve
 from qftlab.data.sources import load_rows
 from qftlab.model.loading import Preset, get_preset, load_model, save_model
+from qftlab.model.lora import add_adapters
 from qftlab.model.vocabulary import extend_model
 from qftlab.text.tokenizer import NEW_TOKENS, extend_tokenizer, load_tokenizer
 from qftlab.train.config import TrainConfig
@@ -29,9 +31,10 @@ from qftlab.train.sft import best_device, fit_rows
 log = logging.getLogger(__name__)
 Say = Callable[[str], None]
 # What decides the weights of a stage, besides its recipe: a change here makes it train anew.
-CODE = ("core/losses.py", "data/batching.py", "data/sources.py", "model/attention.py", "model/loading.py",
-        "model/vocabulary.py", "text/chat.py", "text/tokenizer.py", "train/config.py", "train/loop.py", "train/sft.py",
-        "train/step.py")  # fmt: skip
+CODE = ("core/chunks.py", "core/logprobs.py", "core/losses.py", "data/batching.py", "data/sources.py",
+        "model/attention.py", "model/head.py", "model/loading.py", "model/lora.py", "model/vocabulary.py",
+        "text/chat.py", "text/tokenizer.py", "train/config.py", "train/loop.py", "train/optim.py", "train/precision.py",
+        "train/rows.py", "train/sft.py", "train/step.py", "train/update.py")  # fmt: skip
 RECORD = "stage.json"
 
 
@@ -68,13 +71,11 @@ def recipe(name: str, preset: str = "tiny") -> Recipe:
     """The recipe of a stage.
 
     Raises:
-        ValueError: for a stage or preset that does not exist, or a preset that needs adapters.
+        ValueError: for a stage or preset that does not exist.
     """
     if name not in STAGES:
         raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {name!r}")
     p = get_preset(preset)
-    if name == "sft" and p.lora:
-        raise ValueError(f"preset {preset} trains adapters, which stages do not do yet: use tiny or qwen2.5-0.5b")
     if name == "sft":
         # 16 rows of a real model fill a small GPU; `tiny` takes its whole step at once.
         micro = None if preset == "tiny" else 16
@@ -108,6 +109,34 @@ def stage(name: str, preset: str = "tiny", root: str | Path | None = None, *, sa
         _build(name, wanted, path, say or (lambda line: None))
     record = json.loads((path / RECORD).read_text(encoding="utf-8"))
     return Stage(name, path, _load(path, wanted.preset), load_tokenizer(path), record["metrics"])
+
+
+def measured(name: str, run: Callable[..., dict], root: str | Path | None = None, **settings) -> dict:
+    """What `run(**settings)` gives, kept beside the stages: for numbers of a notebook that take more than seconds.
+
+    Kept in `<name>-<hash>.json`, where the hash covers the settings, the text of `run`, and the code and starting model
+    that decide the stages. What `run` reads besides its settings is not covered: hand it in as a setting.
+
+    Args:
+        name: says what was measured, in the file's name.
+        run: gives a dict that JSON can hold.
+        root: as for `stage`.
+        settings: numbers and words.
+    """
+    digest = hashlib.sha256(fingerprint("sft", recipe("sft")).encode())
+    digest.update(json.dumps({"name": name, **settings}, sort_keys=True).encode())
+    digest.update(inspect.getsource(run).encode())
+    path = (default_root() if root is None else Path(root)) / f"{name}-{digest.hexdigest()[:12]}.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        log.info("measuring %s with %s", name, settings)
+    result = run(**settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps(result), encoding="utf-8")
+    os.replace(aside, path)
+    return json.loads(json.dumps(result))
 
 
 def default_root() -> Path:
@@ -187,14 +216,22 @@ def _put(aside: Path, path: Path) -> None:
 
 
 def _build_extended(wanted: Recipe, say: Say) -> tuple:
+    return *_extended(wanted)[:2], []
+
+
+def _extended(wanted: Recipe) -> tuple:
+    """The base with the new tokens, its tokenizer, and the tokens' ids."""
     source = resolve(wanted.preset.model)
     model, tokenizer = _load(source, wanted.preset), load_tokenizer(source)
-    extend_model(model, tokenizer, extend_tokenizer(tokenizer, wanted.new_tokens))
-    return model, tokenizer, []
+    report = extend_tokenizer(tokenizer, wanted.new_tokens)
+    extend_model(model, tokenizer, report)
+    return model, tokenizer, [token.id for token in report.tokens]
 
 
 def _build_sft(wanted: Recipe, say: Say) -> tuple:
-    model, tokenizer, metrics = *_build_extended(wanted, say)[:2], []
+    (model, tokenizer, new), metrics = _extended(wanted), []
+    if wanted.preset.lora.rank:
+        model = add_adapters(model, wanted.preset.lora, token_ids=new)
     rows = load_rows([bundled(*part.split("/")) for part in wanted.preset.data])
     _tell(say, f"training stage sft of {wanted.preset.name} on {len(rows):,} rows")
     steps = -(-len(rows) // wanted.train.batch_size) * wanted.train.epochs

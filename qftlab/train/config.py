@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qftlab.core.checks import check_at_least, check_choice
+from qftlab.model.config import LoRAConfig
 
 AGENT, EDIT = "<|AGENT|>", "<|EDIT|>"
 
@@ -24,6 +25,8 @@ class TrainConfig:
         max_steps: optimizer steps; where given, `epochs` is ignored.
         batch_size: rows in one optimizer step.
         micro_batch_size: rows in one forward pass, all of the step's where None; it changes memory, not the result.
+        tokens_per_micro_batch: tokens of one forward pass, in place of micro_batch_size: rows are fitted into it
+            (first-fit-decreasing when packing, grouped by length when padding); it changes memory, not the result.
         packing: rows one after the other without padding; false pads them to the longest.
         warmup_ratio: share of the steps in which the rate rises from near 0.
         schedule: what the rate does after the warm-up (cosine and linear fall to 0).
@@ -34,6 +37,15 @@ class TrainConfig:
         seed: of the order of the rows and of dropout.
         log_every: optimizer steps between two lines of the log; metrics.jsonl has every step.
         eval_every: optimizer steps between two held-out losses; 0 takes them at start and end only.
+        patience: held-out losses in a row without a new lowest one after which the run stops; 0 never stops early.
+        save_every: optimizer steps between checkpoints, where checkpoints are kept; 0 saves at Ctrl-C only.
+        keep: checkpoints kept, the newest ones; the one of the lowest held-out loss is kept besides.
+        precision: `weights` computes in the type the weights have; `autocast` in bf16 with fp32 weights, gradients and
+            optimizer; `master` in bf16 weights, while the optimizer moves fp32 copies of them.
+        gradient_checkpointing: computes activations a second time in the backward pass in place of keeping them.
+        compile: compiles the step with torch.compile: a slow start, then faster steps on a GPU.
+        sharding: what several processes do (torchrun, accelerate launch): `ddp` keeps the model whole in each, through
+            accelerate; `fsdp` splits weights, gradients and optimizer among them. One process ignores it.
 
     Raises:
         ValueError: for a value out of range.
@@ -44,6 +56,7 @@ class TrainConfig:
     max_steps: int | None = None
     batch_size: int = 64
     micro_batch_size: int | None = None
+    tokens_per_micro_batch: int | None = None
     packing: bool = True
     warmup_ratio: float = 0.05
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -54,13 +67,28 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0
+    patience: int = 0
+    save_every: int = 500
+    keep: int = 2
+    precision: Literal["weights", "autocast", "master"] = "weights"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    sharding: Literal["ddp", "fsdp"] = "ddp"
 
     def __post_init__(self) -> None:
         check_at_least(1, max_steps=self.max_steps, batch_size=self.batch_size, log_every=self.log_every,
-                       micro_batch_size=self.micro_batch_size)  # fmt: skip
+                       micro_batch_size=self.micro_batch_size, keep=self.keep)  # fmt: skip
         check_at_least(0, weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm, seed=self.seed,
-                       eval_every=self.eval_every)  # fmt: skip
+                       eval_every=self.eval_every, patience=self.patience, save_every=self.save_every)  # fmt: skip
+        check_at_least(2, tokens_per_micro_batch=self.tokens_per_micro_batch)
         check_choice(("cosine", "linear", "constant"), schedule=self.schedule)
+        check_choice(("weights", "autocast", "master"), precision=self.precision)
+        check_choice(("ddp", "fsdp"), sharding=self.sharding)
+        if self.tokens_per_micro_batch and self.micro_batch_size:
+            raise ValueError(
+                f"tokens_per_micro_batch must be alone, got {self.tokens_per_micro_batch} beside micro_batch_size "
+                f"{self.micro_batch_size}: leave one of them out"
+            )
         for name in ("lr", "epochs"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
@@ -83,6 +111,10 @@ class SFTConfig:
         held_out: rows never trained on, whose loss is measured (see train.eval_every).
         dtype: of the weights; `auto` is the checkpoint's own.
         device: `auto` is the GPU where there is one.
+        resume: a run folder, or `last` for the newest in `output`, that goes on from its last checkpoint; the other
+            settings must be those of that run.
+        quant: of the frozen weights, by bitsandbytes; needs adapters and a GPU.
+        lora: adapters trained in place of the weights; lora.rank 0 trains the weights themselves.
         train: the settings of the loop.
 
     Raises:
@@ -98,12 +130,18 @@ class SFTConfig:
     held_out: tuple[str, ...] | str = ()
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     device: str = "auto"
+    resume: str | None = None
+    quant: Literal["none", "8bit", "4bit"] = "none"
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         check_at_least(2, max_length=self.max_length)
         check_choice(("all", "last"), train_on=self.train_on)
         check_choice(("float32", "bfloat16", "float16", "auto"), dtype=self.dtype)
+        check_choice(("none", "8bit", "4bit"), quant=self.quant)
+        if self.quant != "none" and not self.lora.rank:
+            raise ValueError(f"quant must be none without adapters, got {self.quant}: --lora.rank 16")
         for name in ("data", "held_out"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))

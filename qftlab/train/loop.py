@@ -1,31 +1,32 @@
-"""One training loop for all stages: accumulate, clip, schedule, log."""
+"""One training loop for all stages: accumulate, clip, schedule, log, save, resume; in one process or many."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from qftlab.train.checkpoint import Checkpoints, best_step
 from qftlab.train.config import TrainConfig
-from qftlab.train.step import count_trained_tokens, module_mode, to_device
+from qftlab.train.distributed import Share, World, reshard_
+from qftlab.train.meter import Meter
+from qftlab.train.optim import MasterWeights, learning_rate, make_optimizer, named_trainable, total_steps
+from qftlab.train.precision import autocast, prepared
+from qftlab.train.step import count_trained_tokens, module_mode
+from qftlab.train.update import Batch, MicroBatch, NonFiniteLoss, StepReport, optimizer_step
 
+__all__ = ["MicroBatch", "NonFiniteLoss", "Source", "StepReport", "TrainResult", "learning_rate", "make_optimizer",
+           "optimizer_step", "total_steps", "train"]  # fmt: skip
 log = logging.getLogger(__name__)
-Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one forward pass takes: its tensors, and the numbers of the rows they hold (for messages)."""
-
-    tensors: Batch
-    rows: tuple[int, ...] = ()
 
 
 class Source(Protocol):
@@ -38,13 +39,9 @@ class Source(Protocol):
         ...
 
 
-class NonFiniteLoss(ArithmeticError):
-    """The loss or the gradient of a step is nan or infinite; the weights are those before that step."""
-
-
 @dataclass
 class TrainResult:
-    """What a run gave.
+    """What a run gave, what came before a resume included.
 
     `losses` are nats per trained token, one for each finished optimizer step; `held_out` pairs (step, loss).
     """
@@ -56,16 +53,7 @@ class TrainResult:
     trained_tokens: int = 0
     seconds: float = 0.0
     interrupted: bool = False
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One optimizer step: its loss (nats a token), its gradient norm before clipping, and the tokens it read."""
-
-    loss: float
-    grad_norm: float
-    tokens: int
-    trained_tokens: int
+    stopped_early: bool = False
 
 
 def train(
@@ -77,217 +65,234 @@ def train(
     held_out: Callable[[], float] | None = None,
     on_log: Callable[[dict], None] | None = None,
     progress: bool = False,
+    checkpoints: Checkpoints | None = None,
+    resume: bool = False,
 ) -> TrainResult:
     """Trains the trainable parameters of `step` in place.
 
     Args:
-        step: called as `step(**tensors, num_tokens=n)`, gives the loss; such as `Step(model)`.
-        source: gives the micro-batches of each optimizer step.
+        step: called as `step(**tensors, num_tokens=n)`, gives the loss; such as `Step(model)`, or what
+            `qftlab.train.distributed.wrap` makes of it where several processes train.
+        source: gives the micro-batches of each optimizer step; the same in all processes.
         config: rates, counts and seed.
-        count: what `num_tokens` counts in a micro-batch; summed over the whole step before its first forward pass.
+        count: what `num_tokens` counts in a micro-batch; summed over the whole step, in all processes, before its
+            first forward pass.
         held_out: measures the held-out loss (nats a token).
         on_log: gets the metrics of every optimizer step as a dict: step, epoch, loss (nats a token), lr, grad_norm,
-            tokens and trained_tokens so far, seconds of process CPU time; and {step, held_out_loss} where measured.
+            tokens and trained_tokens so far, seconds of process CPU time so far, tokens_per_second of wall time,
+            peak_gb of memory, mfu where the device's peak is known; and {step, held_out_loss} where measured.
         progress: whether to draw a `tqdm.auto` bar.
+        checkpoints: where to save: every `save_every` steps, at the end, at each new lowest held-out loss (all unless
+            `save_every` is 0), and at Ctrl-C.
+        resume: whether to go on from the last of `checkpoints`, if there is one.
 
     Returns:
-        Losses and counts. After Ctrl-C the result so far, with `interrupted` set.
+        Losses and counts. After Ctrl-C the result so far, with `interrupted` set. After an early stop with
+        `stopped_early` set; the weights are then those of the lowest held-out loss where checkpoints are kept, else
+        the last.
 
     Raises:
         NonFiniteLoss: naming step and rows, before the weights have taken any harm.
-        ValueError: if nothing is trainable, or a step has no trained token.
+        ValueError: if nothing is trainable, a step has no trained token, the last checkpoint is damaged or belongs to
+            another run, or there are checkpoints and `resume` is false.
+        OSError: if a checkpoint cannot be written.
     """
-    run = _Run(step, source, config, count, held_out, on_log)
-    with module_mode(step, True), torch.random.fork_rng(), _bar(run.total, progress) as advance:
-        torch.manual_seed(config.seed)
+    with module_mode(step, True), torch.random.fork_rng(), prepared(step, config), _deferred_interrupt() as is_asked:
+        run = _Run(step, source, config, count, held_out, on_log, checkpoints)
         try:
-            run.all_steps(advance)
+            run.restore(resume)
+            with _bar(run.total, run.result.steps, progress and run.world.is_main) as advance:
+                run.all_steps(advance, is_asked)
         except KeyboardInterrupt:
-            run.result.interrupted = True
-            log.warning("interrupted after %d of %d steps; the weights so far are kept", run.result.steps, run.total)
+            run.interrupt()
         finally:
-            run.optimizer.zero_grad(set_to_none=True)
+            run.close()
     return run.result
 
 
 class _Run:
     """A run of `train` under way: what it was given, its optimizer, and the result so far."""
 
-    def __init__(self, step, source, config, count, held_out, on_log) -> None:
-        self.step, self.source, self.config, self.count = step, source, config, count
-        self.held_out, self.on_log = held_out, on_log
-        self.optimizer = make_optimizer(step, config)
+    def __init__(self, step, source, config, count, held_out, on_log, checkpoints) -> None:
+        self.step, self.config, self.count, self.world = step, config, count, World.current()
+        self.source = Share(source, self.world)
+        self.held_out, self.checkpoints = held_out, checkpoints
+        self.on_log = on_log if self.world.is_main else None
+        self.weights, self.master = named_trainable(step), None
+        if config.precision == "master" and any(w.dtype != torch.float32 for w in self.weights.values()):
+            if self.world.size > 1:
+                raise ValueError('precision must be "autocast" or "weights" under ddp, got "master": or sharding fsdp')
+            self.master = MasterWeights(step)
+            self.weights = self.master.named
+        self.optimizer = make_optimizer(step, config, self.weights)
         self.total = total_steps(config, source.steps_per_epoch)
+        self.meter = Meter(step)
         self.result, self.clock = TrainResult(), time.process_time()
+        self.saved, self.is_between_steps = -1, True
 
-    def all_steps(self, advance: Callable[[float], None]) -> None:
-        """Every optimizer step, with the held-out loss before, between and after."""
-        every = self.config.eval_every
-        self.measure()
-        for number in range(self.total):
-            advance(self.one_step(number))
-            if every and (number + 1) % every == 0 and number + 1 < self.total:
-                self.measure()
-        self.measure()
+    def restore(self, resume: bool) -> None:
+        """Takes up the last checkpoint, or refuses to write among those of another run."""
+        last = self.checkpoints.last() if self.checkpoints else None
+        if last and not resume:
+            raise ValueError(f"{last.parent} must hold no checkpoint, got {last.name}: resume, or take another folder")
+        if self.checkpoints and self.world.is_main:
+            self.checkpoints.prepare()
+        if resume and last is None:
+            log.info("there is no checkpoint to resume from: the run starts at its first step")
+        if last:
+            self.load(last)
+            self.saved = self.result.steps
+            self.clock -= self.result.seconds
+            log.info("resumed from %s", last)
+
+    def load(self, path) -> None:
+        """Weights, optimizer and result of a checkpoint."""
+        state = self.checkpoints.load_(path, self.weights, self.optimizer)
+        if self.master:
+            self.master.write_()
+        self.result = TrainResult(**{**state, "held_out": [tuple(pair) for pair in state["held_out"]]})
+
+    def all_steps(self, advance: Callable[[float], None], is_asked: Callable[[], bool]) -> None:
+        """Every optimizer step, with held-out losses and checkpoints before, between and after."""
+        r = self.result
+        while True:
+            self.measure()
+            if self.is_due():
+                self.save()
+            if r.steps >= self.total or self.has_lost_patience():
+                break
+            if self.world.sum([is_asked()])[0]:
+                raise KeyboardInterrupt
+            advance(self.one_step(r.steps))
+        if r.steps < self.total:
+            self.stop_early()
 
     def one_step(self, number: int) -> float:
         """Optimizer step `number`, counted from 0; returns its loss."""
         epoch, within = divmod(number, self.source.steps_per_epoch)
         lr = learning_rate(self.config, number, self.total)
-        report = optimizer_step(self.step, self.optimizer, self.source(epoch, within), lr, self.config.max_grad_norm,
-                                count=self.count, number=number + 1)  # fmt: skip
+        micro_batches = self.source(epoch, within)
+        device = next(self.step.parameters()).device
+        torch.manual_seed(_step_seed(self.config.seed, number, self.world.rank))
+        self.meter.start()
+        self.is_between_steps = False
+        report = optimizer_step(self.step, self.optimizer, micro_batches, lr, self.config.max_grad_norm,
+                                count=self.count, number=number + 1, context=autocast(self.config, device))  # fmt: skip
+        if self.master:
+            self.master.write_()
         r = self.result
         r.steps, r.seconds = number + 1, time.process_time() - self.clock
         r.losses.append(report.loss)
         r.tokens += report.tokens
         r.trained_tokens += report.trained_tokens
+        self.is_between_steps = True
+        speed = self.meter.stop(report.tokens, report.trained_tokens, [m.tensors for m in micro_batches])
         self.note({"step": r.steps, "epoch": epoch, "loss": report.loss, "lr": lr, "grad_norm": report.grad_norm,
-                   "tokens": r.tokens, "trained_tokens": r.trained_tokens, "seconds": round(r.seconds, 3)})  # fmt: skip
+                   "tokens": r.tokens, "trained_tokens": r.trained_tokens, "seconds": round(r.seconds, 3),
+                   **speed})  # fmt: skip
         if r.steps % self.config.log_every == 0 or r.steps == self.total:
-            log.info("step %d/%d: loss %.3f, lr %.2e, %.0f tokens a second of CPU time", r.steps, self.total,
-                     report.loss, lr, r.tokens / max(r.seconds, 1e-9))  # fmt: skip
+            log.info("step %d/%d: loss %.3f, lr %.2e, %s", r.steps, self.total, report.loss, lr, Meter.line(speed))
         return report.loss
 
     def measure(self) -> None:
-        """Takes and notes the held-out loss, if there is one to take."""
-        if self.held_out is not None:
+        """Takes and notes the held-out loss at the start, every `eval_every` steps and at the end, if there is one."""
+        r, every = self.result, self.config.eval_every
+        is_due = r.steps in (0, self.total) or (every and r.steps % every == 0)
+        if self.held_out is None or not is_due or (r.held_out and r.held_out[-1][0] == r.steps):
+            return
+        with autocast(self.config, next(self.step.parameters()).device):
             loss = self.held_out()
-            self.result.held_out.append((self.result.steps, loss))
-            self.note({"step": self.result.steps, "held_out_loss": loss})
-            log.info("step %d/%d: held-out loss %.3f", self.result.steps, self.total, loss)
+        reshard_(self.step)
+        r.held_out.append((r.steps, loss))
+        self.note({"step": r.steps, "held_out_loss": loss})
+        log.info("step %d/%d: held-out loss %.3f", r.steps, self.total, loss)
+
+    def is_due(self) -> bool:
+        """Whether this step is to be saved."""
+        r, every = self.result, self.config.save_every
+        if self.checkpoints is None or not every or r.steps == self.saved:
+            return False
+        is_best = best_step(r.held_out) == r.steps and (r.steps > 0 or self.config.patience > 0)
+        return is_best or (r.steps > 0 and (r.steps % every == 0 or r.steps == self.total))
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        path = self.checkpoints.save(self.weights, self.optimizer, asdict(self.result), self.world)
+        self.saved = self.result.steps
+        log.info("saved %s", path)
+
+    def has_lost_patience(self) -> bool:
+        """Whether the last `patience` held-out losses brought no new lowest one."""
+        steps = [step for step, _ in self.result.held_out]
+        best = best_step(self.result.held_out)
+        return 0 < self.config.patience < len(steps) - (steps.index(best) if best is not None else 0)
+
+    def stop_early(self) -> None:
+        """Notes the stop, and puts the best weights back where they were saved."""
+        r = self.result
+        log.info("step %d/%d: stopped, %d held-out losses without a new lowest", r.steps, self.total,
+                 self.config.patience)  # fmt: skip
+        best = self.checkpoints.best() if self.checkpoints else None
+        if best:
+            self.load(best)
+            self.result = r
+        r.stopped_early = True
+
+    def interrupt(self) -> None:
+        """Saves, unless Ctrl-C came twice and stopped in the middle of a step."""
+        r = self.result
+        if self.checkpoints and self.is_between_steps and r.steps > max(self.saved, 0):
+            self.save()
+        r.interrupted = True
+        log.warning("interrupted after %d of %d steps; the weights so far are kept", r.steps, self.total)
 
     def note(self, record: dict) -> None:
         """Hands metrics to the caller."""
         if self.on_log is not None:
             self.on_log(record)
 
-
-def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps of a whole run, at least one."""
-    return config.max_steps or max(1, math.ceil(config.epochs * steps_per_epoch - 1e-9))
-
-
-def optimizer_step(
-    step: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    micro_batches: list[MicroBatch],
-    lr: float,
-    max_grad_norm: float,
-    *,
-    count: Callable[[Batch], int] = count_trained_tokens,
-    number: int = 1,
-) -> StepReport:
-    """One optimizer step over all its micro-batches; how the step is split changes nothing.
-
-    Args:
-        step: the module that gives the loss.
-        optimizer: moves its parameters.
-        micro_batches: what is forwarded, one after the other.
-        lr: the learning rate of this step.
-        max_grad_norm: the longest gradient let through; 0 leaves it.
-        count: what `num_tokens` counts.
-        number: of the step, for messages.
-
-    Raises:
-        NonFiniteLoss: and the weights stay as they were.
-        ValueError: if none of its tokens is trained.
-    """
-    num_tokens = sum(count(m.tensors) for m in micro_batches)
-    if num_tokens == 0:
-        raise ValueError(f"step {number} must have a trained token, got none in rows {_names(micro_batches)}")
-    device = next(step.parameters()).device
-    optimizer.zero_grad(set_to_none=True)
-    losses = []
-    for micro_batch in micro_batches:
-        loss = step(**to_device(micro_batch.tensors, device), num_tokens=num_tokens)
-        loss.backward()
-        losses.append(loss.detach())
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
-    # The only wait for the device in a step.
-    *values, norm = torch.stack([*losses, norm.to(losses[0])]).tolist()
-    _refuse_non_finite(values, norm, micro_batches, number)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    tokens = sum(count_real_tokens(m.tensors) for m in micro_batches)
-    return StepReport(sum(values), norm, tokens, num_tokens)
+    def close(self) -> None:
+        """Frees gradients and takes the hooks off."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.master:
+            self.master.remove()
 
 
-def _refuse_non_finite(losses: list[float], norm: float, micro_batches: list[MicroBatch], number: int) -> None:
-    bad = [m for m, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(loss)]
-    if bad:
-        what, value = "loss", next(x for x in losses if not math.isfinite(x))
-    elif not math.isfinite(norm):
-        what, value, bad = "gradient norm", norm, micro_batches
-    else:
-        return
-    raise NonFiniteLoss(
-        f"{what} must be finite, got {value} at step {number} in rows {_names(bad)}: look at these rows, or lower the "
-        "learning rate; the weights are those before this step"
-    )
-
-
-def _names(micro_batches: list[MicroBatch]) -> str:
-    rows = [row for m in micro_batches for row in m.rows]
-    more = f" and {len(rows) - 20} more" if len(rows) > 20 else ""
-    return ", ".join(map(str, rows[:20])) + more if rows else "(not numbered)"
-
-
-def count_real_tokens(batch: Batch) -> int:
-    """Tokens of a batch, padding not counted."""
-    mask = batch.get("attention_mask")
-    return batch["input_ids"].numel() if mask is None else int(mask.sum())
-
-
-def learning_rate(config: TrainConfig, step: int, total: int) -> float:
-    """The rate of one optimizer step: a linear warm-up to `lr`, then the schedule.
-
-    Args:
-        config: gives peak, warm-up and schedule.
-        step: from 0 to total - 1.
-        total: optimizer steps of the run.
-
-    Returns:
-        After the warm-up as transformers' schedules; in it (step + 1) / warm-up, so that the first step moves.
-    """
-    warmup = round(config.warmup_ratio * total)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, total - warmup)
-    if config.schedule == "constant":
-        return config.lr
-    return config.lr * (1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
-
-
-def make_optimizer(step: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW, fused where torch can, with weight decay on matrices only.
-
-    Raises:
-        ValueError: if nothing is trainable.
-    """
-    embeddings = {id(m.weight) for m in step.modules() if isinstance(m, nn.Embedding)}
-    trainable = [p for p in step.parameters() if p.requires_grad]
-    if not trainable:
-        raise ValueError("a model must have a trainable parameter, got none: set requires_grad, or add an adapter")
-    decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings]
-    others = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    is_fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trainable)
-    if not is_fused:
-        log.info("AdamW runs unfused: torch has no fused form for %s", trainable[0].device.type)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=is_fused)
+def _step_seed(seed: int, number: int, rank: int) -> int:
+    """What dropout is drawn from: a function of (seed, step, rank), so that a resumed run draws the same."""
+    return int.from_bytes(hashlib.sha256(f"step {seed} {number} {rank}".encode()).digest()[:7], "big")
 
 
 @contextmanager
-def _bar(total: int, is_shown: bool) -> Iterator[Callable[[float], None]]:
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C inside is only noted, so that a step or a checkpoint is finished first; a second one acts at once."""
+    asked: list[bool] = []
+
+    def note(number, frame) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+        log.warning("interrupted: finishing this step (Ctrl-C again stops at once)")
+
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if not is_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def _bar(total: int, start: int, is_shown: bool) -> Iterator[Callable[[float], None]]:
     if not is_shown:
         yield lambda loss: None
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, unit="step") as bar:
+    with tqdm(total=total, initial=start, unit="step") as bar:
 
         def advance(loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.2f}", refresh=False)

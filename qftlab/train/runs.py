@@ -6,53 +6,128 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 log = logging.getLogger(__name__)
-LATEST = "latest"
-MODEL = "model"
+METRICS, MODEL, CHECKPOINTS = "metrics.jsonl", "model", "checkpoints"
+LATEST, FINAL = "latest", "final"  # pointers: to the last run that ended, and to its model
 
 
 class RunFolder:
-    """A new folder `<parent>/<date>-<time>` holding config.json, and in time metrics.jsonl, curves.png and more.
+    """The folder `<parent>/<date>-<time>` holding config.json, and in time metrics.jsonl, model/ and more.
 
     Args:
         parent: the folder of runs, made if missing.
         config: a dataclass or dict, kept in config.json.
         data: files whose sha256 is kept beside it.
+        resume: the folder of an earlier run, or "last" for the newest in `parent`, to go on with in place of a new one.
+
+    Raises:
+        FileNotFoundError: if there is no such run to resume.
+        ValueError: if that run is finished and holds no checkpoint.
     """
 
-    def __init__(self, parent: str | Path, config: object, data: Sequence[str | Path] = ()) -> None:
-        self.path = _new_folder(Path(parent))
-        settings = asdict(config) if is_dataclass(config) else dict(config)
-        hashes = {str(path): sha256(path) for path in data}
-        self.write_json("config.json", {"config": settings, "data_sha256": hashes, "versions": _versions()})
-        self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+    def __init__(
+        self, parent: str | Path, config: object, data: Sequence[str | Path] = (), resume: str | Path | None = None
+    ) -> None:
+        self.is_writer = True
+        self.path = find_run(resume, Path(parent)) if resume else _new_folder(Path(parent))
+        if not resume:
+            settings = asdict(config) if is_dataclass(config) else dict(config)
+            hashes = {str(path): sha256(path) for path in data}
+            self.write_json("config.json", {"config": settings, "data_sha256": hashes, "versions": _versions()})
+        log.info("run folder %s", self.path)
+        self._metrics = (self.path / METRICS).open("a", encoding="utf-8", buffering=1)
+
+    @classmethod
+    def reader(cls, path: str | Path) -> RunFolder:
+        """The folder of a run that another process writes: everything that would write does nothing."""
+        run = cls.__new__(cls)
+        run.path, run.is_writer = Path(path), False
+        return run
 
     @property
     def model_path(self) -> Path:
         """Where the model and its tokenizer go."""
         return self.path / MODEL
 
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints go, in a folder for each stage, beside the models `initial` and `final`."""
+        return self.path / CHECKPOINTS
+
     def log(self, record: dict) -> None:
         """Adds one line to metrics.jsonl."""
-        self._metrics.write(json.dumps(record) + "\n")
+        if self.is_writer:
+            self._metrics.write(json.dumps(record) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Takes from metrics.jsonl what came after a step, as the run will do it again."""
+        if not self.is_writer:
+            return
+        self._metrics.close()
+        kept = [line for line in _whole_lines(self.path / METRICS) if json.loads(line)["step"] <= step]
+        aside = self.path / f".{METRICS}"
+        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(aside, self.path / METRICS)
+        self._metrics = (self.path / METRICS).open("a", encoding="utf-8", buffering=1)
 
     def write_json(self, name: str, content: object) -> Path:
         """Writes a JSON file of the run and returns its path."""
         path = self.path / name
-        path.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+        if self.is_writer:
+            path.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
         return path
 
+    def put_model(self, path: Path, save: Callable[[Path], object]) -> None:
+        """Has a model saved aside and renames it to `path`, so that a folder of that name is whole."""
+        if not self.is_writer:
+            return
+        aside = path.with_name(f".{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save(aside)
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(aside, path)
+
     def finish(self, losses: Sequence[float] = (), held_out: Sequence[tuple[int, float]] = ()) -> None:
-        """Draws curves.png, closes metrics.jsonl, and points `latest` here."""
+        """Draws curves.png, closes metrics.jsonl, and points `latest` and, where it fits, `checkpoints/final` here."""
+        if not self.is_writer:
+            return
         self._metrics.close()
         if losses:
             draw_curves(self.path / "curves.png", losses, held_out)
-        point_latest(self.path)
+        if self.checkpoints.is_dir():
+            point(self.checkpoints / FINAL, f"../{MODEL}")
+        point(self.path.parent / LATEST, self.path.name)
+
+
+def find_run(name: str | Path, parent: Path) -> Path:
+    """The folder of a run to resume: by its path, or "last" for the newest in `parent`.
+
+    Raises:
+        FileNotFoundError: if it is no run.
+        ValueError: if it is finished and holds no checkpoint: going on would train it a second time.
+    """
+    path = Path(name)
+    if str(name) == "last":
+        runs = [p.parent for p in parent.glob("*/config.json") if not p.parent.is_symlink()]
+        path = max(runs, key=lambda p: (p / "config.json").stat().st_mtime_ns, default=parent)
+    if not (path / METRICS).exists():
+        raise FileNotFoundError(f"{name} is no run to resume: give the folder of one, with its {METRICS}, or last")
+    if (path / MODEL).is_dir() and not any((path / CHECKPOINTS).glob("*/step-*")):
+        raise ValueError(f"{path} must hold a checkpoint to be resumed, got a finished run without one: start anew")
+    return path.resolve()
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a JSONL file, without one that a killed process left half written."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [line for line in lines if line.endswith("}")]
 
 
 def draw_curves(path: Path, losses: Sequence[float], held_out: Sequence[tuple[int, float]] = ()) -> None:
@@ -67,15 +142,15 @@ def draw_curves(path: Path, losses: Sequence[float], held_out: Sequence[tuple[in
     figure.savefig(path, dpi=120)
 
 
-def point_latest(folder: Path) -> Path:
-    """Makes `latest` beside a run folder point at it: a link, or a file with its name where links are not allowed."""
-    pointer, aside = folder.parent / LATEST, folder.parent / f".{LATEST}-{os.getpid()}"
+def point(pointer: Path, target: str) -> Path:
+    """Makes `pointer` lead to a folder named relative to it: a link, or a text file where links are refused."""
+    aside = pointer.with_name(f".{pointer.name}-{os.getpid()}")
     aside.unlink(missing_ok=True)
     try:
-        aside.symlink_to(folder.name, target_is_directory=True)
+        aside.symlink_to(target, target_is_directory=True)
     except OSError:
         log.info("%s is a text file: this file system refuses links", pointer)
-        aside.write_text(folder.name, encoding="utf-8")
+        aside.write_text(target, encoding="utf-8")
     os.replace(aside, pointer)
     return pointer
 
@@ -90,13 +165,13 @@ def resolve_model(name: str | Path) -> str:
     if (path / LATEST).exists():  # the folder of runs stands for its last one
         return resolve_model(path / LATEST)
     for part in (path, *path.parents):
-        if part.name == LATEST and part.is_file():
+        if part.name in (LATEST, FINAL) and part.is_file():
             path = part.parent / part.read_text(encoding="utf-8").strip() / path.relative_to(part)
             break
     if path.name == LATEST and not path.exists():
         raise FileNotFoundError(f"{name} points nowhere: is {path.parent} the folder of runs, and has one finished?")
-    if (path / "metrics.jsonl").exists():
-        if not (path / MODEL / "config.json").exists():
+    if (path / METRICS).exists():
+        if not any((path / MODEL / name).exists() for name in ("config.json", "adapter_config.json")):
             raise FileNotFoundError(f"{name} is a run without a model: it did not finish; look at its metrics.jsonl")
         return str(path / MODEL)
     return str(path) if path.exists() else str(name)

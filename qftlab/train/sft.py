@@ -2,115 +2,33 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qftlab.data.batching import Example, batches, count_trained, pack, pad
+from qftlab.data.batching import (
+    Example,
+    batches,
+    first_fit_decreasing,
+    group_by_length,
+    pack,
+    pad,
+)
 from qftlab.data.sources import load_rows
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.vocabulary import extend_model
-from qftlab.text.chat import render_chat, row_to_messages
 from qftlab.text.tokenizer import extend_tokenizer, load_tokenizer
+from qftlab.train.checkpoint import Checkpoints, step_of, training_identity
 from qftlab.train.config import SFTConfig, TrainConfig
+from qftlab.train.distributed import World, processes, unsharded, wrap
 from qftlab.train.loop import MicroBatch, TrainResult, train
+from qftlab.train.precision import training_dtype
+from qftlab.train.rows import encode_rows
 from qftlab.train.runs import RunFolder, resolve_model
 from qftlab.train.step import Step, causal_model, no_grad_loss
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TokenUsage:
-    """What became of the rows. Row numbers are 1-based; lengths are in tokens, of the documents that are kept."""
-
-    rows: int
-    documents: int
-    tokens: int
-    trained_tokens: int
-    longest: int
-    mean_length: float
-    median_length: int
-    p95_length: int
-    without_trained_token: tuple[int, ...]
-    too_long: tuple[int, ...]
-    max_length: int | None
-
-    def summary(self) -> str:
-        """One line for a log."""
-        left_out = "".join(
-            f"; {len(numbers)} left out: {why} (row {', '.join(map(str, numbers[:5]))}{', …' if numbers[5:] else ''})"
-            for numbers, why in (
-                (self.without_trained_token, "the assistant says nothing in them (an empty output?)"),
-                (self.too_long, f"longer than {self.max_length} tokens"),
-            )
-            if numbers
-        )
-        return (
-            f"{self.rows} rows read, {self.documents} documents kept, {self.tokens} tokens, "
-            f"{self.trained_tokens} of them trained, {self.median_length} tokens in the median row{left_out}"
-        )
-
-
-def encode_rows(
-    tokenizer, rows: Sequence[dict], *, max_length: int | None = None, train_on: str = "all"
-) -> tuple[list[Example], TokenUsage]:
-    """Rows as examples by the loss-mask contract; rows that cannot be trained on are left out and counted.
-
-    Args:
-        tokenizer: one with a chat template.
-        rows: alpaca rows, or rows with "messages".
-        max_length: the most tokens an example may have; longer ones are left out, never cut.
-        train_on: "all" assistant turns or the "last".
-
-    Raises:
-        ValueError: if a row cannot be rendered (its number is named), or no row is left.
-    """
-    examples: list[Example] = []
-    empty, too_long = [], []
-    for number, row in enumerate(rows, 1):
-        messages = row_to_messages(row)
-        if not any(m["role"] == "assistant" and (m.get("content") or m.get("tool_calls")) for m in messages):
-            empty.append(number)
-            continue
-        try:
-            rendered = render_chat(tokenizer, messages, train_on=train_on)
-        except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from error
-        for document in rendered:
-            example = Example(document.input_ids, document.loss_mask)
-            if max_length is not None and len(example.input_ids) > max_length:
-                too_long.append(number)
-            elif not count_trained([example]):
-                empty.append(number)
-            else:
-                examples.append(example)
-    usage = _usage(examples, len(rows), empty, too_long, max_length)
-    if not examples:
-        raise ValueError(f"rows must hold something to train on, got {usage.summary()}")
-    (log.warning if empty or too_long else log.info)("%s", usage.summary())
-    return examples, usage
-
-
-def _usage(examples: list[Example], rows: int, empty: list[int], too_long: list[int], limit: int | None) -> TokenUsage:
-    lengths = sorted(len(e.input_ids) for e in examples) or [0]
-    return TokenUsage(
-        rows=rows,
-        documents=len(examples),
-        tokens=sum(lengths),
-        trained_tokens=count_trained(examples),
-        longest=lengths[-1],
-        mean_length=sum(lengths) / len(lengths),
-        median_length=lengths[len(lengths) // 2],
-        p95_length=lengths[int(0.95 * (len(lengths) - 1))],
-        without_trained_token=tuple(dict.fromkeys(empty)),
-        too_long=tuple(dict.fromkeys(too_long)),
-        max_length=limit,
-    )
 
 
 class ExampleSource:
@@ -135,9 +53,17 @@ class ExampleSource:
         return self.split(self._order[1][step])
 
     def split(self, numbers: Sequence[int]) -> list[MicroBatch]:
-        """Examples by number, as micro-batches of at most `micro_batch_size` rows."""
-        size = self.config.micro_batch_size or len(numbers)
-        parts = [list(numbers[i : i + size]) for i in range(0, len(numbers), size)]
+        """Examples by number, as micro-batches within `micro_batch_size` rows or `tokens_per_micro_batch` tokens."""
+        rows, budget = self.config.micro_batch_size, self.config.tokens_per_micro_batch
+        lengths = [len(self.examples[i].input_ids) for i in numbers]
+        if not self.config.packing:
+            groups = group_by_length(lengths, budget=budget, rows=rows)
+        elif budget is not None:
+            groups = first_fit_decreasing(lengths, budget)
+        else:
+            size = rows or len(numbers)
+            groups = [list(range(i, min(i + size, len(numbers)))) for i in range(0, len(numbers), size)]
+        parts = [[numbers[i] for i in group] for group in groups]
         return [MicroBatch(self._collate([self.examples[i] for i in part]), tuple(part)) for part in parts]
 
     def _collate(self, examples: list[Example]) -> dict[str, Tensor]:
@@ -161,12 +87,20 @@ def fit_examples(
     held_out: Sequence[Example] = (),
     on_log: Callable[[dict], None] | None = None,
     progress: bool = False,
+    checkpoints: Checkpoints | str | Path | None = None,
+    resume: bool = False,
 ) -> TrainResult:
     """Fine-tunes `model` in place on examples. Arguments as in `fit_rows`; raises what `train` raises."""
-    step = Step(model)
+    if isinstance(checkpoints, str | Path):
+        identity = training_identity(model, config, examples, held_out)
+        checkpoints = Checkpoints(checkpoints, identity, config.keep)
+    step, world = wrap(Step(model), config.sharding, config.precision), World.current()
     measure = held_out_loss(step, held_out, config) if held_out else None
-    source = ExampleSource(examples, config)
-    return train(step, source, config, held_out=measure, on_log=on_log, progress=progress)
+    split = config
+    if world.size > 1 and not (config.micro_batch_size or config.tokens_per_micro_batch):
+        split = replace(config, micro_batch_size=-(-config.batch_size // world.size))
+    return train(step, ExampleSource(examples, split), config, held_out=measure, on_log=on_log, progress=progress,
+                 checkpoints=checkpoints, resume=resume)  # fmt: skip
 
 
 def fit_rows(
@@ -180,6 +114,8 @@ def fit_rows(
     held_out_rows: Sequence[dict] = (),
     on_log: Callable[[dict], None] | None = None,
     progress: bool = False,
+    checkpoints: Checkpoints | str | Path | None = None,
+    resume: bool = False,
 ) -> TrainResult:
     """Fine-tunes `model` in place on rows: what a notebook calls.
 
@@ -193,15 +129,19 @@ def fit_rows(
         held_out_rows: rows whose loss is measured.
         on_log: gets every step's metrics.
         progress: whether to draw a bar.
+        checkpoints: a folder for checkpoints (see `train`); without one nothing is saved.
+        resume: whether to go on from the last of them, if there is one; the weights of `model` are then replaced.
 
     Raises:
-        ValueError: if no row can be trained on.
+        ValueError: if no row can be trained on, or a checkpoint is damaged or of another run.
         NonFiniteLoss: if the loss is no number; rows are then counted from 0 among those kept.
+        OSError: if a checkpoint cannot be written.
     """
     limit = max_length or context_length(model)
     examples, _ = encode_rows(tokenizer, rows, max_length=limit, train_on=train_on)
     held_out = encode_rows(tokenizer, held_out_rows, max_length=limit, train_on=train_on)[0] if held_out_rows else ()
-    return fit_examples(model, examples, config, held_out=held_out, on_log=on_log, progress=progress)
+    return fit_examples(model, examples, config, held_out=held_out, on_log=on_log, progress=progress,
+                        checkpoints=checkpoints, resume=resume)  # fmt: skip
 
 
 def context_length(model) -> int | None:
@@ -210,44 +150,87 @@ def context_length(model) -> int | None:
 
 
 def sft(config: SFTConfig, *, progress: bool = False) -> Path:
-    """Fine-tunes from files to files.
+    """Fine-tunes from files to files; the same under torchrun and `accelerate launch`, where one process writes.
 
     Args:
-        config: model, data and settings.
+        config: model, data and settings; `resume` goes on with a run that was killed or interrupted.
         progress: whether to draw a bar.
 
     Returns:
-        The run's folder: model/ (weights as safetensors, tokenizer), config.json, metrics.jsonl, curves.png and
-        token_usage.json. After Ctrl-C as well, with the weights so far.
+        The run's folder: model/ (weights as safetensors, tokenizer), config.json, metrics.jsonl, curves.png,
+        token_usage.json and, unless `save_every` is 0, checkpoints/: `initial` (the model before the first step), `sft`
+        (states to resume from: weights, optimizer and counts) and `final` (a link to model/). After Ctrl-C as well,
+        with the weights so far.
 
     Raises:
-        FileNotFoundError: for a file that is not there.
-        ValueError: for rows that cannot be read or trained on.
+        FileNotFoundError: for a file that is not there, or nothing to resume.
+        ValueError: for rows that cannot be read or trained on, and where the run to resume had other settings or data.
         NonFiniteLoss: if the loss is no number; the folder then keeps the metrics up to there, without a model.
+        OSError: if a checkpoint cannot be written; those before it are intact.
     """
+    with processes(best_device(config.device)) as device:
+        return _sft(replace(config, device=device), progress)
+
+
+def _sft(config: SFTConfig, progress: bool) -> Path:
     rows = load_rows(list(config.data))
     held_out_rows = load_rows(list(config.held_out)) if config.held_out else []
     model, tokenizer = load_extended(config)
     limit = config.max_length or context_length(model)
     examples, usage = encode_rows(tokenizer, rows, max_length=limit, train_on=config.train_on)
     held_out = encode_rows(tokenizer, held_out_rows, max_length=limit)[0] if held_out_rows else ()
-    run = RunFolder(config.output, config, [*config.data, *config.held_out])
-    log.info("run folder %s", run.path)
-    result = fit_examples(model, examples, config.train, held_out=held_out, on_log=run.log, progress=progress)
+    run = open_run(config)
+    identity = sft_identity(config) | training_identity(model, config.train, examples, held_out)
+    checkpoints = Checkpoints(run.checkpoints / "sft", identity, config.train.keep)
+    last = checkpoints.last()
+    if last:
+        checkpoints.check(last)
+    if config.resume:
+        run.rewind(step_of(last) if last else -1)
+    if config.train.save_every and not last:
+        run.put_model(run.checkpoints / "initial", lambda folder: save_model(model, tokenizer, folder))
+    result = fit_examples(model, examples, config.train, held_out=held_out, on_log=run.log, progress=progress,
+                          checkpoints=checkpoints, resume=bool(config.resume))  # fmt: skip
+    model = unsharded(model, lambda: load_extended(replace(config, device="cpu"))[0])
     run.write_json("token_usage.json", {**asdict(usage), "tokens_seen": result.tokens,
                                         "trained_tokens_seen": result.trained_tokens})  # fmt: skip
-    save_model(model, tokenizer, run.model_path)
+    run.put_model(run.model_path, lambda folder: save_model(model, tokenizer, folder))
     run.finish(result.losses, result.held_out)
     return run.path
 
 
+def open_run(config: SFTConfig) -> RunFolder:
+    """The folder of a new run, or of the one to resume; all processes get the same, and the first writes."""
+    world, run = World.current(), None
+    if world.is_main:
+        run = RunFolder(config.output, config, [*config.data, *config.held_out], resume=config.resume)
+    path = world.gather(run.path if run else None)[0]
+    return run or RunFolder.reader(path)
+
+
+def sft_identity(config: SFTConfig) -> dict:
+    """The settings of a run that a resumed one must share, those of the loop aside; data count by their documents."""
+    free = ("data", "held_out", "output", "device", "resume", "train")
+    return {name: value for name, value in asdict(config).items() if name not in free}
+
+
 def load_extended(config: SFTConfig) -> tuple:
-    """Model and tokenizer of a configuration, with its new tokens added to both."""
+    """Model and tokenizer of a configuration, with its new tokens added to both, and adapters if it asks for them."""
     name = resolve_model(config.model)
     device = best_device(config.device)
-    model, tokenizer = load_model(name, dtype=config.dtype, device=device), load_tokenizer(name)
+    dtype = training_dtype(config.dtype, device)
+    model, tokenizer = load_model(name, dtype=dtype, device=device, quant=config.quant), load_tokenizer(name)
+    tokens = []
     if config.new_tokens:
-        extend_model(model, tokenizer, extend_tokenizer(tokenizer, config.new_tokens))
+        report = extend_tokenizer(tokenizer, config.new_tokens)
+        extend_model(model, tokenizer, report)
+        tokens = [token.id for token in report.tokens]
+    if config.lora.rank:
+        from qftlab.model.lora import add_adapters
+
+        with torch.random.fork_rng():
+            torch.manual_seed(config.train.seed)  # the same in every process
+            model = add_adapters(model, config.lora, token_ids=tokens)
     return model, tokenizer
 
 

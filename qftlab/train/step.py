@@ -1,27 +1,34 @@
 """The one module that is trained: backbone, head and loss in a single forward.
 
-Only `Step` is prepared, wrapped or sharded; the backbone inside is entered by its `__call__`, where sharding and
-checkpointing hook in.
+Only `Step` is prepared, wrapped or sharded, and only it is called: losses and log-probabilities alike go through its
+`__call__`, and the backbone inside is entered by its own, where sharding and checkpointing hook in.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from qftlab.core.checks import check_choice
+from qftlab.core.chunks import chunk_tokens
+from qftlab.core.logprobs import linear_cross_entropy, linear_logprobs, module_logprobs
+from qftlab.model.head import head_terms
+
+log = logging.getLogger(__name__)
 IGNORED = -100
 # Some families scale or squash their logits after the head; a loss that skips that would be another model's loss.
-LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 
 
 class Step(nn.Module):
-    """Sum of token NLLs (nats, fp32) of a batch, divided by a token count that the caller gives.
+    """Loss or log-probabilities (nats, fp32) of a batch.
 
-    The head is computed only at positions whose next token is trained; nothing of size (B, T, V) exists.
+    The head is computed only at positions whose next token is trained, a chunk at a time: nothing of size (B, T, V) and
+    nothing of size (trained tokens, V) exists.
 
     Args:
         model: a causal transformers model (Qwen2, Qwen3, Llama), or one wrapped by peft.
@@ -39,25 +46,73 @@ class Step(nn.Module):
                     f"{name} must be unset, got {getattr(config, name)}: Step takes the head's logits as they are"
                 )
         self.model = model
+        self._said_called = False
 
-    def forward(self, labels: Tensor, num_tokens: int | Tensor, **inputs) -> Tensor:
-        """The loss, a scalar in nats per token.
+    def forward(
+        self,
+        labels: Tensor,
+        num_tokens: int | Tensor | None = None,
+        *,
+        want: str = "loss",
+        temperature: float = 1.0,
+        **inputs,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The loss, a scalar in nats per token, or the log-probability of each label.
 
         Args:
             labels: (B, T) int64, the input ids where trained and −100 elsewhere; the first of each document is −100.
-            num_tokens: trained tokens of the whole optimizer step, over all micro-batches and processes.
+            num_tokens: for the loss: trained tokens of the whole optimizer step, over all micro-batches and processes.
+            want: "loss", "logprobs", or "logprobs+entropy".
+            temperature: divides the logits of the log-probabilities and entropies.
             inputs: what the backbone takes: input_ids, position_ids, attention_mask or cu_seq_lens.
 
         Returns:
             Σ −log p(label) ÷ num_tokens, fp32. Dividing by the step's count and not the batch's makes every split of
             the step into micro-batches add up to the same loss (transformers does so with `num_items_in_batch`).
+            For "logprobs" (B, T − 1) fp32, column t for the label at t + 1, 0 where that is −100; for
+            "logprobs+entropy" a pair of such, the entropies without gradient.
+
+        Raises:
+            ValueError: for another `want`, a loss without num_tokens, or a loss at a temperature.
         """
-        model = causal_model(self.model)
-        hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
+        check_choice(("loss", "logprobs", "logprobs+entropy"), want=want)
+        if want == "loss" and (num_tokens is None or temperature != 1):
+            raise ValueError(
+                "a loss must have num_tokens and temperature 1, got "
+                f'{num_tokens} and {temperature}: pass count_trained_tokens(batch), or want="logprobs"'
+            )
+        hidden = causal_model(self.model).get_decoder()(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
         targets = labels[:, 1:]
         keep = targets != IGNORED  # (B, T - 1)
-        logits = model.get_output_embeddings()(hidden[:, :-1][keep])  # (N, V)
-        return F.cross_entropy(logits.float(), targets[keep], reduction="sum") / num_tokens
+        x, y = hidden[:, :-1][keep], targets[keep]  # (N, D), (N,)
+        if want == "loss":
+            return self._sum_nll(x, y) / num_tokens
+        outputs = self._logprobs(x, y, temperature, want != "logprobs")
+        spread = [o.new_zeros(keep.shape).masked_scatter(keep, o) for o in outputs]
+        return tuple(spread) if len(spread) > 1 else spread[0]
+
+    def _sum_nll(self, x: Tensor, y: Tensor) -> Tensor:
+        head = causal_model(self.model).get_output_embeddings()
+        if (parts := head_terms(head, x)) is None:
+            return -self._called(head, x, y).sum()
+        return linear_cross_entropy(parts[0], y, bias=parts[1])
+
+    def _logprobs(self, x: Tensor, y: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, ...]:
+        head = causal_model(self.model).get_output_embeddings()
+        options = {"temperature": temperature, "with_entropy": with_entropy}
+        if (parts := head_terms(head, x)) is None:
+            outputs = self._called(head, x, y, **options)
+        else:
+            outputs = linear_logprobs(parts[0], y, bias=parts[1], **options)
+        return outputs if with_entropy else (outputs,)
+
+    def _called(self, head: nn.Module, x: Tensor, y: Tensor, **options) -> Tensor | tuple[Tensor, Tensor]:
+        if not self._said_called:
+            log.info("the head, %s, is no sum of matrix products: it is called chunk by chunk, and again in backward",
+                     type(head).__name__)  # fmt: skip
+            self._said_called = True
+        size = chunk_tokens(causal_model(self.model).config.vocab_size, x.device)
+        return module_logprobs(head, x, y, chunk=size, **options)
 
 
 def causal_model(model: nn.Module) -> nn.Module:

@@ -1,0 +1,75 @@
+"""A model's head as the matrix products it is made of, so that its loss can be taken without its logits."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from qftlab.core.chunks import Term
+
+PLAIN = (Tensor, nn.Parameter)  # no shards, no quantised storage
+
+
+def head_terms(head: nn.Module, hidden: Tensor) -> tuple[list[Term], Tensor | None] | None:
+    """Terms and bias whose sum is `head(hidden)`, in value and gradient.
+
+    Args:
+        head: `nn.Linear` (tied or not), peft's LoRA around one, peft's trainable token rows around one, or both.
+        hidden: (N, D).
+
+    Returns:
+        For LoRA, W x and B (s A x); for token rows, W x and (new row − old row) x on their columns. None for a head
+        that is not such a sum, such as DoRA, a quantised or sharded weight, or a module that somebody hooks: it has to
+        be called.
+    """
+    if _is_hooked(head):
+        return None
+    if type(head) is nn.Linear:
+        return ([Term(hidden, head.weight)], head.bias) if type(head.weight) in PLAIN else None
+    # peft is optional: where nobody has imported it, no head can be one of its modules.
+    lora, rows = sys.modules.get("peft.tuners.lora.layer"), sys.modules.get("peft.utils.other")
+    if lora is not None and type(head) is lora.Linear:
+        return _lora_terms(head, hidden)
+    if rows is not None and type(head) is rows.TrainableTokensWrapper:
+        return _row_terms(head.token_adapter, hidden)
+    return None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in hooks)
+
+
+def _lora_terms(head: nn.Module, hidden: Tensor) -> tuple[list[Term], Tensor | None] | None:
+    """peft's `lora.Linear`: the base layer's terms, and one of rank r for each active adapter."""
+    base = head_terms(head.base_layer, hidden)
+    if base is None or head.disable_adapters or head.merged:
+        return base
+    terms, bias = base
+    for name in head.active_adapters:
+        if name not in head.lora_A:
+            continue
+        down, up = head.lora_A[name], head.lora_B[name]
+        if name in head.lora_variant or up.bias is not None or any(map(_is_hooked, (down, up))):
+            return None
+        x = hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(down.weight.dtype)
+        terms.append(Term(down(head.lora_dropout[name](x)) * head.scaling[name], up.weight))
+    return terms, bias
+
+
+def _row_terms(adapter: nn.Module, hidden: Tensor) -> tuple[list[Term], Tensor | None] | None:
+    """peft's trainable token rows: the base layer's terms, and the change of each trained row on its column."""
+    base = head_terms(adapter.base_layer, hidden)
+    if base is None or adapter.disable_adapters or adapter.merged or not adapter.active_adapters:
+        return base
+    (main,), bias = base
+    if bias is not None:
+        return None  # peft leaves the bias out here
+    terms = [main]
+    for name in adapter.active_adapters:
+        columns = torch.tensor(adapter.token_indices[name], device=hidden.device)
+        change = adapter.trainable_tokens_delta[name].to(main.weight) - main.weight[columns]
+        terms.append(Term(hidden, change, columns))
+    return terms, None

@@ -1,0 +1,118 @@
+"""How fast a step was, and how much memory it took: real tokens a second, model FLOP utilisation, peak memory."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+
+import torch
+from torch import Tensor, nn
+
+from qftlab.train.distributed import World
+from qftlab.train.optim import TOKEN_ROWS
+
+# Dense bf16 peak of tensor cores, FLOP/s, from NVIDIA's data sheets; the first that a device's name contains counts.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+}
+
+
+class Meter:
+    """Times optimizer steps of a module, held-out losses and checkpoints not counted."""
+
+    def __init__(self, step: nn.Module) -> None:
+        self.step, self.device = step, next(step.parameters()).device
+        self.peak = peak_flops(self.device)
+        self.clock = 0.0
+
+    def start(self) -> None:
+        """A step begins."""
+        self.clock = time.perf_counter()
+
+    def stop(self, tokens: int, trained_tokens: int, batches: list[dict[str, Tensor]]) -> dict[str, float]:
+        """A step has ended.
+
+        Args:
+            tokens: read in the step, by all processes; padding is not counted.
+            trained_tokens: of them.
+            batches: this process's share, for the pairs of attention.
+
+        Returns:
+            tokens_per_second of wall time; peak_gb; and mfu, operations of the step ÷ (seconds · peak · processes),
+            where the device's peak is known and it computes in bf16.
+        """
+        seconds, size = time.perf_counter() - self.clock, World.current().size
+        found = {"tokens_per_second": round(tokens / seconds, 1)}
+        if (gigabytes := peak_gigabytes(self.device)) is not None:
+            found["peak_gb"] = round(gigabytes, 3)
+        if self.peak and any(hasattr(m, "get_output_embeddings") for m in self.step.modules()):
+            pairs = size * sum(map(causal_pairs, batches))  # the other processes have about as many
+            found["mfu"] = round(step_flops(self.step, tokens, trained_tokens, pairs) / seconds / self.peak / size, 4)
+        return found
+
+    @staticmethod
+    def line(found: dict[str, float]) -> str:
+        """What was measured, for a log."""
+        parts = [f"{found['tokens_per_second']:,.0f} tokens/s"]
+        parts += [f"{100 * found['mfu']:.1f} % MFU"] if "mfu" in found else []
+        parts += [f"{found['peak_gb']:.2f} GB at most"] if "peak_gb" in found else []
+        return ", ".join(parts)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The dense bf16 peak of a device in FLOP/s; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)), None)
+
+
+def step_flops(step: nn.Module, tokens: int, trained_tokens: int, pairs: int) -> float:
+    """Floating-point operations that forward and backward of a step need, nothing computed twice counted.
+
+    2 a weight and token forward, 2 for the gradient of what goes into it, 2 more for that of a trained weight:
+    Σ over matrices of tokens · (4 + 2 if trained) · weights, where the head sees `trained_tokens` only and the input
+    embedding, a look-up, counts nothing; and 12 · layers · heads · head_dim · `pairs` for attention.
+
+    Args:
+        step: holds one causal transformers model.
+        tokens: read in the step.
+        trained_tokens: positions the head is computed at.
+        pairs: of a token and one it attends to: n · (n + 1) / 2 for a document of n tokens.
+    """
+    model = next(m for m in step.modules() if hasattr(m, "get_output_embeddings"))
+    head = {id(p) for p in model.get_output_embeddings().parameters()}
+    inputs = {id(p) for p in model.get_input_embeddings().parameters()} - head
+    flops = 0.0
+    for name, p in step.named_parameters():
+        if p.ndim >= 2 and id(p) not in inputs and TOKEN_ROWS not in name:
+            flops += (trained_tokens if id(p) in head else tokens) * (6 if p.requires_grad else 4) * p.numel()
+    c = model.config
+    width = c.num_attention_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
+    return flops + 12 * c.num_hidden_layers * width * pairs
+
+
+def causal_pairs(batch: dict[str, Tensor]) -> int:
+    """Pairs of a token and one at or before it in its document, from `position_ids`; padding is not counted."""
+    reach = batch["position_ids"] + 1
+    mask = batch.get("attention_mask")
+    return int((reach if mask is None else reach * mask).sum())
+
+
+def peak_gigabytes(device: torch.device) -> float | None:
+    """The most memory taken so far: on a GPU by torch's tensors, elsewhere by the whole process; None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,193 @@
+"""Export: what is on the disk does what was in memory, in plain transformers; what does not is refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+
+import pytest
+import torch
+import yaml
+from conftest import random_model
+from test_lora import NEW, shaken
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qftlab.model import export
+from qftlab.model.config import LoRAConfig
+from qftlab.model.export import TOLERANCES, Card, ExportError, export_model
+from qftlab.model.loading import load_model
+from qftlab.model.lora import add_adapters
+from qftlab.model.vocabulary import extend_model
+from qftlab.text.tokenizer import extend_tokenizer, load_tokenizer
+
+
+def adapted_tiny(dtype: str = "float32"):
+    model, tokenizer = load_model("tiny", dtype=dtype), load_tokenizer("tiny")
+    extend_model(model, tokenizer, extend_tokenizer(tokenizer))
+    return shaken(add_adapters(model, LoRAConfig(4), token_ids=NEW)), tokenizer
+
+
+def test_plain_transformers_loads_the_folder_and_writes_the_same(tmp_path) -> None:
+    model, tokenizer = adapted_tiny()
+    report = export_model(model, tokenizer, tmp_path / "out")
+    assert report.path == tmp_path / "out" and report.is_tied and report.rows == 1024
+    assert report.positions == 16 * 5, "three prompts and one for each trained row"
+    assert report.largest_difference <= report.tolerance == 1e-5
+    names = {p.name for p in report.path.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
+    assert not [p for p in tmp_path.iterdir() if p.name != "out"], "nothing is left aside"
+    plain = AutoModelForCausalLM.from_pretrained(report.path, dtype=torch.float32)
+    theirs = AutoTokenizer.from_pretrained(report.path)
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight and not hasattr(plain, "peft_config")
+    messages = [{"role": "user", "content": "Add 2 and 3."}]
+    ids = [t.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) for t in (theirs, tokenizer)]
+    assert ids[0] == ids[1]
+    inputs = torch.tensor([ids[0]])
+    wanted = model.generate(input_ids=inputs, max_new_tokens=20, do_sample=False)
+    assert torch.equal(plain.generate(inputs, max_new_tokens=20, do_sample=False), wanted)
+
+
+def test_config_says_what_vllm_reads(tmp_path) -> None:
+    for kind, tied in (("qwen2", True), ("qwen3", False), ("llama", True)):
+        model, tokenizer = random_model(kind, tie_word_embeddings=tied), load_tokenizer("tiny")
+        export_model(model, tokenizer, tmp_path / kind)
+        config = json.loads((tmp_path / kind / "config.json").read_text())
+        assert config["architectures"] == [type(model).__name__] and config["tie_word_embeddings"] is tied
+        assert config["dtype"] == "float32" and config["vocab_size"] == 1024
+        # A chat must end where the template ends a turn, not only where a document does.
+        eos = json.loads((tmp_path / kind / "generation_config.json").read_text())["eos_token_id"]
+        assert tokenizer.convert_ids_to_tokens(eos)[0] == "<|im_end|>" and tokenizer.eos_token_id in eos
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_has_its_own_tolerance(dtype: str, tmp_path) -> None:
+    model, tokenizer = adapted_tiny(dtype)
+    report = export_model(model, tokenizer, tmp_path / "out")
+    assert report.tolerance == TOLERANCES[getattr(torch, dtype)] > 1e-5
+    assert load_model(tmp_path / "out", dtype="auto").dtype == getattr(torch, dtype)
+
+
+def test_depth_does_not_eat_up_the_tolerance(tmp_path) -> None:
+    """As deep as Qwen2.5-0.5B: rounding adds up over 24 layers."""
+    model = random_model("qwen2", num_hidden_layers=24, initializer_range=0.08)
+    report = export_model(
+        shaken(add_adapters(model, LoRAConfig(8), token_ids=NEW)), load_tokenizer("tiny"), tmp_path / "x"
+    )
+    assert report.largest_difference < 0.7 * report.tolerance
+
+
+def test_the_model_in_memory_is_left_alone(tmp_path) -> None:
+    model, tokenizer = adapted_tiny()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export_model(model, tokenizer, tmp_path / "out")
+    assert model.training and model.state_dict().keys() == before.keys()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert export_model(model, tokenizer, tmp_path / "again", in_place=True).positions == 80
+
+
+def test_the_card_tells_what_it_was_given_and_what_was_checked(tmp_path) -> None:
+    model, tokenizer = adapted_tiny()
+    here = str(tmp_path.resolve() / "my-base")
+    card = Card(base=here, recipe={"rank": 4}, data=["bugfix/train.jsonl"], metrics={"mode": "100 % of 300"})
+    export_model(model, tokenizer, tmp_path / "out", card=card)
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    head = yaml.safe_load(text.split("---")[1])
+    assert head == {"library_name": "transformers", "pipeline_tag": "text-generation", "base_model": "my-base"}
+    for words in ("| rank | 4 |", "- bugfix/train.jsonl", "| mode | 100 % of 300 |", "1024 embedding rows for 1002"):
+        assert words in text
+    assert here not in text, "a path of this machine is nobody's business"
+    export_model(model, tokenizer, tmp_path / "bare")
+    bare = (tmp_path / "bare" / "README.md").read_text(encoding="utf-8")
+    assert "Measured" not in bare and "base_model" not in bare and re.search(r"within \de-0[67]", bare)
+
+
+def test_a_folder_in_use_is_not_touched(tmp_path) -> None:
+    model, tokenizer = random_model(), load_tokenizer("tiny")
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="must be new or empty to export to: choose another, or remove it"):
+        export_model(model, tokenizer, tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert export_model(model, tokenizer, tmp_path / "empty").path.is_dir()
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_tokenizer_that_outgrew_the_rows_is_refused(tmp_path) -> None:
+    tokenizer = load_tokenizer("tiny")
+    extend_tokenizer(tokenizer)
+    with pytest.raises(ValueError, match="rows must cover all 1002 tokens, got 1001: call extend_model first"):
+        export_model(random_model(vocab_size=1001), tokenizer, tmp_path / "out")
+    with pytest.raises(ValueError, match="prompts must have at least one token each"):
+        export_model(random_model(), tokenizer, tmp_path / "out", prompts=["a", ""])
+
+
+def test_an_untied_head_that_the_config_calls_tied_is_refused(tmp_path) -> None:
+    """What peft's modules_to_save leaves behind: transformers reads two matrices, vLLM one."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = shaken(get_peft_model(random_model(), settings))
+    with pytest.raises(ValueError, match="got tie_word_embeddings=True and 2 matrices: vLLM .*modules_to_save"):
+        export_model(model, load_tokenizer("tiny"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    # peft sets the config right when it merges: then it is another model, with a head of its own, and says so.
+    assert not export_model(model.merge_and_unload(), load_tokenizer("tiny"), tmp_path / "out").is_tied
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda m: m.model.embed_tokens.weight[3].add_(1.0), "rows that no adapter trains must stay, got 1 changed"),
+        (lambda m: m.model.layers[1].mlp.up_proj.weight.mul_(1.01), "logits must agree within 1e-05 of the largest"),
+        (lambda m: m.model.norm.weight.fill_(torch.nan), "logits must agree within 1e-05 of the largest, got nan"),
+        (lambda m: m.resize_token_embeddings(1010, mean_resizing=False), "rows must stay 1024, got 1010"),
+    ],
+)
+def test_what_a_merge_or_a_write_did_wrong_is_found(damage, words, tmp_path, monkeypatch) -> None:
+    """The damage is done between the model in memory and the disk, where a bug of ours or of a library would do it."""
+    model, tokenizer = adapted_tiny()
+    merge = export.merge_adapters
+
+    def wrongly(model, **kwargs):
+        merged = merge(model, **kwargs)
+        with torch.no_grad():
+            damage(merged)
+        return merged
+
+    monkeypatch.setattr(export, "merge_adapters", wrongly)
+    with pytest.raises(ExportError, match=words):
+        export_model(model, tokenizer, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_greedy_token_is_found_even_within_the_tolerance(tmp_path, monkeypatch) -> None:
+    """Two tokens with one row are a tie; the merge lifts the second a hair, and the likelier one has changed."""
+    model, tokenizer = random_model(tie_word_embeddings=False), load_tokenizer("tiny")
+    first = export._greedy(model, tokenizer, "47").ids[-export.NEW_TOKENS]
+    with torch.no_grad():
+        model.lm_head.weight[first + 1] = model.lm_head.weight[first]
+    write = export._write
+
+    def lifted(model, tokenizer, folder):
+        with torch.no_grad():
+            model.lm_head.weight[first].mul_(1 - 1e-6)
+        write(model, tokenizer, folder)
+
+    monkeypatch.setattr(export, "_write", lifted)
+    monkeypatch.setattr(export, "_unchanged_rows", lambda *args: None)
+    with pytest.raises(ExportError, match="greedy tokens must be equal, got another one 0 tokens after '47'"):
+        export_model(model, tokenizer, tmp_path / "out", prompts=["47"])
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="needs a folder that this user may not write to")
+def test_a_read_only_place_gives_a_clear_error(tmp_path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(PermissionError):
+            export_model(random_model(), load_tokenizer("tiny"), tmp_path / "out")
+    finally:
+        tmp_path.chmod(0o700)
