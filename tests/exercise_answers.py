@@ -413,6 +413,121 @@ def leaks_as_prompts(train, test):
     return [prompt for prompt in test if " ".join(prompt.lower().split()) in known]
 
 
+# 05.1 ---------------------------------------------------------------------------------------------------------------
+def stub_adapted(x, weight, a, b, alpha):
+    """W x + (alpha / r) · B (A x) for each row of x (T, D_in); weight (D_out, D_in), a (r, D_in), b (D_out, r)."""
+    ...
+
+
+def adapted_by_two_paths(x, weight, a, b, alpha):
+    rank = len(a)
+    return x @ weight.T + (alpha / rank) * ((x @ a.T) @ b.T)
+
+
+def adapted_row_by_row(x, weight, a, b, alpha):
+    whole = weight + alpha / b.shape[1] * torch.einsum("or,ri->oi", b, a)
+    return torch.stack([whole @ row for row in x])
+
+
+def adapted_unscaled(x, weight, a, b, alpha):
+    return x @ weight.T + x @ a.T @ b.T
+
+
+def adapted_by_alpha(x, weight, a, b, alpha):
+    return x @ weight.T + alpha * (x @ a.T @ b.T)
+
+
+def adapted_not_transposed(x, weight, a, b, alpha):
+    return x @ weight.T + alpha / a.shape[0] * (x @ a) @ b
+
+
+# 05.2 ---------------------------------------------------------------------------------------------------------------
+def stub_count(shapes, rank, num_rows, width):
+    """Trained numbers: `rank` adapters on matrices of shapes (D_out, D_in), and `num_rows` token rows of `width`."""
+    return ...
+
+
+def count_by_sum(shapes, rank, num_rows, width):
+    return rank * sum(d_out + d_in for d_out, d_in in shapes) + num_rows * width
+
+
+def count_by_building(shapes, rank, num_rows, width):
+    total = torch.zeros(num_rows, width).numel()
+    for d_out, d_in in shapes:
+        total += torch.zeros(rank, d_in).numel() + torch.zeros(d_out, rank).numel()
+    return total
+
+
+def count_of_whole_matrices(shapes, rank, num_rows, width):
+    return sum(d_out * d_in for d_out, d_in in shapes) + num_rows * width
+
+
+def count_without_rows(shapes, rank, num_rows, width):
+    return rank * sum(d_out + d_in for d_out, d_in in shapes)
+
+
+# 05.3 ---------------------------------------------------------------------------------------------------------------
+def stub_move_rows(table, gradient, ids, lr):
+    """The table (V, D) after a step of `lr` against the gradient, in the rows `ids` only; `table` itself stays."""
+    ...
+
+
+def move_rows_by_index(table, gradient, ids, lr):
+    out = table.clone()
+    for i in ids:
+        out[i] = table[i] - lr * gradient[i]
+    return out
+
+
+def move_rows_by_mask(table, gradient, ids, lr):
+    mask = torch.zeros(len(table), 1)
+    mask[ids] = 1
+    return table - lr * gradient * mask
+
+
+def move_all_rows(table, gradient, ids, lr):
+    return table - lr * gradient
+
+
+def move_rows_upwards(table, gradient, ids, lr):
+    out = table.clone()
+    out[ids] = out[ids] + lr * gradient[ids]
+    return out
+
+
+def move_rows_in_place(table, gradient, ids, lr):
+    table[ids] -= lr * gradient[ids]
+    return table
+
+
+# 05.4 ---------------------------------------------------------------------------------------------------------------
+def stub_merge_adapter(weight, a, b, alpha):
+    """The one matrix (D_out, D_in) that does what weight and adapter do together; `weight` itself stays."""
+    ...
+
+
+def merge_adapter_by_product(weight, a, b, alpha):
+    return weight + (alpha / a.shape[0]) * (b @ a)
+
+
+def merge_adapter_by_outer_products(weight, a, b, alpha):
+    update = sum(torch.outer(b[:, k], a[k]) for k in range(len(a)))
+    return weight + alpha * update / len(a)
+
+
+def merge_adapter_unscaled(weight, a, b, alpha):
+    return weight + b @ a
+
+
+def merge_adapter_in_place(weight, a, b, alpha):
+    weight += alpha / a.shape[0] * (b @ a)
+    return weight
+
+
+def merge_adapter_swapped(weight, a, b, alpha):
+    return weight + alpha / a.shape[0] * (a @ b)
+
+
 ANSWERS = {
     "01.1": Answers(
         stub_merge,
@@ -488,6 +603,290 @@ ANSWERS = {
             (leaks_exact, "only exact copies"),
             (leaks_stripped, "only the ends are stripped"),
             (leaks_as_prompts, "return the indices"),
+        ),
+    ),
+}
+
+
+# 04.1 ---------------------------------------------------------------------------------------------------------------
+def stub_entropy(logits, temperature):
+    """Entropy in nats of softmax(logits / temperature); logits (V,). A token of probability 0 adds nothing."""
+    ...
+
+
+def entropy_by_log_softmax(logits, temperature):
+    logp = (logits / temperature).log_softmax(-1)
+    p = logp.exp()
+    return -(p * logp)[p > 0].sum()
+
+
+def entropy_by_loop(logits, temperature):
+    probs = (logits / temperature).softmax(-1).tolist()
+    return sum(-p * math.log(p) for p in probs if p > 0)
+
+
+def entropy_with_nan(logits, temperature):
+    p = (logits / temperature).softmax(-1)
+    return -(p * p.log()).sum()
+
+
+def entropy_in_bits(logits, temperature):
+    probs = (logits / temperature).softmax(-1).tolist()
+    return sum(-p * math.log2(p) for p in probs if p > 0)
+
+
+def entropy_heated(logits, temperature):
+    probs = (logits * temperature).softmax(-1).tolist()
+    return sum(-p * math.log(p) for p in probs if p > 0)
+
+
+# 04.2 ---------------------------------------------------------------------------------------------------------------
+def stub_top_p(logits, p):
+    """Logits (V,), -inf wherever the token is not in the smallest set of likeliest tokens whose mass reaches p."""
+    ...
+
+
+def top_p_by_scatter(logits, p):
+    probs, order = logits.softmax(-1).sort(descending=True)
+    is_cut_sorted = probs.cumsum(-1) - probs >= p
+    is_cut = torch.zeros_like(is_cut_sorted).scatter(0, order, is_cut_sorted)
+    return logits.masked_fill(is_cut, -math.inf)
+
+
+def top_p_by_loop(logits, p):
+    probs = logits.softmax(-1).tolist()
+    kept, mass = [], 0.0
+    for token in sorted(range(len(probs)), key=lambda i: -probs[i]):
+        if mass >= p:
+            break
+        kept.append(token)
+        mass += probs[token]
+    return [x if i in kept else -math.inf for i, x in enumerate(logits.tolist())]
+
+
+def top_p_cutting_the_crossing(logits, p):
+    probs, order = logits.softmax(-1).sort(descending=True)
+    is_cut = torch.zeros_like(logits, dtype=torch.bool).scatter(0, order, probs.cumsum(-1) > p)
+    return logits.masked_fill(is_cut, -math.inf)
+
+
+def top_p_left_sorted(logits, p):
+    probs = logits.softmax(-1).sort(descending=True).values
+    return torch.where(probs.cumsum(-1) - probs < p, logits, -math.inf)
+
+
+def top_p_in_place(logits, p):
+    probs, order = logits.softmax(-1).sort(descending=True)
+    logits[order[probs.cumsum(-1) - probs >= p]] = -math.inf
+    return logits
+
+
+# 04.3 ---------------------------------------------------------------------------------------------------------------
+def stub_penalise(logits, seen, penalty):
+    """Logits (V,) with the tokens in `seen` less likely: positive ones divided by the penalty, the others times it."""
+    ...
+
+
+def penalise_by_where(logits, seen, penalty):
+    found = logits[seen]
+    out = logits.clone()
+    out[seen] = torch.where(found > 0, found / penalty, found * penalty)
+    return out
+
+
+def penalise_by_list(logits, seen, penalty):
+    changed = [(x / penalty if x > 0 else x * penalty) if i in seen else x for i, x in enumerate(logits.tolist())]
+    return torch.tensor(changed)
+
+
+def penalise_dividing(logits, seen, penalty):
+    out = logits.clone()
+    out[seen] = out[seen] / penalty
+    return out
+
+
+def penalise_twice(logits, seen, penalty):
+    out = logits.clone()
+    for token in seen:
+        out[token] = out[token] / penalty if out[token] > 0 else out[token] * penalty
+    return out
+
+
+def penalise_in_place(logits, seen, penalty):
+    for token in set(seen):
+        logits[token] *= penalty if logits[token] < 0 else 1 / penalty
+    return logits
+
+
+# 04.4 ---------------------------------------------------------------------------------------------------------------
+def stub_until_stop(pieces, stops):
+    """The text before the first stop string, and how many pieces had to be read to see it whole."""
+    ...
+
+
+def until_stop_by_find(pieces, stops):
+    text = ""
+    for i, piece in enumerate(pieces):
+        text += piece
+        places = [text.find(stop) for stop in stops if stop in text]
+        if places:
+            return text[: min(places)], i + 1
+    return text, len(pieces)
+
+
+def until_stop_by_regex(pieces, stops):
+    pattern = re.compile("|".join(map(re.escape, stops)))
+    for count in range(1, len(pieces) + 1):
+        found = pattern.search("".join(pieces[:count]))
+        if found:
+            return "".join(pieces)[: found.start()], count
+    return "".join(pieces), len(pieces)
+
+
+def until_stop_piece_by_piece(pieces, stops):
+    text = ""
+    for i, piece in enumerate(pieces):
+        for stop in stops:
+            if stop in piece:
+                return text + piece[: piece.find(stop)], i + 1
+        text += piece
+    return text, len(pieces)
+
+
+def until_stop_by_ending(pieces, stops):
+    text = ""
+    for i, piece in enumerate(pieces):
+        text += piece
+        for stop in stops:
+            if text.endswith(stop):
+                return text[: -len(stop)], i + 1
+    return text, len(pieces)
+
+
+def until_stop_text_only(pieces, stops):
+    return until_stop_by_find(pieces, stops)[0]
+
+
+# 04.5 ---------------------------------------------------------------------------------------------------------------
+def stub_beam_step(scores, logprobs, eos_id):
+    """One step of beam search: (running, finished), each a list of (parent, token, score), best first."""
+    ...
+
+
+def beam_step_by_topk(scores, logprobs, eos_id):
+    beams, vocabulary = logprobs.shape
+    values, places = (scores.unsqueeze(1) + logprobs).flatten().topk(2 * beams)
+    running, finished = [], []
+    for rank, (value, place) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):
+        parent, token = divmod(place, vocabulary)
+        if token != eos_id:
+            running.append((parent, token, value))
+        elif rank < beams:
+            finished.append((parent, token, value))
+    return running[:beams], finished
+
+
+def beam_step_by_sorting(scores, logprobs, eos_id):
+    beams = len(scores)
+    every = [(i, t, float(scores[i]) + float(x)) for i, row in enumerate(logprobs) for t, x in enumerate(row)]
+    every = sorted(every, key=lambda candidate: candidate[2], reverse=True)[: 2 * beams]
+    return [c for c in every if c[1] != eos_id][:beams], [c for c in every[:beams] if c[1] == eos_id]
+
+
+def beam_step_too_few(scores, logprobs, eos_id):
+    beams, vocabulary = logprobs.shape
+    values, places = (scores.unsqueeze(1) + logprobs).flatten().topk(beams)
+    best = [(*divmod(place, vocabulary), value) for value, place in zip(values.tolist(), places.tolist(), strict=True)]
+    return [c for c in best if c[1] != eos_id], [c for c in best if c[1] == eos_id]
+
+
+def beam_step_every_end(scores, logprobs, eos_id):
+    beams, vocabulary = logprobs.shape
+    values, places = (scores.unsqueeze(1) + logprobs).flatten().topk(2 * beams)
+    best = [(*divmod(place, vocabulary), value) for value, place in zip(values.tolist(), places.tolist(), strict=True)]
+    return [c for c in best if c[1] != eos_id][:beams], [c for c in best if c[1] == eos_id]
+
+
+def beam_step_forgetting_scores(scores, logprobs, eos_id):
+    return beam_step_by_topk(torch.zeros_like(scores), logprobs, eos_id)
+
+
+ANSWERS |= {
+    "04.1": Answers(
+        stub_entropy,
+        (entropy_by_log_softmax, entropy_by_loop),
+        (
+            (entropy_with_nan, "such a token must add 0"),
+            (entropy_in_bits, "bits, not nats"),
+            (entropy_heated, "multiplied by the temperature"),
+        ),
+    ),
+    "04.2": Answers(
+        stub_top_p,
+        (top_p_by_scatter, top_p_by_loop),
+        (
+            (top_p_cutting_the_crossing, "the token that crosses p is cut"),
+            (top_p_left_sorted, "decided in sorted order"),
+            (top_p_in_place, "logits was changed in place"),
+        ),
+    ),
+    "04.3": Answers(
+        stub_penalise,
+        (penalise_by_where, penalise_by_list),
+        (
+            (penalise_dividing, "negative logits are divided too"),
+            (penalise_twice, "punished twice"),
+            (penalise_in_place, "logits was changed in place"),
+        ),
+    ),
+    "04.4": Answers(
+        stub_until_stop,
+        (until_stop_by_find, until_stop_by_regex),
+        (
+            (until_stop_piece_by_piece, "each piece is searched alone"),
+            (until_stop_by_ending, "need not end with the stop"),
+            (until_stop_text_only, "return both"),
+        ),
+    ),
+    "04.5": Answers(
+        stub_beam_step,
+        (beam_step_by_topk, beam_step_by_sorting),
+        (
+            (beam_step_too_few, "only K candidates"),
+            (beam_step_every_end, "must not count"),
+            (beam_step_forgetting_scores, "own scores are left out"),
+        ),
+    ),
+    "05.1": Answers(
+        stub_adapted,
+        (adapted_by_two_paths, adapted_row_by_row),
+        (
+            (adapted_unscaled, "not scaled"),
+            (adapted_by_alpha, "divide by the rank as well"),
+            (adapted_not_transposed, "shapes do not meet"),
+        ),
+    ),
+    "05.2": Answers(
+        stub_count,
+        (count_by_sum, count_by_building),
+        ((count_of_whole_matrices, "counts the matrices themselves"), (count_without_rows, "token rows are missing")),
+    ),
+    "05.3": Answers(
+        stub_move_rows,
+        (move_rows_by_index, move_rows_by_mask),
+        (
+            (move_all_rows, "every row moves"),
+            (move_rows_upwards, "subtract"),
+            (move_rows_in_place, "changed in place"),
+        ),
+    ),
+    "05.4": Answers(
+        stub_merge_adapter,
+        (merge_adapter_by_product, merge_adapter_by_outer_products),
+        (
+            (merge_adapter_unscaled, "not scaled"),
+            (merge_adapter_in_place, "changed in place"),
+            (merge_adapter_swapped, "wrong way round"),
         ),
     ),
 }

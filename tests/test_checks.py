@@ -380,7 +380,7 @@ def test_the_smallest_failing_input_is_small() -> None:
 def test_unknown_exercises_are_named() -> None:
     with pytest.raises(ValueError, match="must be one of 03.1, 03.2, 03.3, 03.4, got '03.9'"):
         checks.check("03.9", None)
-    with pytest.raises(ValueError, match=r"notebook must be one with exercises \(01, 02, 03\), got '99'"):
+    with pytest.raises(ValueError, match=rf"with exercises \({', '.join(notebooks())}\), got '99'"):
         checks.check("99.1", None)
     with pytest.raises(ValueError, match="dots must be 1, 2 or 3, got 4"):
         Exercise("09.1", "x", 4, 1, len, lambda r, s: (), "y")
@@ -547,3 +547,33 @@ def test_oracles_agree_with_the_library() -> None:
     ids, mask = nb02._draw_targets(random.Random(0), 5)
     labels = pad([Example(ids.tolist(), mask.tolist())], 0)["labels"]
     assert torch.equal(labels[0, 1:], nb02.targets(ids, mask))
+
+
+def test_oracles_of_decoding_agree_with_the_library_and_transformers() -> None:
+    import random
+
+    from transformers import RepetitionPenaltyLogitsProcessor, StopStringCriteria, TopPLogitsWarper
+
+    from qftlab.core.logprobs import entropy
+    from qftlab.core.sampling import SamplingParams, filter_logits
+    from qftlab.teach.exercises import nb04
+    from qftlab.text.tokenizer import load_tokenizer
+
+    rng, tokenizer = random.Random(0), load_tokenizer("tiny")
+    for size in range(1, 9):
+        logits, temperature = nb04._draw_entropy(rng, size)
+        torch.testing.assert_close(nb04.entropy(logits, temperature), entropy(logits / temperature))
+        logits, p = nb04._draw_top_p(rng, size)
+        ours = nb04.top_p(logits, p)
+        assert torch.equal(ours, filter_logits(logits[None], SamplingParams(top_p=p))[0])
+        assert torch.equal(ours, TopPLogitsWarper(p)(None, logits[None])[0])
+        logits, seen, penalty = nb04._draw_penalty(rng, size)
+        theirs = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([seen]), logits[None])[0]
+        torch.testing.assert_close(nb04.penalise(logits, seen, penalty), theirs)
+        pieces, stops = nb04._draw_pieces(rng, size)
+        ids = [i for piece in pieces for i in tokenizer(piece).input_ids]
+        said = [tokenizer.decode([i]) for i in ids]
+        text, count = nb04.until_stop(said, stops)
+        stop = StopStringCriteria(tokenizer, stops)
+        hits = [bool(stop(torch.tensor([ids[: n + 1]]), None)) for n in range(len(ids))]
+        assert (hits.index(True) + 1 if any(hits) else len(ids)) == count and "".join(said).startswith(text)

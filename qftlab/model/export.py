@@ -29,7 +29,7 @@ NEW_TOKENS = 16
 END_OF_TURN = "<|im_end|>"
 
 
-class ExportError(RuntimeError):
+class ExportError(ValueError):
     """An exported model that does not do what the model in memory does; nothing is left at its folder."""
 
 
