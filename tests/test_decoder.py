@@ -294,3 +294,48 @@ def test_rows_move_within_the_cache() -> None:
 @pytest.mark.parametrize("rows, order", [([0, 1], [0, 1]), ([2], [2]), ([1, 3], [3, 1]), ([0, 3, 4], [0, 4, 3])])
 def test_compact_moves_as_little_as_possible(rows, order) -> None:
     assert compact(rows) == order
+
+
+def test_prompts_held_once_give_what_copied_ones_give() -> None:
+    """Ragged prompts, unequal groups, rows that move and leave: against a cache into which the prompts are copied."""
+    decoder = Decoder(make_model("qwen3"))
+    read = decoder.new_cache(4, 7)
+    logits = decoder.prefill(RAGGED, read)
+    owners = [0, 0, 0, 2, 2, 3]
+    shared, copied = read.share(owners, 8), read.expand(owners, capacity=20)
+    tokens = logits[torch.tensor(owners)].topk(6).indices[torch.arange(6), torch.arange(6)]  # a different one each
+    for rows in ([0, 1, 2, 3, 4, 5], [0, 2, 3, 5], [3, 2], [0]):
+        if len(rows) < shared.batch_size:
+            (shared, order), (copied, other) = shared.keep(rows), copied.keep(rows)
+            assert order == other
+            tokens = tokens[torch.tensor(order)]
+        want = decoder.step(tokens, copied)
+        assert (decoder.step(tokens, shared) - want).abs().max() < ROUNDING
+        assert shared.positions == copied.lengths
+        tokens = want.argmax(-1)
+    shared.lengths = [3]
+    with pytest.raises(ValueError, match="rows with a shared prefix must be equally long"):
+        two = read.share([0, 1], 4)
+        two.lengths = [0, 1]
+        decoder.step(torch.tensor([1, 1]), two)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_the_two_softmaxes_join_as_one(mask: bool, monkeypatch) -> None:
+    """Against one softmax over both parts, by the CPU's kernel and by the form other devices take."""
+    from qftlab.generate import attend
+    from qftlab.generate.cache import Prefix
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 2, n, 8) for n in (4, 5, 5))
+    prompt = torch.randn(1, 2, 2, 2, 6, 8)  # (layers, 2, P, H_kv, L, d)
+    prefix = Prefix(prompt, [6, 4] if mask else [6, 6], [0, 1, 0])
+    own = [torch.cat([prompt[0, i, [0, 1, 0]], x], dim=2) for i, x in ((0, k), (1, v))]
+    past = torch.zeros(3, 1, 1, 11)
+    past[1, ..., 4:6] = -torch.inf if mask else 0
+    want = torch.nn.functional.scaled_dot_product_attention(q, *own, attn_mask=past, scale=0.3)
+    got = attend.attend_shared(q, k, v, *prefix.store[0], prefix, 0.3)
+    assert (got - want).abs().max() < 1e-6
+
+    monkeypatch.setattr(attend, "_attend", attend._attend_plainly)
+    assert (attend.attend_shared(q, k, v, *prefix.store[0], prefix, 0.3) - want).abs().max() < 1e-6

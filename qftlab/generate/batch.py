@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qftlab.core.sampling import RowParams, SamplingParams, sample, sample_rows, uniform
-from qftlab.generate.cache import KVCache
+from qftlab.generate.cache import KVCache, Prefix
 from qftlab.generate.decoder import Decoder
 
 # A graph has a fixed number of rows and columns; these are rounded up to, so that few graphs serve all.
@@ -70,6 +71,7 @@ class Arena:
         self.params = dict(vars(RowParams.of(EVERY_SETTING, rows, device)))
         self.seen: Tensor | None = None  # (B, V), made when a penalty needs it
         self.recorded: dict[tuple, Callable[[], None]] = {}
+        self.angles: list[tuple[Tensor, Tensor]] = []  # that recorded steps read: the decoder may make larger tables
         self.is_busy = False
 
     def changing(self) -> list[Tensor]:
@@ -95,7 +97,11 @@ class Batch:
     def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], settings: Settings) -> None:
         self.decoder, self.settings, self.recorder = decoder, settings, decoder.recorder
         self.params, self.count, self.at = list(settings.params), len(prompts), 0
-        size = len(prompts), max(map(len, prompts)) + settings.max_new_tokens, settings.max_new_tokens
+        self.firsts = [i for i, p in enumerate(prompts) if i == 0 or p is not prompts[i - 1]]
+        # A recorded step finds its keys at fixed places: there prompts are copied to their rows.
+        self.is_sharing = self.recorder is None and len(self.firsts) < len(prompts)
+        longest = 0 if self.is_sharing else max(map(len, prompts))
+        size = len(prompts), longest + settings.max_new_tokens, settings.max_new_tokens
         if decoder.spare is None or not decoder.spare.fits(*size):
             decoder.spare = Arena(decoder, *size)
         self.arena = decoder.spare
@@ -126,17 +132,19 @@ class Batch:
                 arena.seen[row, torch.tensor(prompt, device=device)] = True
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Prefills every prompt once, copies it to its rows and chooses their first tokens."""
-        firsts = [i for i, p in enumerate(prompts) if i == 0 or p is not prompts[i - 1]]
-        owner = [sum(first <= i for first in firsts) - 1 for i in range(self.count)]
-        unique = [prompts[i] for i in firsts]
-        cache = self.arena.cache.narrow(self.count)
+        """Prefills every prompt once for all its rows and chooses their first tokens."""
+        unique = [prompts[i] for i in self.firsts]
+        cache = KVCache(self.arena.cache.store[:, :, : self.count], [0] * self.count)
         if len(unique) == self.count:
             logits = self.decoder.prefill(unique, cache)
         else:
+            owners = [bisect_right(self.firsts, i) - 1 for i in range(self.count)]
             read = self.decoder.new_cache(len(unique), max(map(len, unique)))
-            logits = self.decoder.prefill(unique, read)[torch.tensor(owner, device=cache.store.device)]
-            cache.copy_(read, owner)
+            logits = self.decoder.prefill(unique, read)[torch.tensor(owners, device=cache.store.device)]
+            if self.is_sharing:
+                cache.prefix = Prefix(read.store, read.lengths, owners)
+            else:
+                cache.copy_(read, owners)
         self.cache = cache
         self._choose_eagerly(logits)
 
@@ -250,6 +258,7 @@ class Batch:
             for tensor, value in zip(arena.changing(), before, strict=True):
                 tensor.copy_(value)
             arena.recorded[key] = self.recorder(step)
+            arena.angles.append(self.decoder.rope(arena.cache.capacity))
         return arena.recorded[key]
 
 

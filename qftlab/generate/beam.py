@@ -181,12 +181,12 @@ class _Search:
         self.plan.on_step(BeamStep(step, self.prompt, parents, tokens, logprobs, scores, is_finished, kept))
 
     def num_shared(self, length: int) -> int:
-        """How many tokens, prompt included, all beams have in common."""
+        """How many new tokens all beams have in common."""
         nodes = set(self.nodes)
         while len(nodes) > 1:
             nodes = {node.parent for node in nodes}
             length -= 1
-        return len(self.prompt_ids) + length
+        return length
 
     def hypotheses(self, tokenizer) -> list[BeamHypothesis]:
         """The results as callers see them, best first."""
@@ -270,18 +270,20 @@ def beam_search(
 
 def _decode(decoder: Decoder, running: list[_Search], plan: _Plan) -> None:
     """Runs a batch of searches to their end."""
-    cache = decoder.new_cache(len(running), max(len(s.prompt_ids) for s in running) + plan.max_new_tokens)
+    cache = decoder.new_cache(len(running), max(len(s.prompt_ids) for s in running))
     logits = decoder.prefill([s.prompt_ids for s in running], cache)  # (P, V)
     seen = _seen(logits, running) if plan.repetition_penalty != 1 else None  # (rows, V)
     since, width = 0, 1
     for length in range(1, plan.max_new_tokens + 1):
         _select(logits, seen, running, plan, length)
         index = [width * i + row for i, s in enumerate(running) if not s.is_done for row in s.sources]
-        is_new_batch = length == 1 or any(s.is_done for s in running)
+        is_new_batch = any(s.is_done for s in running)
         running, width = [s for s in running if not s.is_done], plan.num_beams
         if not running:
             break
-        if is_new_batch:
+        if length == 1:
+            cache = cache.share(index, plan.max_new_tokens)  # the prompt is held once for all its beams
+        elif is_new_batch:
             cache = cache.expand(index)
         else:
             cache.reorder_(index, since)

@@ -8,17 +8,65 @@ import torch
 from torch import Tensor
 
 
+class Prefix:
+    """Prompts that rows continue, held once however many rows that are.
+
+    Args:
+        store: (layers, 2, P, H_kv, L, d) of the prompts.
+        lengths: tokens of each prompt.
+        owners: the prompt of each row.
+
+    Attributes:
+        table: (P, n) the rows of each prompt, filled up with 0; None where they are n neighbours each.
+        back: (B,) where each row stands in it, flattened.
+        mask: (P, 1, 1, L), −inf past a prompt's end; None where all are of one length.
+    """
+
+    def __init__(self, store: Tensor, lengths: Sequence[int], owners: Sequence[int]) -> None:
+        used = sorted(set(owners))
+        lengths, width = [lengths[i] for i in used], max(lengths[i] for i in used)
+        if len(used) < store.shape[2]:
+            store = store.index_select(2, torch.tensor(used, device=store.device))
+        self.store, self.lengths = store[..., :width, :], lengths
+        self.owners = [used.index(owner) for owner in owners]
+        rows = [[row for row, owner in enumerate(self.owners) if owner == i] for i in range(len(used))]
+        self.most = max(map(len, rows))
+        self.table = self.back = self.mask = None
+        if sum(rows, []) != list(range(self.most * len(used))):
+            filled = [[*r, *[0] * (self.most - len(r))] for r in rows]
+            places = [owner * self.most + rows[owner].index(row) for row, owner in enumerate(self.owners)]
+            self.table, self.back = (torch.tensor(x, device=store.device) for x in (filled, places))
+        if min(lengths) < width:
+            past = torch.arange(width) >= torch.tensor(lengths).unsqueeze(1)
+            self.mask = torch.zeros(past.shape, dtype=store.dtype).masked_fill_(past, -torch.inf)
+            self.mask = self.mask[:, None, None].to(store.device)
+
+    def select(self, rows: Sequence[int]) -> Prefix:
+        """The prefix of some rows, in another order."""
+        return Prefix(self.store, self.lengths, [self.owners[row] for row in rows])
+
+    def group(self, x: Tensor) -> Tensor:
+        """(B, ...) → (P, n, ...)."""
+        return x.unflatten(0, (-1, self.most)) if self.table is None else x[self.table]
+
+    def ungroup(self, x: Tensor) -> Tensor:
+        """(P, n, ...) → (B, ...)."""
+        x = x.flatten(0, 1)
+        return x if self.back is None else x[self.back]
+
+
 class KVCache:
     """Keys and values of every layer, in one tensor; a row's tokens stand in its columns from 0, without padding.
 
     Args:
         store: (layers, 2, B, H_kv, L, d), keys at index 0 and values at 1. Begins as zeros: an unused column that holds
             a NaN would spoil attention even under a mask of −inf.
-        lengths: tokens each row holds.
+        lengths: tokens each row holds here.
+        prefix: what rows have before that, if it is held once for several of them.
     """
 
-    def __init__(self, store: Tensor, lengths: Sequence[int]) -> None:
-        self.store, self.lengths = store, list(lengths)
+    def __init__(self, store: Tensor, lengths: Sequence[int], prefix: Prefix | None = None) -> None:
+        self.store, self.lengths, self.prefix = store, list(lengths), prefix
 
     @classmethod
     def empty(cls, layers: int, batch_size: int, heads: int, capacity: int, head_dim: int, like: Tensor) -> KVCache:
@@ -35,15 +83,34 @@ class KVCache:
         """Columns: the most tokens a row can hold."""
         return self.store.shape[4]
 
+    @property
+    def positions(self) -> list[int]:
+        """Of each row's next token, counted from its first."""
+        if self.prefix is None:
+            return self.lengths
+        return [self.prefix.lengths[o] + n for o, n in zip(self.prefix.owners, self.lengths, strict=True)]
+
     def narrow(self, count: int) -> KVCache:
         """The first `count` rows, sharing this cache's memory."""
-        return KVCache(self.store[:, :, :count], self.lengths[:count])
+        prefix = self.prefix and self.prefix.select(range(count))
+        return KVCache(self.store[:, :, :count], self.lengths[:count], prefix)
+
+    def share(self, owners: Sequence[int], capacity: int) -> KVCache:
+        """An empty cache of rows that continue this one's: row i continues row `owners[i]`, which is not copied.
+
+        The rows must stay equally long, as they are when each step gives every row a token.
+        """
+        layers, _, _, heads, _, head_dim = self.store.shape
+        cache = KVCache.empty(layers, len(owners), heads, capacity, head_dim, self.store)
+        cache.prefix = Prefix(self.store, self.lengths, owners)
+        return cache
 
     def expand(self, index: Sequence[int], capacity: int | None = None) -> KVCache:
         """A new cache whose row i is a copy of row `index[i]`: a prompt read once serves all its continuations."""
         layers, _, _, heads, old, head_dim = self.store.shape
         cache = KVCache.empty(layers, len(index), heads, capacity or old, head_dim, self.store)
         cache.copy_(self, index)
+        cache.prefix = self.prefix and self.prefix.select(index)
         return cache
 
     def copy_(self, other: KVCache, index: Sequence[int]) -> None:
@@ -56,7 +123,7 @@ class KVCache:
         """Row i becomes what row `index[i]` was.
 
         Args:
-            index: B row numbers.
+            index: B row numbers; with a prefix, each row stays with its prompt.
             since: columns before it are equal in every row that moves, and are left alone.
         """
         moved = [i for i, source in enumerate(index) if source != i]
@@ -77,7 +144,8 @@ class KVCache:
         """
         order = compact(rows)
         self.reorder_([*order, *range(len(order), self.batch_size)])
-        return self.narrow(len(order)), order
+        prefix = self.prefix and self.prefix.select(order)
+        return KVCache(self.store[:, :, : len(order)], self.lengths[: len(order)], prefix), order
 
 
 def compact(rows: Sequence[int]) -> list[int]:

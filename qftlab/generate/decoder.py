@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from qftlab.generate.attend import attend_shared
 from qftlab.generate.cache import KVCache
 from qftlab.generate.fuse import Fused
 
@@ -107,9 +108,10 @@ class Decoder:
         # Padding stands on the right, where causal attention never looks: no mask. Its keys are overwritten or masked.
         ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in prompts], device=device)  # (P, T)
         rows = slice(first, first + len(prompts))
-        cos, sin = (table[:width].repeat(len(prompts), 1).unsqueeze(1) for table in self._rope(cache.capacity))
+        cos, sin = (table[:width].repeat(len(prompts), 1).unsqueeze(1) for table in self.rope(cache.capacity))
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, number: int) -> Tensor:
+            keys, values = cache.store[number]
             q, k, v = (x.unflatten(0, ids.shape).transpose(1, 2) for x in (q, k, v))  # (P, H, T, d)
             keys[rows, :, :width], values[rows, :, :width] = k, v
             if k.shape[1] != q.shape[1]:
@@ -117,7 +119,7 @@ class Decoder:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=width > 1, scale=self.scale)
             return out.transpose(1, 2).flatten(0, 1).flatten(1)  # (P·T, H·d)
 
-        hidden = self._layers(self.embed(ids.flatten()), cos, sin, cache, attend)
+        hidden = self._layers(self.embed(ids.flatten()), cos, sin, attend)
         last = torch.tensor([i * width + len(p) - 1 for i, p in enumerate(prompts)], device=device)
         return self._logits(hidden[last])
 
@@ -140,10 +142,17 @@ class Decoder:
         lengths, width = cache.lengths, max(cache.lengths) + 1
         if width > cache.capacity:
             raise ValueError(f"cache must have room for another token, got {cache.capacity} columns, all in use")
-        cos, sin = self._rope(cache.capacity)
         if min(lengths) == width - 1:  # no row is shorter: no mask, and one slice is written
-            at, mask, cos, sin = slice(width - 1, width), None, cos[width - 1], sin[width - 1]
-            logits = self._step(tokens, cache, at, mask, cos, sin, width)
+            positions = cache.positions
+            cos, sin = self.rope(max(positions) + 1)
+            if min(positions) == max(positions):
+                cos, sin = cos[positions[0]], sin[positions[0]]
+            else:
+                index = torch.tensor(positions, device=tokens.device)
+                cos, sin = cos[index].unsqueeze(1), sin[index].unsqueeze(1)
+            logits = self._step(tokens, cache, slice(width - 1, width), None, cos, sin, width)
+        elif cache.prefix is not None:
+            raise ValueError(f"rows with a shared prefix must be equally long, got lengths {sorted(set(lengths))}")
         else:
             positions = torch.tensor(lengths, device=tokens.device)
             logits = self.step_at(tokens, positions, cache, width)
@@ -156,7 +165,7 @@ class Decoder:
 
         It neither checks nor advances the cache's lengths.
         """
-        cos, sin = (table[positions].unsqueeze(1) for table in self._rope(cache.capacity))
+        cos, sin = (table[positions].unsqueeze(1) for table in self.rope(cache.capacity))
         hidden_columns = torch.arange(width, device=tokens.device) > positions.unsqueeze(1)  # (B, L)
         mask = torch.zeros(hidden_columns.shape, dtype=self.weight.dtype, device=tokens.device)
         mask = mask.masked_fill_(hidden_columns, -torch.inf)[:, None, None]  # (B, 1, 1, L)
@@ -165,36 +174,41 @@ class Decoder:
     def _step(self, tokens, cache: KVCache, at: slice | Tensor, mask, cos, sin, width: int) -> Tensor:
         rows = slice(None) if isinstance(at, slice) else torch.arange(len(tokens), device=tokens.device)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, number: int) -> Tensor:
+            keys, values = cache.store[number]
             if isinstance(at, slice):
                 keys[:, :, at], values[:, :, at] = k.unsqueeze(2), v.unsqueeze(2)
             else:
                 keys[rows, :, at], values[rows, :, at] = k, v
             # The queries that share a key head take the place of query positions: keys are never repeated.
             q = q.unflatten(1, (k.shape[1], -1))  # (B, H_kv, H / H_kv, d)
+            if cache.prefix is not None:
+                new = keys[:, :, :width], values[:, :, :width]
+                return attend_shared(q, *new, *cache.prefix.store[number], cache.prefix, self.scale).flatten(1)
             out = F.scaled_dot_product_attention(
                 q, keys[:, :, :width], values[:, :, :width], attn_mask=mask, scale=self.scale
             )
             return out.flatten(1)  # (B, H·d)
 
-        return self._logits(self._layers(self.embed(tokens), cos, sin, cache, attend))
+        return self._logits(self._layers(self.embed(tokens), cos, sin, attend))
 
-    def _layers(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, attend) -> Tensor:
+    def _layers(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         """The residual stream through every layer: (N, D) → (N, D), one line of it a token."""
-        for layer, (keys, values) in zip(self.layers, cache.store, strict=True):
+        for number, layer in enumerate(self.layers):
             q, k, v = layer.queries_keys_values(_norm(x, layer.norm), cos, sin)
-            x = layer.output(attend(q, k, v, keys, values)).add_(x)
+            x = layer.output(attend(q, k, v, number)).add_(x)
             x = layer.mlp(_norm(x, layer.mlp_norm)).add_(x)
         return x
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.head(_norm(hidden, self.last_norm))
 
-    def _rope(self, capacity: int) -> tuple[Tensor, Tensor]:
+    def rope(self, capacity: int) -> tuple[Tensor, Tensor]:
         """cos and signed sin of every position, (L, d) each: rotating is then x·cos + roll(x)·sin."""
         weight = self.weight
         if self._angles is None or len(self._angles[0]) < capacity or self._angles[0].dtype != weight.dtype:
-            positions = torch.arange(max(capacity, 128), device=weight.device).unsqueeze(0)
+            size = 1 << max(7, (capacity - 1).bit_length())  # doubled, not made anew at every token
+            positions = torch.arange(size, device=weight.device).unsqueeze(0)
             cos, sin = (x[0] for x in self.rotary(weight, positions))
             half = sin.shape[-1] // 2
             self._angles = cos, torch.cat([-sin[:, :half], sin[:, half:]], dim=-1)
