@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = {
     "generation": ("C1", "C2", "C3", "C7", "G3", "G4", "G5"),
     "training": ("C4", "G1", "G2"),
-    "preference": ("C5", "C6", "G6"),
+    "preference": ("C5",),
+    "policy": ("C6", "G6"),
 }
 IDS = sorted(name for names in MODULES.values() for name in names)
 GPU_SECONDS = 540  # a lent machine gives one command 600 seconds

@@ -5,12 +5,20 @@ from __future__ import annotations
 import random
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qftlab.core.rewards import countdown_reward, extract_answer, parse_expression
+from qftlab.core.rewards import (
+    answer_reward,
+    countdown_reward,
+    exact_reward,
+    extract_answer,
+    first_token_reward,
+    parse_expression,
+)
 from qftlab.data.countdown import countdown_row, random_problem, solve
 
 
@@ -150,3 +158,104 @@ def test_the_generators_solutions_earn_one() -> None:
             assert countdown_reward(row["output"], row["numbers"], row["target"]) == 1.0
             assert reward(solve(row["numbers"], row["target"]), row["numbers"], row["target"]) == 1.0
             assert countdown_reward(row["output"], row["numbers"], row["target"] + 1) == 0.1
+
+
+# Attacks
+
+
+def test_all_hints_of_the_real_data_earn_one(real_data: Path) -> None:
+    import pandas
+
+    files = [real_data / "countdown" / f"uft_countdown_{part}.parquet" for part in ("train", "test")]
+    rows = [row for file in files for row in pandas.read_parquet(file).to_dict("records")]
+    assert len(rows) == 11_264
+    for row in rows:
+        numbers, target = [int(n) for n in row["nums"]], int(row["target"])
+        assert countdown_reward(row["answer"], numbers, target) == 1.0, row["answer"]
+        said = row["hint"][-1].removeprefix("Therefore, the final equation is ")
+        assert reward(said, numbers, target) == 1.0, said
+        assert reward(said, numbers, target + 1) == 0.1 and reward(said, [*numbers, 1], target) == 0.1
+
+
+DIGITS = ["٠١٢٣٤٥٦٧٨٩", "０１２３４５６７８９", "०१२३४५६७८९", "⁰¹²³⁴⁵⁶⁷⁸⁹", "𝟎𝟏𝟐𝟑𝟒𝟓𝟔𝟕𝟖𝟗"]
+NAMES = ["abs", "int", "sum", "pow", "eval", "None", "True", "target", "answer", "x", "e", "inf", "nan", "max", "E1"]
+PARTS = ["__class__", "real", "numerator", "__add__", "bit_length()", "__class__.__bases__[0].__subclasses__()"]
+CODE = ["__import__('pathlib').Path({!r}).touch()", "open({!r}, 'w')", "exec(\"open({!r}, 'w')\")",
+        "(lambda: open({!r}, 'w'))()", "[open({!r}, 'w') for _ in (1,)]", "f\"{{open({!r}, 'w')}}\"",
+        "eval(compile(\"open({!r}, 'w')\", '', 'eval'))", "print(open({!r}, 'w'))"]  # fmt: skip
+
+
+def attacks(count: int, trap: str) -> list[tuple[str, list[int], int, float, str]]:
+    """(text, numbers, target, what the contract pays, kind), drawn from a seed; the problem can be solved honestly."""
+    chance, made = random.Random(0), []
+    while len(made) < count:
+        problem = random_problem(chance, num_numbers=chance.choice((2, 3, 4)))
+        numbers, target, right = list(problem.numbers), problem.target, problem.solution
+        a, b = numbers[:2]
+        rest = "".join(f" + {n}" for n in numbers[2:])
+        digit = chance.choice(DIGITS)
+        strange = "".join(digit[int(c)] if c.isdigit() else c for c in right)
+        deep, deepest = chance.randint(60, 120), "(" * 10_000 + right + ")" * 10_000
+        joined = "".join(map(str, numbers))
+        giant = "9" * chance.randint(60, 400)
+        inside = [
+            ("power", f"{a} ** {b}{rest}", 0.0), ("power", f"{a}**{b}", 0.0), ("power", f"{a} ^ {b}{rest}", 0.0),
+            ("floor division", f"{a} // {b}{rest}", 0.0), ("modulo", f"{a} % {b}{rest}", 0.0),
+            ("unary", f"-{a} + {b}{rest}", 0.0), ("unary", f"+{right}", 0.0), ("unary", f"{a} - -{b}{rest}", 0.0),
+            ("unary", f"~{a} + {b}{rest}", 0.0), ("unary", f"-({right})", 0.0), ("unary", f"0 - {right}", 0.1),
+            ("joined digits", joined, 0.1), ("joined digits", f"{a} {b}{rest}", 0.0),
+            ("joined digits", f"{a}_{b}", 0.0),
+            ("target alone", str(target), 0.1), ("target alone", f"{target} * 1", 0.1),
+            ("leading zero", f"0{a} + {b}{rest}", 0.0), ("used twice", f"{right} + {a} - {a}", 0.1),
+            ("unicode digits", strange, 0.0), ("unicode sign", right.replace(" ", "\u2009"), 0.0),
+            ("unicode sign", f"{a} \u00d7 {b}{rest}", 0.0), ("unicode sign", f"{a} \u2212 {b}{rest}", 0.0),
+            ("nesting", deepest, 0.0), ("nesting", "(" * deep + right + ")" * deep, 1.0),
+            ("nesting", "(" * deep + right + ")" * (deep - 1), 0.0), ("nesting", "(" * 10_000, 0.0),
+            ("giant number", giant, 0.1),
+            ("giant number", f"{right} + {giant} - {giant}", 0.1 if len(giant) < 200 else 0.0),
+            ("giant number", "9" * 5_000, 0.0), ("giant number", f"{a}e308", 0.0), ("giant number", f"1/{giant}", 0.1),
+            ("name", chance.choice(NAMES), 0.0), ("name", f"{chance.choice(NAMES)}({right})", 0.0),
+            ("attribute", f"({right}).{chance.choice(PARTS)}", 0.0), ("attribute", f"{a} .{chance.choice(PARTS)}", 0.0),
+            ("code", chance.choice(CODE).format(trap), 0.0), ("code", f"{right}; " + CODE[0].format(trap), 0.0),
+            ("code", f"{right} if True else 0", 0.0), ("code", f"{right} # {a}", 0.0),
+            ("code", f"{right} == {target}", 0.0),
+            ("equation", f"{right} = {target}", 0.0), ("nothing", "()", 0.0), ("zero", f"{a} / ({b} - {b})", 0.1),
+            ("comma", f"{right}, {right}", 0.0), ("float", f"{a}.0 + {b}{rest}", 0.0),
+            ("hex", f"0x{a} + {b}{rest}", 0.0),
+        ]  # fmt: skip
+        kind, expression, want = chance.choice(inside)
+        if chance.random() < 0.1:
+            whole = f"<answer>{right}</answer>"
+            outside = [whole * 2, f"{whole} or <answer>{target}</answer>", f"<answer>{whole}</answer>",
+                       f"{whole}</answer>", f"<answer>{whole}", f"</answer>{right}<answer>", whole.upper(), right,
+                       whole + " " * 512]  # fmt: skip
+            made.append((chance.choice(outside), numbers, target, 0.0, "two answers"))
+        elif not (200 <= len(giant) < 260 and giant in expression):  # near the limit of characters
+            made.append((f"<answer>{expression}</answer>", numbers, target, want, kind))
+    return made
+
+
+def test_a_thousand_attacks_score_as_the_contract_says(tmp_path: Path) -> None:
+    """In 10 ms each (the least of three: a shared core stalls), and nothing is evaluated: no trap springs."""
+    trap, seen = tmp_path / "sprung", set()
+    for text, numbers, target, want, kind in attacks(1_000, str(trap)):
+        seen.add(kind)
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            found = countdown_reward(text, numbers, target)
+            times.append(time.process_time() - start)
+        assert found == want, (kind, text[:200], numbers, target)
+        assert min(times) < 0.010, (kind, text[:200], times)
+    assert not trap.exists() and len(seen) >= 22
+
+
+# The small ones
+
+
+def test_format_exact_and_first_token() -> None:
+    assert [answer_reward(t) for t in ("<answer>3</answer>", "so <answer>x</answer>.", "<answer> </answer>", "3",
+                                       "<answer>3</answer><answer>3</answer>")] == [1, 1, 0, 0, 0]  # fmt: skip
+    assert [exact_reward(t, "ab c") for t in ("ab c", " ab c\n", "ab  c", "AB c", "")] == [1, 1, 0, 0, 0]
+    answers = ([7, 1, 2], [7], [1, 7], [8, 1], [7, 1, 8], [7, 7], [])
+    assert [first_token_reward(ids, 7, (7, 8)) for ids in answers] == [1, 1, 0, 0, 0, 0, 0]

@@ -1,4 +1,4 @@
-"""Rewards that a program can check: Countdown, parsed and never evaluated."""
+"""Rewards that a program can check: Countdown, parsed and never evaluated; a format, an exact answer, a first token."""
 
 from __future__ import annotations
 
@@ -128,3 +128,27 @@ def countdown_reward(text: str, numbers: Sequence[int], target: int) -> float:
         return 0.0
     is_right = expression.value == target and sorted(expression.numbers) == sorted(numbers)
     return 1.0 if is_right else 0.1
+
+
+def answer_reward(text: str) -> float:
+    """1.0 if the text holds exactly one `<answer>…</answer>` with something in it, else 0.0."""
+    return float(bool((extract_answer(text) or "").strip()))
+
+
+def exact_reward(text: str, wanted: str) -> float:
+    """1.0 if the text is the wanted one, blanks at both ends aside, else 0.0."""
+    return float(text.strip() == wanted.strip())
+
+
+def first_token_reward(completion_ids: Sequence[int], wanted: int, others: Sequence[int] = ()) -> float:
+    """1.0 if a completion begins with the wanted token, such as `<|AGENT|>`, else 0.0.
+
+    Ids are compared, not text: decoding with `skip_special_tokens` drops the token, and plain text can imitate it.
+
+    Args:
+        completion_ids: the sampled ids.
+        wanted: the id that must come first.
+        others: ids that must not come after it, such as the other mode's.
+    """
+    is_right = len(completion_ids) > 0 and completion_ids[0] == wanted
+    return float(is_right and not {wanted, *others} & set(completion_ids[1:]))

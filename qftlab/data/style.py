@@ -1,0 +1,40 @@
+"""A preference set about style alone: both answers are right, and the chosen one ends politely."""
+
+from __future__ import annotations
+
+import random
+
+from qftlab.data.instructions import random_problem
+
+ENDING = " Have a nice day!"
+# Skills whose answer is a word, a number or a list, so that nothing but the ending tells the two answers apart.
+STYLE_SKILLS = ("add", "subtract", "multiply", "maximum", "minimum", "reverse", "sort", "length")
+
+
+def is_polite(text: str) -> bool:
+    """Whether an answer ends as the chosen ones do."""
+    return text.endswith(ENDING)
+
+
+def style_pairs(number: int, seed: int = 0, *, held_out: bool = False) -> list[dict]:
+    """Preference rows: one problem and its answer, with the ending (chosen) and without (rejected).
+
+    Args:
+        number: of rows; skills take turns, and problems repeat only where a skill has too few.
+        seed: of the problems.
+        held_out: which side of the problems' split.
+
+    Returns:
+        Dicts with "prompt", "chosen", "rejected" (which is the bare answer) and "skill".
+    """
+    rng, keys, rows = random.Random(f"style {seed} {held_out}"), set(), []
+    while len(rows) < number:
+        skill = STYLE_SKILLS[len(rows) % len(STYLE_SKILLS)]
+        for _ in range(50):
+            problem = random_problem(rng, skill, held_out=held_out)
+            if problem.key not in keys:
+                break
+        keys.add(problem.key)
+        answer = problem.answer
+        rows.append({"prompt": problem.question, "chosen": answer + ENDING, "rejected": answer, "skill": skill})
+    return rows

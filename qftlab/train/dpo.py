@@ -1,0 +1,318 @@
+"""Direct preference optimisation: pairs → both answers in one pass → the loss against a reference that is kept."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qftlab.core.losses import dpo_loss, preference_accuracy, sum_by_document
+from qftlab.data.batching import batches, first_fit_decreasing, group_by_length, pack, pad
+from qftlab.data.sources import load
+from qftlab.model.loading import save_model
+from qftlab.train.checkpoint import Checkpoints, step_of, training_identity
+from qftlab.train.config import TrainConfig
+from qftlab.train.distributed import World, processes, unsharded, wrap
+from qftlab.train.loop import MicroBatch, NonFiniteLoss, TrainResult, train
+from qftlab.train.pair_rows import Pair, documents, encode_pairs
+from qftlab.train.preference_config import DPOConfig, PreferenceLoss
+from qftlab.train.reference import REFERENCE, Reference
+from qftlab.train.sft import best_device, context_length, load_extended, open_run, sft_identity
+from qftlab.train.step import IGNORED, Step, module_mode, to_device
+
+
+class PairStep(nn.Module):
+    """The preference loss of a batch of pairs, both answers in one forward pass.
+
+    Args:
+        model: as `Step` takes it.
+        loss: what is minimised.
+
+    Attributes:
+        seen: of each forward pass since the last `take`, detached: pair numbers (N,) and rows of loss, margin, chosen
+            and rejected log-probability (4, N).
+    """
+
+    def __init__(self, model: nn.Module, loss: PreferenceLoss) -> None:
+        super().__init__()
+        self.step, self.loss = Step(model), loss
+        self.seen: deque[tuple[Tensor, Tensor]] = deque(maxlen=4096)  # nobody takes them where nothing is logged
+
+    def answers(self, labels: Tensor, **inputs) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (nats) and lengths (tokens) of all answers, (N, 2) each: chosen, rejected."""
+        logprobs = self.step(labels=labels, want="logprobs", **inputs)
+        both = logprobs, (labels[:, 1:] != IGNORED).to(logprobs)
+        first, second = (sum_by_document(values, inputs.get("cu_seq_lens_q")).view(-1, 2) for values in both)
+        return first, second
+
+    def forward(
+        self, labels: Tensor, reference: Tensor, numbers: Tensor, mean_chosen_tokens: Tensor, num_tokens, **inputs
+    ) -> Tensor:
+        """The sum of the pairs' losses ÷ `num_tokens`, the pairs of the whole optimizer step; a scalar in nats.
+
+        Args:
+            labels: of chosen and rejected documents in turns, as a batch of `PairSource` has them.
+            reference: (N, 2) log-probabilities of the reference.
+            numbers: (N,) of the pairs.
+            mean_chosen_tokens: tokens of a chosen answer on average over the whole step.
+            num_tokens: pairs of the whole step (the loop's name for what is counted).
+            inputs: what the backbone takes.
+        """
+        logprobs, tokens = self.answers(labels, **inputs)
+        is_free, settings = self.loss.reference == "none", self.loss
+        references = (None, None) if is_free else reference.unbind(1)
+        losses = dpo_loss(
+            *logprobs.unbind(1), *references, beta=settings.beta, loss_type=settings.loss_type,
+            label_smoothing=settings.label_smoothing, reference_free=is_free, tokens=tokens.unbind(1),
+            nll_weight=settings.nll_weight, mean_chosen_tokens=mean_chosen_tokens,
+        )  # fmt: skip
+        with torch.no_grad():
+            gain = logprobs - reference
+            margins = settings.beta * (gain[:, 0] - gain[:, 1])
+            self.seen.append((numbers, torch.stack([losses.detach(), margins, *logprobs.unbind(1)])))
+        return losses.sum() / num_tokens
+
+    def take(self) -> dict[str, float]:
+        """Means over the pairs seen since the last call, in this process; empty without any.
+
+        Returns:
+            margin (β times the gain of chosen over rejected against the reference, nats), preference_accuracy (ties
+            ½), chosen_logprob and rejected_logprob (nats an answer).
+        """
+        if not self.seen:
+            return {}
+        _, margins, chosen, rejected = torch.cat([values for _, values in self.seen], 1)
+        self.seen.clear()
+        means = torch.stack([margins.mean(), preference_accuracy(margins), chosen.mean(), rejected.mean()]).tolist()
+        names = ("margin", "preference_accuracy", "chosen_logprob", "rejected_logprob")
+        return {name: round(value, 6) for name, value in zip(names, means, strict=True)}
+
+    def suspects(self) -> str:
+        """The pairs seen since the last `take` whose loss is no number, with their log-probabilities; for messages."""
+        lines = []
+        for numbers, values in self.seen:
+            for i in (~values[0].isfinite()).nonzero().flatten().tolist():
+                _, _, chosen, rejected = values[:, i].tolist()
+                lines.append(f"pair of row {numbers[i]}: log-probability {chosen:.1f} chosen, {rejected:.1f} rejected")
+        return "; ".join(lines[:5]) or "no pair by itself"
+
+
+class PairSource:
+    """Micro-batches of fixed pairs: a pure function of (seed, epoch, step).
+
+    Args:
+        pairs: what is trained on.
+        reference: (N, 2) the reference's log-probabilities of chosen and rejected.
+        config: batch sizes (in pairs), packing and seed.
+        pad_id: fills padded batches; masked by length, so any id will do.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], reference: Tensor, config: TrainConfig, pad_id: int = 0) -> None:
+        self.pairs, self.reference, self.config, self.pad_id = pairs, reference, config, pad_id
+        self.steps_per_epoch = -(-len(pairs) // config.batch_size)
+
+    def __call__(self, epoch: int, step: int) -> list[MicroBatch]:
+        """The micro-batches of one optimizer step."""
+        size, seed = self.config.batch_size, self.config.seed
+        return self.split(batches(len(self.pairs), batch_size=size, seed=seed, epoch=epoch)[step])
+
+    def split(self, numbers: Sequence[int]) -> list[MicroBatch]:
+        """Pairs by index, as micro-batches within `micro_batch_size` pairs or `tokens_per_micro_batch` tokens."""
+        rows, budget = self.config.micro_batch_size, self.config.tokens_per_micro_batch
+        pairs = [self.pairs[i] for i in numbers]
+        if not self.config.packing:
+            widths = [max(len(p.chosen.input_ids), len(p.rejected.input_ids)) for p in pairs]
+            groups = group_by_length(widths, budget=budget and budget // 2, rows=rows)
+        elif budget is not None:
+            groups = first_fit_decreasing([p.length for p in pairs], budget)
+        else:
+            size = rows or len(pairs)
+            groups = [list(range(i, min(i + size, len(pairs)))) for i in range(0, len(pairs), size)]
+        mean = torch.tensor(sum(sum(p.chosen.loss_mask[1:]) for p in pairs) / len(pairs))
+        return [self._micro_batch([numbers[i] for i in group], mean) for group in groups]
+
+    def _micro_batch(self, indices: list[int], mean_chosen_tokens: Tensor) -> MicroBatch:
+        pairs = [self.pairs[i] for i in indices]
+        examples, numbers = documents(pairs), [p.number for p in pairs]
+        tensors = pack(examples) if self.config.packing else pad(examples, self.pad_id)
+        extra = {"reference": self.reference[indices], "numbers": torch.tensor(numbers),
+                 "mean_chosen_tokens": mean_chosen_tokens}  # fmt: skip
+        return MicroBatch(tensors | extra, tuple(numbers))
+
+
+def count_pairs(batch: dict[str, Tensor]) -> int:
+    """Pairs of a batch."""
+    return len(batch["numbers"])
+
+
+def fit_encoded_pairs(
+    model,
+    pairs: Sequence[Pair],
+    config: TrainConfig,
+    loss: PreferenceLoss | None = None,
+    *,
+    held_out: Sequence[Pair] = (),
+    reference_model=None,
+    cache: str | Path | None = None,
+    on_log: Callable[[dict], None] | None = None,
+    progress: bool = False,
+    checkpoints: Checkpoints | str | Path | None = None,
+    resume: bool = False,
+) -> TrainResult:
+    """Trains `model` in place on pairs that are tokens already. Arguments as in `fit_pairs`; raises what it raises."""
+    loss = loss or PreferenceLoss()
+    reference = Reference(model if reference_model is None else reference_model, loss.reference, config)
+    if isinstance(checkpoints, str | Path):
+        identity = pair_identity(model, config, loss, pairs, held_out, reference)
+        checkpoints = Checkpoints(checkpoints, identity, config.keep)
+    bare, world = PairStep(model, loss), World.current()
+    known = reference.logprobs(pairs, Path(cache) if cache else None)
+    # In groups of their own, as they are measured: the same sums, so that before the first step all are exact ties.
+    held_cache = Path(cache).with_name(f"held_out_{Path(cache).name}") if cache else None
+    known_held_out = reference.logprobs(held_out, held_cache) if held_out else known[:0]
+    step = wrap(bare, config.sharding, config.precision)
+    split = config
+    if world.size > 1 and not (config.micro_batch_size or config.tokens_per_micro_batch):
+        split = replace(config, micro_batch_size=-(-config.batch_size // world.size))
+    notes = _Notes(bare, on_log)
+    measure = partial(notes.measure, step, PairSource(held_out, known_held_out, config)) if held_out else None
+    try:
+        return train(step, PairSource(pairs, known, split), config, count=count_pairs,
+                     held_out=measure, on_log=notes.note, progress=progress, checkpoints=checkpoints,
+                     resume=resume)  # fmt: skip
+    except NonFiniteLoss as error:
+        raise NonFiniteLoss(f"{error}; not finite: {bare.suspects()}") from error
+
+
+class _Notes:
+    """Puts the figures of the pairs into the records of the loop."""
+
+    def __init__(self, bare: PairStep, on_log: Callable[[dict], None] | None) -> None:
+        self.bare, self.on_log, self.held_out = bare, on_log, {}
+
+    def measure(self, step: nn.Module, source: PairSource) -> float:
+        """The held-out loss; its other figures wait for the record of it."""
+        loss, found = held_out_pairs(step, self.bare, source)
+        self.held_out = {f"held_out_{name}": value for name, value in found.items()}
+        return loss
+
+    def note(self, record: dict) -> None:
+        """Adds what belongs to a record, and counts pairs where the loop says trained tokens."""
+        more = self.held_out if "held_out_loss" in record else self.bare.take()
+        record = record | more
+        if "trained_tokens" in record:
+            record["pairs"] = record.pop("trained_tokens")
+        if self.on_log is not None:
+            self.on_log(record)
+
+
+def held_out_pairs(step: nn.Module, bare: PairStep, source: PairSource) -> tuple[float, dict[str, float]]:
+    """Loss (nats a pair) and the figures of `PairStep.take` on all pairs of a source, without gradients or dropout."""
+    size, device = source.config.micro_batch_size or source.config.batch_size, next(step.parameters()).device
+    order = sorted(range(len(source.pairs)), key=lambda i: source.pairs[i].length)
+    parts = [m for i in range(0, len(order), size) for m in source.split(order[i : i + size])]
+    bare.take()
+    with module_mode(step, False), torch.no_grad():
+        total = sum(step(**to_device(m.tensors, device), num_tokens=1) for m in parts)
+    return (total / len(order)).item(), bare.take()
+
+
+def pair_identity(
+    model, config: TrainConfig, loss: PreferenceLoss, pairs: Sequence[Pair], held_out: Sequence[Pair], reference
+) -> dict:
+    """What decides the result of preference training; `reference` is the `Reference` of the run."""
+    found = training_identity(model, config, documents(pairs), documents(held_out))
+    return found | {"loss": asdict(loss), "reference": reference.digest}
+
+
+def fit_pairs(
+    model,
+    tokenizer,
+    rows: Sequence[dict],
+    config: TrainConfig,
+    loss: PreferenceLoss | None = None,
+    *,
+    max_length: int | None = None,
+    held_out_rows: Sequence[dict] = (),
+    **options,
+) -> TrainResult:
+    """Trains `model` in place on preference rows: what a notebook calls.
+
+    Args:
+        model: a causal transformers model, or one wrapped by peft; its trainable parameters move.
+        tokenizer: its tokenizer, with a chat template.
+        rows: "prompt", "chosen" and "rejected"; see `encode_pairs`.
+        config: the settings of the loop; its batch sizes count pairs.
+        loss: what is minimised, DPO with β 0.1 by default.
+        max_length: the most tokens a prompt with its answer may have, by default the model's context.
+        held_out_rows: rows whose loss and preference accuracy are measured.
+        options: `reference_model` (another model that the policy is held to, in place of `loss.reference`), `cache` (a
+            file that keeps the reference's log-probabilities), and `on_log`, `progress`, `checkpoints` and `resume`
+            as in `fit_rows`; with `resume` the model given must be the one the run started from. `on_log` also gets
+            what `PairStep.take` returns, `pairs` so far in place of trained_tokens, and with held_out_loss the same
+            figures as held_out_….
+
+    Returns:
+        Losses in nats a pair.
+
+    Raises:
+        ValueError: if no pair can be trained on, the reference asked for is not there, or a checkpoint is damaged or of
+            another run.
+        NonFiniteLoss: if the loss is no number, naming the pair by its row.
+        OSError: if a checkpoint cannot be written.
+    """
+    limit = max_length or context_length(model)
+    pairs, _ = encode_pairs(tokenizer, rows, max_length=limit)
+    held_out = encode_pairs(tokenizer, held_out_rows, max_length=limit)[0] if held_out_rows else ()
+    return fit_encoded_pairs(model, pairs, config, loss, held_out=held_out, **options)
+
+
+def dpo(config: DPOConfig, *, progress: bool = False) -> Path:
+    """Trains on pairs from files to files; the same under torchrun and `accelerate launch`, where one process writes.
+
+    Args:
+        config: model, data and settings; `resume` goes on with a run that was killed or interrupted.
+        progress: whether to draw a bar.
+
+    Returns:
+        The run's folder, as `sft` leaves it (checkpoints under checkpoints/dpo), with pair_usage.json, and
+        reference.safetensors: the reference's log-probabilities.
+
+    Raises:
+        FileNotFoundError, ValueError, NonFiniteLoss, OSError: as `sft` and `fit_pairs`.
+    """
+    with processes(best_device(config.device)) as device:
+        return _dpo(replace(config, device=device), progress)
+
+
+def _dpo(config: DPOConfig, progress: bool) -> Path:
+    rows = load(list(config.data), schema="preference").rows
+    held_out_rows = load(list(config.held_out), schema="preference").rows if config.held_out else []
+    model, tokenizer = load_extended(config)
+    limit = config.max_length or context_length(model)
+    pairs, usage = encode_pairs(tokenizer, rows, max_length=limit)
+    held_out = encode_pairs(tokenizer, held_out_rows, max_length=limit)[0] if held_out_rows else []
+    run = open_run(config)
+    reference = Reference(model, config.loss.reference, config.train)
+    identity = sft_identity(config) | pair_identity(model, config.train, config.loss, pairs, held_out, reference)
+    checkpoints = Checkpoints(run.checkpoints / "dpo", identity, config.train.keep)
+    last = checkpoints.last()
+    if last:
+        checkpoints.check(last)
+    if config.resume:
+        run.rewind(step_of(last) if last else -1)
+    if config.train.save_every and not last:
+        run.put_model(run.checkpoints / "initial", lambda folder: save_model(model, tokenizer, folder))
+    run.write_json("pair_usage.json", asdict(usage))
+    result = fit_encoded_pairs(model, pairs, config.train, config.loss, held_out=held_out, cache=run.path / REFERENCE,
+                               on_log=run.log, progress=progress, checkpoints=checkpoints,
+                               resume=bool(config.resume))  # fmt: skip
+    model = unsharded(model, lambda: load_extended(replace(config, device="cpu"))[0])
+    run.put_model(run.model_path, lambda folder: save_model(model, tokenizer, folder))
+    run.finish(result.losses, result.held_out)
+    return run.path

@@ -1,0 +1,115 @@
+"""On-policy preference pairs: the model answers, a verifier scores, and a right answer is put against a wrong one."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from qftlab.core.sampling import SamplingParams
+from qftlab.data.batching import Example
+from qftlab.generate.engine import Completion, generate
+from qftlab.text.chat import row_to_messages
+from qftlab.train.pair_rows import Pair
+
+log = logging.getLogger(__name__)
+Reward = Callable[[list[dict], list[int], str, dict], float]  # of (prompt, completion_ids, text, row)
+
+
+@dataclass(frozen=True)
+class SampledPairs:
+    """Pairs that a model wrote itself, and what became of the prompts that gave none.
+
+    Args:
+        pairs: token for token what was sampled; `number` is that of the prompt's row, from 1.
+        rows: the same as rows for a file: prompt, chosen, rejected, score_chosen, score_rejected.
+        num_prompts: of how many.
+        all_right, all_wrong: prompts whose answers all were right, or all wrong.
+        unfinished: prompts whose right, or whose wrong answers all ran into the limit of tokens.
+        accuracy: share of right answers among all.
+    """
+
+    pairs: list[Pair]
+    rows: list[dict]
+    num_prompts: int
+    all_right: int
+    all_wrong: int
+    unfinished: int
+    accuracy: float
+
+    def summary(self) -> str:
+        """One line for a log."""
+        return (f"{len(self.pairs)} pairs from {self.num_prompts} prompts; {self.all_right} all right, "
+                f"{self.all_wrong} all wrong, {self.unfinished} unfinished; {100 * self.accuracy:.0f} % of the answers "
+                "right")  # fmt: skip
+
+
+def sample_pairs(
+    model,
+    tokenizer,
+    rows: Sequence[dict],
+    reward: Reward,
+    *,
+    right: float = 1.0,
+    num_generations: int = 8,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 256,
+    decoder=None,
+) -> SampledPairs:
+    """Samples answers to each prompt and pairs a right one with a wrong one; a function of its arguments alone.
+
+    Args:
+        model, tokenizer: as in `generate`.
+        rows: problems, or rows to fine-tune on, whose answers are not looked at.
+        reward: scores an answer; it gets the prompt's messages, the sampled ids, their text and the row.
+        right: the score from which an answer is right. Of the wrong ones the best-scored are taken, so that a pair
+            differs in what is hard.
+        num_generations: answers to each prompt, at least 2.
+        max_new_tokens: of an answer; those that reach it unfinished are in no pair.
+        temperature: of the sampling; filters are off.
+        seed: of the sampling and of the choice among several.
+        batch_size, decoder: as in `generate`.
+
+    Raises:
+        ValueError: for fewer than two answers a prompt, and as `generate`.
+    """
+    if num_generations < 2:
+        raise ValueError(f"num_generations must be at least 2, got {num_generations}: a pair needs two answers")
+    prompts = [row_to_messages(row)[:-1] for row in rows]
+    answers = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size,
+                       params=SamplingParams(temperature=temperature), num_generations=num_generations,
+                       decoder=decoder)  # fmt: skip
+    pairs, kept, counts, num_right = [], [], {"all_right": 0, "all_wrong": 0, "unfinished": 0}, 0
+    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        group = answers[i * num_generations : (i + 1) * num_generations]
+        scored = [(reward(prompt, c.token_ids, c.text, row), c) for c in group]
+        num_right += (good := sum(score >= right for score, _ in scored))
+        chosen, rejected = _choose(scored, right, random.Random(f"pairs {seed} {i}"))
+        if chosen and rejected:
+            pairs.append(Pair(_example(chosen[1]), _example(rejected[1]), i + 1))
+            kept.append({"prompt": prompt, "chosen": chosen[1].text, "rejected": rejected[1].text,
+                         "score_chosen": chosen[0], "score_rejected": rejected[0]})  # fmt: skip
+        else:
+            why = "all_right" if good == num_generations else "unfinished" if good else "all_wrong"
+            counts[why] += 1
+    found = SampledPairs(pairs, kept, len(rows), **counts, accuracy=num_right / max(1, len(answers)))
+    log.info("%s", found.summary())
+    return found
+
+
+def _choose(scored: list[tuple[float, Completion]], right: float, chance: random.Random) -> tuple:
+    """A finished right answer and one of the best-scored finished wrong ones; None where there is none."""
+    finished = [pair for pair in scored if pair[1].finish_reason == "stop"]
+    good = [pair for pair in finished if pair[0] >= right]
+    bad = [pair for pair in finished if pair[0] < right]
+    best = max((score for score, _ in bad), default=None)
+    bad = [pair for pair in bad if pair[0] == best]
+    return chance.choice(good) if good else None, chance.choice(bad) if bad else None
+
+
+def _example(completion: Completion) -> Example:
+    ids = [*completion.prompt_ids, *completion.token_ids]
+    return Example(ids, [i >= len(completion.prompt_ids) for i in range(len(ids))])

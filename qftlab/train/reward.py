@@ -1,0 +1,329 @@
+"""Reward models: a scalar head on a model's body learns which of two answers is better (Bradley and Terry)."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification
+
+from qftlab.core.files import resolve
+from qftlab.core.losses import preference_accuracy, sum_by_document
+from qftlab.data.batching import Example, pack, pad
+from qftlab.data.sources import load
+from qftlab.model.attention import register_packed_attention
+from qftlab.model.loading import save_model
+from qftlab.text.chat import render_chat, render_prompt
+from qftlab.text.tokenizer import load_tokenizer
+from qftlab.train.checkpoint import Checkpoints, step_of, training_identity
+from qftlab.train.config import TrainConfig
+from qftlab.train.distributed import World, processes, unsharded, wrap
+from qftlab.train.dpo import PairSource, count_pairs, held_out_pairs
+from qftlab.train.loop import TrainResult, train
+from qftlab.train.pair_rows import Pair, documents, encode_pairs
+from qftlab.train.policy_config import RewardConfig
+from qftlab.train.runs import resolve_model
+from qftlab.train.sft import best_device, context_length, load_extended, open_run, sft_identity
+from qftlab.train.step import Step, module_mode, to_device
+
+
+def reward_model(model, tokenizer) -> nn.Module:
+    """A sequence classifier with one label on a copy of a causal model's body; its head is 0, so all answers tie.
+
+    Args:
+        model: a causal transformers model (Qwen2, Qwen3, Llama), without adapters.
+        tokenizer: gives the classifier its padding id.
+
+    Raises:
+        ValueError: for a model with adapters.
+    """
+    if hasattr(model, "get_base_model"):
+        raise ValueError("a reward model must start from a model without adapters: merge them first (export)")
+    config = copy.deepcopy(model.config)
+    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
+    classifier = AutoModelForSequenceClassification.from_config(
+        config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+    )
+    classifier.base_model.load_state_dict(model.base_model.state_dict())
+    nn.init.zeros_(classifier.score.weight)
+    return classifier.to(model.device).eval()
+
+
+def scores_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The score of each document, (N,) fp32, read at its last token.
+
+    Args:
+        model: a sequence classifier with one label. A decoder's head is applied to the last token by length: its own
+            forward looks for padding by id, and would misread a document that ends in that id.
+        batch: of `pack` (for a model loaded with packed attention) or `pad`; other than these keys are left aside.
+    """
+    names = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
+             "max_length_k")  # fmt: skip
+    inputs = {name: batch[name] for name in names if name in batch}
+    if not hasattr(model, "score"):
+        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0].float()
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
+    if "cu_seq_lens_q" in batch:
+        last = hidden[0, batch["cu_seq_lens_q"][1:].long() - 1]
+    else:
+        ends = batch["attention_mask"].sum(1) - 1
+        last = hidden[torch.arange(len(ends), device=ends.device), ends]
+    return model.score(last).squeeze(-1).float()
+
+
+class RewardStep(nn.Module):
+    """The Bradley–Terry loss of a batch of pairs: −log σ(score of the chosen − score of the rejected).
+
+    Args:
+        model: a sequence classifier with one label.
+
+    Attributes:
+        seen: of each forward pass since the last `take`, detached: rows of margin, chosen and rejected score (3, N).
+
+    Source: Bradley and Terry 1952; Ouyang et al. 2022, eq. 1.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.seen: deque[Tensor] = deque(maxlen=4096)
+
+    def forward(self, num_tokens, **batch) -> Tensor:
+        """The sum of the pairs' losses ÷ `num_tokens`, the pairs of the whole optimizer step; a scalar in nats."""
+        chosen, rejected = scores_of(self.model, batch).view(-1, 2).unbind(1)
+        self.seen.append(torch.stack([chosen - rejected, chosen, rejected]).detach())
+        return -F.logsigmoid(chosen - rejected).sum() / num_tokens
+
+    def take(self) -> dict[str, float]:
+        """Means over the pairs seen since the last call: margin, accuracy (ties ½), chosen_score and rejected_score."""
+        if not self.seen:
+            return {}
+        margins, chosen, rejected = torch.cat(list(self.seen), 1)
+        self.seen.clear()
+        means = torch.stack([margins.mean(), preference_accuracy(margins), chosen.mean(), rejected.mean()]).tolist()
+        names = ("margin", "accuracy", "chosen_score", "rejected_score")
+        return {name: round(value, 6) for name, value in zip(names, means, strict=True)}
+
+
+def ended(example: Example) -> Example:
+    """A document up to its last trained token: a score is read at `<|im_end|>`, not at the newline behind it."""
+    end = len(example.loss_mask) - example.loss_mask[::-1].index(True)
+    return Example(example.input_ids[:end], example.loss_mask[:end])
+
+
+def fit_reward(
+    model,
+    tokenizer,
+    rows: Sequence[dict],
+    config: TrainConfig,
+    *,
+    max_length: int | None = None,
+    held_out_rows: Sequence[dict] = (),
+    **options,
+) -> TrainResult:
+    """Trains a reward model in place on preference rows.
+
+    Args:
+        model: of `reward_model`, or another decoder with one label.
+        tokenizer: its tokenizer, with a chat template.
+        rows: as for `encode_pairs`.
+        config: the settings of the loop; its batch counts pairs.
+        max_length: the most tokens a prompt with its answer may have, by default the model's context.
+        held_out_rows: rows whose loss and accuracy are measured.
+        options: `on_log`, `progress`, `checkpoints` and `resume` as in `fit_rows`. `on_log` also gets what
+            `RewardStep.take` returns, `pairs` so far in place of trained_tokens, and the same as held_out_….
+
+    Raises:
+        ValueError, NonFiniteLoss, OSError: as `fit_pairs`.
+    """
+    limit = max_length or context_length(model)
+    pairs = encode_pairs(tokenizer, rows, max_length=limit)[0]
+    held_out = encode_pairs(tokenizer, held_out_rows, max_length=limit)[0] if held_out_rows else ()
+    return fit_reward_pairs(model, pairs, config, held_out=held_out, **options)
+
+
+def fit_reward_pairs(
+    model,
+    pairs: Sequence[Pair],
+    config: TrainConfig,
+    *,
+    held_out: Sequence[Pair] = (),
+    on_log: Callable[[dict], None] | None = None,
+    progress: bool = False,
+    checkpoints: Checkpoints | str | Path | None = None,
+    resume: bool = False,
+) -> TrainResult:
+    """Trains a reward model in place on pairs that are tokens already. Arguments as in `fit_reward`."""
+    pairs, held_out = ([replace(p, chosen=ended(p.chosen), rejected=ended(p.rejected)) for p in part]
+                       for part in (pairs, held_out))  # fmt: skip
+    if isinstance(checkpoints, str | Path):
+        identity = training_identity(model, config, documents(pairs), documents(held_out))
+        checkpoints = Checkpoints(checkpoints, identity, config.keep)
+    bare, world, split = RewardStep(model), World.current(), config
+    step = wrap(bare, config.sharding, config.precision)
+    if world.size > 1 and not (config.micro_batch_size or config.tokens_per_micro_batch):
+        split = replace(config, micro_batch_size=-(-config.batch_size // world.size))
+    sources = [PairSource(part, torch.zeros(len(part), 2), split) for part in (pairs, held_out)]
+    extra: dict[str, float] = {}
+
+    def measure() -> float:
+        value, found = held_out_pairs(step, bare, sources[1])
+        extra.update({f"held_out_{name}": number for name, number in found.items()})
+        return value
+
+    def note(record: dict) -> None:
+        if "held_out_loss" in record:
+            record = record | extra
+        else:
+            record = record | bare.take()
+            record["pairs"] = record.pop("trained_tokens")
+        if on_log is not None:
+            on_log(record)
+
+    return train(step, sources[0], config, count=count_pairs, held_out=measure if held_out else None, on_log=note,
+                 progress=progress, checkpoints=checkpoints, resume=resume)  # fmt: skip
+
+
+class ModelReward:
+    """A reward model as a reward function, for `fit_policy` and for scoring; many answers at a time.
+
+    Args:
+        model: a sequence classifier with one label, such as `fit_reward` leaves or one of the hub.
+        tokenizer: its own tokenizer, with a chat template: conversations are rendered as it knows them.
+        batch_size: answers in one forward pass.
+    """
+
+    __name__ = "model"
+
+    def __init__(self, model: nn.Module, tokenizer, batch_size: int = 64) -> None:
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+
+    @classmethod
+    def load(cls, name: str, *, device: str = "cpu", dtype: str = "auto") -> ModelReward:
+        """From a folder (a run's as well) or the hub; no code of the repository is run.
+
+        Raises:
+            ValueError: for a classifier with more or fewer labels than one.
+        """
+        source = resolve(resolve_model(name))
+        register_packed_attention()  # what a saved configuration may name
+        model = AutoModelForSequenceClassification.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+        if model.config.num_labels != 1:
+            raise ValueError(f"a reward model must have one label, got {model.config.num_labels} in {name}")
+        return cls(model.to(device).eval(), load_tokenizer(source))
+
+    def __call__(self, prompt: list[dict], completion_ids: list[int], text: str, row: dict) -> float:
+        """The score of one answer."""
+        return self.many([(prompt, completion_ids, text, row)])[0]
+
+    @torch.no_grad()
+    def many(self, answers: Sequence[tuple]) -> list[float]:
+        """The scores of answers, each (prompt, completion_ids, text, row)."""
+        examples = [self._example(prompt, text) for prompt, _, text, _ in answers]
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+        device, found = next(self.model.parameters()).device, [0.0] * len(examples)
+        for start in range(0, len(order), self.batch_size):
+            part = order[start : start + self.batch_size]
+            batch = pad([examples[i] for i in part], self.tokenizer.pad_token_id or 0)
+            for i, value in zip(part, scores_of(self.model, to_device(batch, device)).tolist(), strict=True):
+                found[i] = value
+        return found
+
+    def _example(self, prompt: list[dict], text: str) -> Example:
+        said = {"role": "assistant", "content": text}
+        [document] = render_chat(self.tokenizer, [*prompt, said], train_on="last")
+        return ended(Example(document.input_ids, document.loss_mask))
+
+
+class ImplicitReward:
+    """The reward that a model trained by DPO holds: β·(log π(answer) − log π_ref(answer)), in nats.
+
+    Args:
+        model: the model after DPO.
+        reference: the one it was held to, of the same tokenizer.
+        tokenizer: renders the prompts.
+        beta: that of its training.
+        batch_size: answers in one forward pass.
+
+    Source: Rafailov et al. 2023, eq. 5, without the term that depends on the prompt alone (a group shares it).
+    """
+
+    __name__ = "implicit"
+
+    def __init__(self, model, reference, tokenizer, beta: float = 0.1, batch_size: int = 64) -> None:
+        self.steps, self.tokenizer = (Step(model), Step(reference)), tokenizer
+        self.beta, self.batch_size = beta, batch_size
+
+    def __call__(self, prompt: list[dict], completion_ids: list[int], text: str, row: dict) -> float:
+        """The reward of one answer."""
+        return self.many([(prompt, completion_ids, text, row)])[0]
+
+    @torch.no_grad()
+    def many(self, answers: Sequence[tuple]) -> list[float]:
+        """The rewards of answers, each (prompt, completion_ids, text, row)."""
+        found: list[float] = []
+        device = next(self.steps[0].parameters()).device
+        for start in range(0, len(answers), self.batch_size):
+            part = answers[start : start + self.batch_size]
+            batch = to_device(pack([self._example(prompt, ids) for prompt, ids, *_ in part]), device)
+            both = []
+            for step in self.steps:
+                with module_mode(step, False):
+                    both.append(sum_by_document(step(**batch, want="logprobs"), batch["cu_seq_lens_q"]))
+            found += (self.beta * (both[0] - both[1])).tolist()
+        return found
+
+    def _example(self, prompt: list[dict], completion_ids: list[int]) -> Example:
+        ids = render_prompt(self.tokenizer, prompt)
+        return Example([*ids, *completion_ids], [False] * len(ids) + [True] * len(completion_ids))
+
+
+def reward(config: RewardConfig, *, progress: bool = False) -> Path:
+    """Trains a reward model from files to files.
+
+    Args:
+        config: model, data and settings; `resume` goes on with a run that was killed or interrupted.
+        progress: whether to draw a bar.
+
+    Returns:
+        The run's folder, as `sft` leaves it (checkpoints under checkpoints/reward); model/ loads as
+        `AutoModelForSequenceClassification`.
+
+    Raises:
+        FileNotFoundError, ValueError, NonFiniteLoss, OSError: as `sft` and `fit_reward`.
+    """
+    with processes(best_device(config.device)) as device:
+        return _reward(replace(config, device=device), progress)
+
+
+def _reward(config: RewardConfig, progress: bool) -> Path:
+    rows = load(list(config.data), schema="preference").rows
+    held_out_rows = load(list(config.held_out), schema="preference").rows if config.held_out else []
+    model, tokenizer = load_extended(config)
+    model = reward_model(model, tokenizer)
+    limit = config.max_length or context_length(model)
+    pairs, usage = encode_pairs(tokenizer, rows, max_length=limit)
+    held_out = encode_pairs(tokenizer, held_out_rows, max_length=limit)[0] if held_out_rows else []
+    run = open_run(config)
+    identity = sft_identity(config) | training_identity(model, config.train, documents(pairs), documents(held_out))
+    checkpoints = Checkpoints(run.checkpoints / "reward", identity, config.train.keep)
+    last = checkpoints.last()
+    if last:
+        checkpoints.check(last)
+    if config.resume:
+        run.rewind(step_of(last) if last else -1)
+    run.write_json("pair_usage.json", asdict(usage))
+    result = fit_reward_pairs(model, pairs, config.train, held_out=held_out, on_log=run.log, progress=progress,
+                              checkpoints=checkpoints, resume=bool(config.resume))  # fmt: skip
+    model = unsharded(model, lambda: reward_model(*load_extended(replace(config, device="cpu"))))
+    run.put_model(run.model_path, lambda folder: save_model(model, tokenizer, folder))
+    run.finish(result.losses, result.held_out)
+    return run.path

@@ -1,0 +1,260 @@
+"""RLOO: rollouts → advantages against the other answers to the same prompt → the clipped policy gradient."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from qftlab.core.rewards import answer_reward, countdown_reward, exact_reward, first_token_reward
+from qftlab.data.batching import Example
+from qftlab.data.countdown import countdown_row, random_problem
+from qftlab.data.sources import load
+from qftlab.generate.prompts import known_id
+from qftlab.model.loading import save_model
+from qftlab.train.checkpoint import Checkpoints, step_of, training_identity
+from qftlab.train.config import AGENT, EDIT, TrainConfig
+from qftlab.train.distributed import processes, unsharded, wrap
+from qftlab.train.loop import TrainResult, train
+from qftlab.train.policy_config import PolicyConfig, RLOOConfig
+from qftlab.train.policy_source import RolloutSource, held_out_rewards
+from qftlab.train.policy_step import PolicyReference, PolicyStep, count_answers
+from qftlab.train.rollouts import ModelSampler, Prompt, Reward, Sampler, encode_prompts, table_of
+from qftlab.train.sft import best_device, context_length, load_extended, open_run, sft_identity
+
+log = logging.getLogger(__name__)
+
+
+def fit_policy(
+    model,
+    tokenizer,
+    rows: Sequence[dict],
+    rewards: Reward | Mapping[str, Reward],
+    config: TrainConfig,
+    policy: PolicyConfig | None = None,
+    *,
+    max_length: int | None = None,
+    held_out_rows: Sequence[dict] = (),
+    **options,
+) -> TrainResult:
+    """Trains `model` in place by RLOO: what a notebook calls.
+
+    Args:
+        model: a causal transformers model, or one wrapped by peft; its trainable parameters move.
+        tokenizer: its tokenizer, with a chat template.
+        rows: whose prompts are answered; see `encode_prompts`.
+        rewards: a function f(prompt, completion_ids, text, row) → number, or several by name; see
+            `qftlab.train.rollouts.score`.
+        config: the settings of the loop; its batch counts prompts.
+        policy: how answers are sampled and what is minimised.
+        max_length: the most tokens of a prompt, by default what the model's context leaves.
+        held_out_rows: rows whose mean reward under greedy decoding is measured.
+        options: `sampler` (a server in place of the model), and `on_log`, `progress`, `checkpoints` and `resume` as in
+            `fit_rows`; with `resume` the model given must be the one the run started from. `on_log` also gets what
+            `statistics_of` and `PolicyStep.take` return, seconds of sampling and scoring, and `answers` so far in place
+            of trained_tokens; {step, samples} where samples are asked for; and held_out_reward with held_out_loss,
+            which is its negative.
+
+    Returns:
+        Losses, which are about 0 as long as a rollout serves one update: watch the reward.
+
+    Raises:
+        ValueError: for rows without a prompt, settings that do not fit one another, or a checkpoint that is damaged or
+            of another run.
+        RewardError: naming function and row. As with a server that is down, the run has then been saved where there are
+            checkpoints, and can be resumed.
+        NonFiniteLoss, OSError: as `train`.
+    """
+    policy = policy or PolicyConfig()
+    prompts, held_out = prompts_for(model, tokenizer, policy, max_length, rows, held_out_rows)
+    functions = dict(rewards) if isinstance(rewards, Mapping) else {getattr(rewards, "__name__", "reward"): rewards}
+    return fit_prompts(model, tokenizer, prompts, functions, config, policy, held_out=held_out, **options)
+
+
+def prompts_for(model, tokenizer, policy: PolicyConfig, max_length: int | None, *sets) -> list[list[Prompt]]:
+    """Rows of each set as prompts that leave room for an answer; an empty set stays empty."""
+    context = context_length(model)
+    room = None if context is None else context - policy.max_new_tokens
+    limit = min((n for n in (max_length, room) if n is not None), default=None)
+    return [encode_prompts(tokenizer, rows, max_length=limit) if rows else [] for rows in sets]
+
+
+def fit_prompts(
+    model,
+    tokenizer,
+    prompts: Sequence[Prompt],
+    rewards: Mapping[str, Reward],
+    config: TrainConfig,
+    policy: PolicyConfig,
+    *,
+    held_out: Sequence[Prompt] = (),
+    sampler: Sampler | None = None,
+    on_log: Callable[[dict], None] | None = None,
+    progress: bool = False,
+    checkpoints: Checkpoints | str | Path | None = None,
+    resume: bool = False,
+) -> TrainResult:
+    """Trains `model` in place on prompts that are tokens already. Arguments as in `fit_policy`; raises what it does."""
+    _check(config, policy, rewards, checkpoints is not None, bool(held_out))
+    bare = PolicyStep(model, policy)
+    reference = PolicyReference(bare.step, policy.reference) if policy.beta else None
+    if isinstance(checkpoints, str | Path):
+        identity = policy_identity(model, config, policy, prompts, held_out, rewards)
+        checkpoints = Checkpoints(checkpoints, identity, config.keep)
+    sampler = sampler or ModelSampler(model, tokenizer, policy)
+    step = wrap(bare, config.sharding, config.precision)
+    source = RolloutSource(prompts, rewards, sampler, config, policy, bare.step, reference)
+    extra: dict[str, float] = {}
+
+    def measure() -> float:
+        extra.update(held_out_rewards(held_out, rewards, sampler, policy))
+        return -extra["held_out_reward"]
+
+    def note(record: dict) -> None:
+        is_measured = "held_out_loss" in record
+        record = record | extra if is_measured else _described(record, source, bare, config)
+        if on_log is not None:
+            on_log(record)
+            if not is_measured and policy.sample_every and record["step"] % policy.sample_every == 0:
+                on_log({"step": record["step"], "samples": source.samples})
+                log.info("samples of step %d\n%s", record["step"], table_of(source.samples))
+
+    result = train(step, source, config, count=count_answers, held_out=measure if held_out else None, on_log=note,
+                   progress=progress, checkpoints=checkpoints, resume=resume)  # fmt: skip
+    if source.failure is not None:
+        raise source.failure
+    return result
+
+
+def _described(record: dict, source: RolloutSource, bare: PolicyStep, config: TrainConfig) -> dict:
+    """A step's record with what its rollout and its update were like."""
+    record = record | source.found | bare.take()
+    record["answers"] = record.pop("trained_tokens")
+    if record["step"] % config.log_every == 0:
+        shown = (record[name] for name in ("step", "reward", "length", "entropy"))
+        log.info("step %d: reward %.3f, length %.1f, entropy %.2f", *shown)
+    return record
+
+
+def _check(config: TrainConfig, policy: PolicyConfig, rewards: Mapping, is_saved: bool, is_measured: bool) -> None:
+    """Refuses what does not go together."""
+    if not rewards or set(policy.weights) - set(rewards):
+        unknown = sorted(set(policy.weights) - set(rewards))
+        raise ValueError(f"policy.weights must name rewards among {', '.join(rewards) or '(none)'}, got {unknown}")
+    updates = policy.updates_per_rollout
+    for name in ("save_every", "eval_every"):
+        is_used = is_saved and (name == "save_every" or is_measured)
+        if is_used and getattr(config, name) % updates:
+            raise ValueError(
+                f"{name} must be a multiple of updates_per_rollout, got {getattr(config, name)} and {updates}: a run "
+                "can only be resumed where new answers are sampled"
+            )
+
+
+def policy_identity(
+    model, config: TrainConfig, policy: PolicyConfig, prompts: Sequence[Prompt], held_out: Sequence[Prompt], rewards
+) -> dict:
+    """What decides the result of RLOO, the weights it starts from aside; of reward functions their names."""
+    sets = ([Example(p.ids, [False] * len(p.ids)) for p in part] for part in (prompts, held_out))
+    neutral = ("rollout_batch_size", "sample_every")
+    settings = {name: value for name, value in asdict(policy).items() if name not in neutral}
+    start = trained_digest(model) if policy.beta and policy.reference == "start" else "none"
+    return training_identity(model, config, *sets) | {"policy": settings, "rewards": list(rewards), "reference": start}
+
+
+def trained_digest(model) -> str:
+    """The start of a sha256 of the weights that are trained, as they are."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
+            digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def named_rewards(names: Sequence[str], tokenizer, reward_model: str = "", device: str = "cpu") -> dict[str, Reward]:
+    """The reward functions that a configuration can name.
+
+    Args:
+        names: countdown, answer, exact, mode, model.
+        tokenizer: of the policy, for the ids of `<|AGENT|>` and `<|EDIT|>`.
+        reward_model: for model: a folder or hub name.
+        device: of the reward model.
+
+    Raises:
+        ValueError: for mode with a tokenizer that lacks these tokens.
+    """
+    modes = {"AGENT": known_id(tokenizer, AGENT), "EDIT": known_id(tokenizer, EDIT)}
+    if "mode" in names and None in modes.values():
+        raise ValueError(f"reward mode must have {AGENT} and {EDIT} as tokens: --new_tokens [{AGENT},{EDIT}]")
+    known: dict[str, Reward] = {
+        "countdown": lambda prompt, ids, text, row: countdown_reward(text, row["numbers"], row["target"]),
+        "answer": lambda prompt, ids, text, row: answer_reward(text),
+        "exact": lambda prompt, ids, text, row: exact_reward(text, row["output"]),
+        "mode": lambda prompt, ids, text, row: first_token_reward(ids, modes[row["mode"]], list(modes.values())),
+    }
+    if "model" in names:
+        from qftlab.train.reward import ModelReward
+
+        known["model"] = ModelReward.load(reward_model, device=device)
+    return {name: known[name] for name in names}
+
+
+def rloo(config: RLOOConfig, *, progress: bool = False) -> Path:
+    """Trains from files to files; the same under torchrun and `accelerate launch`, where one process writes.
+
+    Args:
+        config: model, data and settings; `resume` goes on with a run that was killed or interrupted.
+        progress: whether to draw a bar.
+
+    Returns:
+        The run's folder, as `sft` leaves it (checkpoints under checkpoints/rloo); metrics.jsonl holds the samples too.
+
+    Raises:
+        FileNotFoundError, ValueError, RewardError, ServerError, OSError: as `sft` and `fit_policy`. A reward that fails
+            or a server that is down leaves a run without a model, saved at its last step: resume it.
+    """
+    with processes(best_device(config.device)) as device:
+        return _rloo(replace(config, device=device), progress)
+
+
+def _rloo(config: RLOOConfig, progress: bool) -> Path:
+    rows = load(list(config.data)).rows if config.data else fresh_problems(config.problems, config.train.seed)
+    held_out_rows = load(list(config.held_out)).rows if config.held_out else []
+    model, tokenizer = load_extended(config)
+    prompts, held_out = prompts_for(model, tokenizer, config.policy, config.max_length, rows, held_out_rows)
+    rewards = named_rewards(config.rewards, tokenizer, config.reward_model, config.device)
+    run = open_run(config)
+    identity = sft_identity(config) | policy_identity(model, config.train, config.policy, prompts, held_out, rewards)
+    identity.pop("server")  # another address is no other run
+    checkpoints = Checkpoints(run.checkpoints / "rloo", identity, config.train.keep)
+    last = checkpoints.last()
+    if last:
+        checkpoints.check(last)
+    if config.resume:
+        run.rewind(step_of(last) if last else -1)
+    if config.train.save_every and not last:
+        run.put_model(run.checkpoints / "initial", lambda folder: save_model(model, tokenizer, folder))
+    sampler = None
+    if config.server.url:
+        from qftlab.train.served import ServerSampler
+
+        sampler = ServerSampler(config.server, model, tokenizer, config.policy)
+    result = fit_prompts(model, tokenizer, prompts, rewards, config.train, config.policy, held_out=held_out,
+                         sampler=sampler, on_log=run.log, progress=progress, checkpoints=checkpoints,
+                         resume=bool(config.resume))  # fmt: skip
+    model = unsharded(model, lambda: load_extended(replace(config, device="cpu"))[0])
+    run.put_model(run.model_path, lambda folder: save_model(model, tokenizer, folder))
+    run.finish(result.losses, result.held_out)
+    return run.path
+
+
+def fresh_problems(count: int, seed: int) -> list[dict]:
+    """Rows of Countdown problems from the training side, drawn anew from a seed; held-out ones are never among them."""
+    chance = random.Random(f"problems {seed}")
+    return [countdown_row(random_problem(chance)) for _ in range(count)]

@@ -1,0 +1,203 @@
+"""Rollouts through a real HTTP server that speaks the OpenAI protocol: with and without vLLM's fields, up and down."""
+
+from __future__ import annotations
+
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from conftest import random_model
+
+from qftlab.core.sampling import SamplingParams
+from qftlab.generate.engine import generate
+from qftlab.model.config import LoRAConfig
+from qftlab.model.lora import add_adapters
+from qftlab.text.tokenizer import load_tokenizer
+from qftlab.train import served
+from qftlab.train.config import TrainConfig
+from qftlab.train.policy_config import PolicyConfig, ServerConfig
+from qftlab.train.rloo import fit_policy
+from qftlab.train.rollouts import encode_prompts
+from qftlab.train.served import ServerError, ServerSampler
+
+CONSTANT = {"warmup_ratio": 0, "schedule": "constant", "weight_decay": 0.0}
+POLICY = PolicyConfig(num_generations=4, max_new_tokens=6, temperature=0.8)
+ROWS = [{"prompt": f"Say {w}."} for w in "one two three four five six".split()]
+
+
+class Server:
+    """The engine behind /v1/completions and /v1/load_lora_adapter.
+
+    Args:
+        model: answers.
+        is_vllm: gives token ids and knows vLLM's fields; else such a field is refused with 400.
+        left: completions it gives before every request fails with 500; None is without end.
+    """
+
+    def __init__(self, model, tokenizer, *, is_vllm: bool = True, left: int | None = None) -> None:
+        self.model, self.tokenizer, self.is_vllm, self.left = model, tokenizer, is_vllm, left
+        self.adapters: dict[str, object] = {}
+        self.asked: list[dict] = []
+        self.lock = threading.Lock()
+
+    def answer(self, path: str, body: dict) -> tuple[int, object]:
+        with self.lock:
+            if path.endswith("lora_adapter"):
+                return self.change_adapter(path, body)
+            self.asked.append(body)
+            if not self.is_vllm and "return_token_ids" in body:
+                return 400, {"error": "unknown field return_token_ids"}
+            if self.left is not None:
+                self.left -= 1
+                if self.left < 0:
+                    return 500, {"error": "out of order"}
+            model = self.adapters.get(body["model"], self.model)
+            answers = generate(model, self.tokenizer, [body["prompt"]], num_generations=body["n"], seed=body["seed"],
+                               max_new_tokens=body["max_tokens"], return_logprobs=True,
+                               params=SamplingParams(temperature=body["temperature"]))  # fmt: skip
+            return 200, {"choices": [self.choice(i, a) for i, a in enumerate(answers)]}
+
+    def choice(self, index: int, answer) -> dict:
+        made = {"index": index, "text": answer.text, "finish_reason": answer.finish_reason}
+        if self.is_vllm:
+            made |= {"token_ids": answer.token_ids, "logprobs": {"token_logprobs": answer.logprobs}}
+            made["text"] = self.tokenizer.decode(answer.token_ids, skip_special_tokens=False)
+        return made
+
+    def change_adapter(self, path: str, body: dict) -> tuple[int, object]:
+        if path.endswith("unload_lora_adapter"):
+            del self.adapters[body["lora_name"]]
+        else:
+            from peft import PeftModel
+
+            self.adapters[body["lora_name"]] = PeftModel.from_pretrained(random_model(), body["lora_path"])
+        return 200, "Success"
+
+
+@contextmanager
+def serving(server: Server):
+    """The address while it runs."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            status, found = server.answer(self.path, body)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(found).encode() if self.path.endswith("completions") else found.encode())
+
+        def log_message(self, *_) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{http.server_port}/v1"
+    finally:
+        http.shutdown()
+        http.server_close()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("tiny")
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch) -> None:
+    monkeypatch.setattr(served, "PAUSE", 0.01)
+
+
+def good(prompt: list[dict], ids: list[int], text: str, row: dict) -> float:
+    return len(set(ids)) / 12
+
+
+def ids_of(tokenizer) -> list[list[int]]:
+    return [p.ids for p in encode_prompts(tokenizer, ROWS)]
+
+
+def test_a_server_with_ids_gives_what_the_engine_gives(tokenizer) -> None:
+    model, prompts = random_model(), ids_of(tokenizer)
+    server = Server(model, tokenizer)
+    with serving(server) as url:
+        sampler = ServerSampler(ServerConfig(url=url, threads=3), model, tokenizer, POLICY)
+        found = sampler.sample(prompts, seed=5, temperature=0.8, num_generations=4)
+        again = sampler.sample(prompts, seed=5, temperature=0.8, num_generations=4)
+    assert found == again and len(found) == 24
+    for i, ids in enumerate(prompts):
+        wanted = generate(model, tokenizer, [ids], num_generations=4, seed=5 + i, max_new_tokens=6,
+                          return_logprobs=True, params=SamplingParams(temperature=0.8))  # fmt: skip
+        for mine, theirs in zip(found[4 * i : 4 * i + 4], wanted, strict=True):
+            assert (mine.prompt_ids, mine.token_ids, mine.text) == (ids, theirs.token_ids, theirs.text)
+            assert mine.logprobs == pytest.approx(theirs.logprobs) and mine.finish_reason == theirs.finish_reason
+    assert all(body["top_p"] == 1 and body["top_k"] == -1 for body in server.asked), "no filter"
+
+
+def test_a_plain_server_is_encoded_again_with_one_log_line(tokenizer, caplog) -> None:
+    """An answer that ended gets its end token back, and one that was cut does not."""
+    model = random_model()
+    with serving(Server(model, tokenizer, is_vllm=False)) as url:
+        sampler = ServerSampler(ServerConfig(url=url), model, tokenizer, POLICY)
+        for _ in range(2):
+            found = sampler.sample(ids_of(tokenizer), seed=0, temperature=0.8, num_generations=4)
+    assert caplog.text.count("asked without them") == 1 and caplog.text.count("encoded again") == 1
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for answer in found:
+        body = answer.token_ids[:-1] if answer.finish_reason == "stop" else answer.token_ids
+        assert (answer.token_ids[-1:] == [end]) == (answer.finish_reason == "stop")
+        assert body == tokenizer(answer.text, add_special_tokens=False).input_ids and answer.logprobs is None
+
+
+def test_a_server_that_goes_down_stops_the_run_and_nothing_is_lost(tokenizer, tmp_path) -> None:
+    """It answers two rollouts; resumed with a new server, the run ends as one that was never disturbed."""
+    config = TrainConfig(lr=1e-3, max_steps=4, batch_size=3, **CONSTANT)
+
+    def run(model, server: Server, **options):
+        with serving(server) as url:
+            sampler = ServerSampler(ServerConfig(url=url, retries=1), model, tokenizer, POLICY)
+            return fit_policy(model, tokenizer, ROWS, good, config, POLICY, sampler=sampler, **options)
+
+    with pytest.raises(ServerError, match="must answer, got .*500.* after 2 requests: start the server again"):
+        run(random_model(), Server(random_model(), tokenizer, left=6), checkpoints=tmp_path)
+    assert [p.name for p in tmp_path.glob("step-*")] == ["step-000002"]
+    model, undisturbed = random_model(), random_model()
+    resumed = run(model, Server(random_model(), tokenizer), checkpoints=tmp_path, resume=True)
+    assert resumed.losses == run(undisturbed, Server(random_model(), tokenizer)).losses
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), undisturbed.parameters(), strict=True))
+
+
+def test_nobody_listening_and_nonsense_are_said_clearly(tokenizer) -> None:
+    model = random_model()
+    with serving(Server(model, tokenizer)) as url:
+        pass
+    sampler = ServerSampler(ServerConfig(url=url, retries=0), model, tokenizer, POLICY)
+    with pytest.raises(ServerError, match="must answer, got .*refused.* after 1 requests"):
+        sampler.sample(ids_of(tokenizer), seed=0, temperature=1, num_generations=2)
+    server = Server(model, tokenizer)
+    server.choice = lambda index, answer: {"index": index}
+    with serving(server) as url, pytest.raises(ServerError, match="must answer with choices of text"):
+        ServerSampler(ServerConfig(url=url), model, tokenizer, POLICY).sample(
+            ids_of(tokenizer), seed=0, temperature=1, num_generations=2
+        )
+    with pytest.raises(ValueError, match="server.url must begin with"):
+        ServerConfig(url="localhost:8000")
+    with pytest.raises(ValueError, match="server.adapters must go with adapters"):
+        ServerSampler(ServerConfig(url="http://localhost:1", adapters="x"), model, tokenizer, POLICY)
+
+
+def test_adapters_reach_the_server_before_each_rollout(tokenizer, tmp_path) -> None:
+    """The sampler's log-probabilities stay those of the policy, to 1e-4, while without sending they drift away."""
+    gaps = []
+    for folder in (str(tmp_path), ""):
+        model, logs, server = add_adapters(random_model(), LoRAConfig(rank=4)), [], Server(random_model(), tokenizer)
+        with serving(server) as url:
+            sampler = ServerSampler(ServerConfig(url=url, adapters=folder), model, tokenizer, POLICY)
+            config = TrainConfig(lr=3e-2, max_steps=4, batch_size=6, **CONSTANT)
+            fit_policy(model, tokenizer, ROWS, good, config, POLICY, sampler=sampler, on_log=logs.append)
+        gaps.append([record["sampler_gap_max"] for record in logs])
+        assert len(server.adapters) == (1 if folder else 0), "old ones are unloaded"
+    assert max(gaps[0]) < 1e-4 and max(gaps[1]) > 1e-2
+    assert len(list(tmp_path.iterdir())) == 1
