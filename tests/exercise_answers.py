@@ -413,6 +413,69 @@ def leaks_as_prompts(train, test):
     return [prompt for prompt in test if " ".join(prompt.lower().split()) in known]
 
 
+# 03.5 ---------------------------------------------------------------------------------------------------------------
+def stub_rows(lengths, budget):
+    """Rows of at most `budget` tokens, as lists of lengths: the longest first, each into the first row with room."""
+    ...
+
+
+def rows_by_for_else(lengths, budget):
+    rows = []
+    for length in sorted(lengths, reverse=True):
+        for row in rows:
+            if sum(row) + length <= budget:
+                row.append(length)
+                break
+        else:
+            rows.append([length])
+    return rows
+
+
+def rows_by_room_left(lengths, budget):
+    rows, room = [], []
+    for length in sorted(lengths)[::-1]:
+        free = [i for i, left in enumerate(room) if left >= length]
+        if not free:
+            rows.append([])
+            room.append(budget)
+            free = [len(rows) - 1]
+        rows[free[0]].append(length)
+        room[free[0]] -= length
+    return rows
+
+
+def rows_unsorted(lengths, budget):
+    rows = []
+    for length in lengths:
+        for row in rows:
+            if sum(row) + length <= budget:
+                row.append(length)
+                break
+        else:
+            rows.append([length])
+    return rows
+
+
+def rows_next_fit(lengths, budget):
+    rows = [[]]
+    for length in sorted(lengths, reverse=True):
+        if sum(rows[-1]) + length > budget:
+            rows.append([])
+        rows[-1].append(length)
+    return rows
+
+
+def rows_never_full(lengths, budget):
+    rows = []
+    for length in sorted(lengths, reverse=True):
+        row = next((row for row in rows if sum(row) + length < budget), None)
+        if row is None:
+            rows.append([length])
+        else:
+            row.append(length)
+    return rows
+
+
 # 05.1 ---------------------------------------------------------------------------------------------------------------
 def stub_adapted(x, weight, a, b, alpha):
     """W x + (alpha / r) · B (A x) for each row of x (T, D_in); weight (D_out, D_in), a (r, D_in), b (D_out, r)."""
@@ -603,6 +666,15 @@ ANSWERS = {
             (leaks_exact, "only exact copies"),
             (leaks_stripped, "only the ends are stripped"),
             (leaks_as_prompts, "return the indices"),
+        ),
+    ),
+    "03.5": Answers(
+        stub_rows,
+        (rows_by_for_else, rows_by_room_left),
+        (
+            (rows_unsorted, "longest first"),
+            (rows_next_fit, "only the last row is tried"),
+            (rows_never_full, "filled to the brim"),
         ),
     ),
 }

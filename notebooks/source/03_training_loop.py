@@ -3,7 +3,8 @@
 #
 # Fine-tuning is a short program: read some rows, ask how surprised the model is, nudge its weights, repeat. You write all
 # of it here, in about 25 lines, and prove that it computes what the library and transformers compute. Then you
-# break it on purpose: with a bad learning rate, with too little data, and with a test set that leaks.
+# break it on purpose: with a bad learning rate, with too little data, and with a test set that leaks. At the end you make it
+# cheap, and let it survive a power cut.
 #
 # ![One optimizer step: rows become micro-batches; each adds to the gradient; then clip, set the rate, move the weights](figures/03_loop.png)
 #
@@ -12,8 +13,8 @@
 #
 # | | |
 # |---|---|
-# | **You will be able to** | write a training loop · accumulate gradients without changing the loss · choose a learning rate · see overfitting · find a leak · compare padding with packing |
-# | **Time** | 35 minutes to read, 33 for the four exercises; under a minute to compute |
+# | **You will be able to** | write a training loop · accumulate gradients without changing the loss · choose a learning rate · see overfitting · find a leak · pack rows · stop a run and go on to the same weights |
+# | **Time** | 45 minutes to read, 41 for the five exercises; under a minute to compute |
 # | **Hardware** | one CPU core. No GPU, no network |
 # | **Before this** | [02 · Chat and masking](02_chat_and_masking.ipynb), or knowing what a loss mask is |
 
@@ -27,14 +28,19 @@ if "google.colab" in sys.modules:  # on Colab only: fetch the library, leave tor
 
 # %%
 import copy
+import dataclasses
 import random
+import tempfile
+from pathlib import Path
 
 import torch
+from matplotlib import pyplot
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from qftlab.core import plots
 from qftlab.core.losses import masked_cross_entropy
-from qftlab.data.batching import batches, count_trained, pack, pad
+from qftlab.data.batching import batches, count_trained, first_fit_decreasing, pack, pad
 from qftlab.data.bundled import bundled
 from qftlab.data.sources import load_rows
 from qftlab.data.split import contamination
@@ -44,7 +50,7 @@ from qftlab.model.loading import get_preset
 from qftlab.teach import checks, stages, views
 from qftlab.train import loop
 from qftlab.train.config import TrainConfig
-from qftlab.train.sft import encode_rows, fit_examples, fit_rows
+from qftlab.train.sft import ExampleSource, encode_rows, fit_examples, fit_rows
 from qftlab.train.step import Step, to_device
 
 # %% [markdown]
@@ -69,7 +75,6 @@ start = stages.stage("extended", preset=PRESET)
 model, tokenizer = start.model, start.tokenizer
 rows = load_rows(bundled("instructions", "train.jsonl"))
 random.Random(SEED).shuffle(rows)
-held_out = load_rows(bundled("instructions", "heldout.jsonl"))[::3]  # a third, to be quick
 examples, usage = encode_rows(tokenizer, rows[:512])
 print(f"{usage.rows} rows, {usage.tokens:,} tokens, {usage.trained_tokens:,} of them trained")
 
@@ -140,6 +145,10 @@ print(f"{found:.2f} nats per trained token")
 #
 # **Toy numbers.** In the first step $\hat m = g$ and $\hat v = g^2$, so the fraction is the *sign* of $g$. A weight with gradient
 # 5 and one with gradient −0.01 move equally far: one by $-\eta$, one by $+\eta$.
+#
+# **Clipping.** Now and then a batch is odd and its gradient enormous. *Clipping* shortens a gradient longer than a limit
+# to that limit and keeps its direction. $(3, 4)$ has length 5; clipped to 1 it is $(0.6, 0.8)$.
+# AdamW forgives a large gradient in the step itself, but remembers it for many steps: so it is clipped all the same.
 
 # %%
 weights = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
@@ -149,12 +158,6 @@ adam.step()
 print([round(w, 2) for w in weights.tolist()])
 assert torch.allclose(weights, torch.tensor([0.9, 1.1]), atol=1e-4)
 
-# %% [markdown]
-# **Clipping.** Now and then a batch is odd and its gradient enormous. *Clipping* shortens a gradient longer than a limit
-# to that limit and keeps its direction. $(3, 4)$ has length 5; clipped to 1 it is $(0.6, 0.8)$.
-# AdamW forgives a large gradient in the step itself, but remembers it for many steps: so it is clipped all the same.
-
-# %%
 weights.grad = torch.tensor([3.0, 4.0])
 length = torch.nn.utils.clip_grad_norm_([weights], max_norm=1.0)
 print(f"length {length:.2f} → {[round(g, 2) for g in weights.grad.tolist()]}")
@@ -346,9 +349,10 @@ print("by hand:", [f"{loss:.2f}" for loss in by_hand])
 # those after it come from weights that *moved*, so they check the gradient, the clipping and the optimizer as well.
 
 # %%
-config = TrainConfig(lr=PEAK, max_steps=NUM_STEPS, batch_size=BATCH, micro_batch_size=16, warmup_ratio=WARMUP / NUM_STEPS,
-                     seed=SEED)
-by_library = fit_examples(copy.deepcopy(model), examples, config).losses
+six_steps = TrainConfig(lr=PEAK, max_steps=NUM_STEPS, batch_size=BATCH, micro_batch_size=16,
+                        warmup_ratio=WARMUP / NUM_STEPS, seed=SEED)
+undisturbed = copy.deepcopy(model)  # part 10 comes back to it
+by_library = fit_examples(undisturbed, examples, six_steps).losses
 by_transformers = train_by_hand(copy.deepcopy(model), steps, PEAK, WARMUP, lambda model, batch: model(**batch).loss)
 for others in [by_library, by_transformers]:
     assert all(abs(a - b) < 1e-5 for a, b in zip(by_hand[:2], others[:2], strict=True))
@@ -368,7 +372,7 @@ print("the first two losses agree within 0.00001, by hand, by the library and by
 # > it fall faster, stand still, or rise? And above or below the loss of a model that guesses blindly, $\ln 1024 = 6.93$ nats?
 
 # %%
-sweep = {}
+sweep, held_out = {}, load_rows(bundled("instructions", "heldout.jsonl"))[::3]  # a third, to be quick
 for name, factor in [("too small", 0.01), ("right", 1), ("too large", 40)]:
     config = TrainConfig(lr=PEAK * factor, batch_size=BATCH, seed=SEED)
     sweep[name] = fit_rows(copy.deepcopy(model), tokenizer, rows[:512], config, held_out_rows=held_out)
@@ -381,14 +385,6 @@ ax.set_yticks([0.1, 0.3, 1, 3, 10, 30], ["0.1", "0.3", "1", "3", "10", "30"])
 ax.legend(fontsize=12, frameon=False, ncols=3, loc="upper right")
 views.show_figure(ax, alt="Training loss of 16 steps at three learning rates, on a logarithmic axis: too small hardly "
                   "falls, right falls steeply, too large shoots up and stays high")
-
-# %% [markdown]
-# **Read it.** The axis is logarithmic, and the wiggles are the batches: some are harder than others. Too small: almost level;
-# nothing is wrong with it but the time it would take. Right: a steep fall, then a slow one. Too large: up at once, far above
-# where it began, and then a slow way out of the ruins. What the model knew from pretraining is gone, and a small loss later on
-# would not bring it back.
-
-# %%
 before = sweep["right"].held_out[0][1]
 final = {name: result.held_out[-1][1] for name, result in sweep.items()}
 assert final["right"] < 0.5 * before and final["right"] < 0.5 * final["too small"] < final["too large"]
@@ -396,6 +392,11 @@ assert max(sweep["too large"].losses) > 1.5 * sweep["too large"].losses[0]
 print(f"held-out loss: {before:.1f} before · {final['too small']:.1f} too small · {final['right']:.1f} right")
 
 # %% [markdown]
+# **Read it.** The axis is logarithmic, and the wiggles are the batches: some are harder than others. Too small: almost level;
+# nothing is wrong with it but the time it would take. Right: a steep fall, then a slow one. Too large: up at once, far above
+# where it began, and then a slow way out of the ruins. What the model knew from pretraining is gone, and a small loss later on
+# would not bring it back.
+#
 # In practice: try rates a factor of three apart on a small part of the data, take the largest one that falls
 # smoothly, and then go down one notch, because a long run meets odder batches than a short one.
 #
@@ -409,8 +410,7 @@ config = TrainConfig(lr=PEAK, schedule="constant", batch_size=16, max_steps=40, 
 handful = fit_rows(copy.deepcopy(model), tokenizer, rows[:16], config, held_out_rows=held_out)
 when, unseen = zip(*handful.held_out, strict=True)
 
-ax = plots.loss_curve(range(1, 41), handful.losses, held_out=(when, unseen), window=1,
-                      title="Sixteen rows: the training loss says all is well")
+ax = plots.loss_curve(range(1, 41), handful.losses, held_out=(when, unseen), window=1, title="Sixteen rows: the training loss says all is well")
 views.show_figure(ax, alt="Loss over 40 steps on 16 rows: the training loss falls to zero, the held-out loss falls "
                   "at first and then rises again")
 
@@ -468,14 +468,6 @@ ax = plots.accuracy_bars(
 )
 views.show_figure(ax, alt="Accuracy before training, after honest rows, and after rows with a leak: on the leaked puzzles the "
                   "last is far ahead, on the clean ones it is not, so its reported accuracy is too high")
-
-# %% [markdown]
-# **Read it.** From the top: on the leaked puzzles the third model shines. On the clean ones it does no better than it did
-# before, nor does the honest one: forty rows, twenty times over, are part 7 again. The lowest group is what a paper would report,
-# and there the training with the leak *looks like a success*. Nothing about that number is odd. Only the split into leaked and clean
-# gives it away, and that needs somebody who looks.
-
-# %%
 share = {name: [sum(marks) / len(marks) for marks in parts] for name, parts in results.items()}
 on_leaked, on_clean, reported = share["20 of them leaked"]
 assert on_leaked > 0.6 and on_leaked > on_clean + 0.3
@@ -484,6 +476,11 @@ assert reported > max(share["before"][2], share["40 honest rows"][2])
 print(f"with the leak: leaked {on_leaked:.0%} · clean {on_clean:.0%} · reported {reported:.0%}")
 
 # %% [markdown]
+# **Read it.** From the top: on the leaked puzzles the third model shines. On the clean ones it does no better than it did
+# before, nor does the honest one: forty rows, twenty times over, are part 7 again. The lowest group is what a paper would report,
+# and there the training with the leak *looks like a success*. Nothing about that number is odd. Only the split into leaked and clean
+# gives it away, and that needs somebody who looks.
+#
 # ### Exercise 03.4 · A detector (●●○, 8 minutes)
 #
 # Return the indices of the test prompts that also occur among the training prompts. Copies are rarely exact: even out
@@ -514,65 +511,253 @@ prompts = [row["instruction"] for row in test]
 dirty = [row["instruction"].upper() + "  " for row in honest[:NUM_LEAKED] + leaked]
 found = find_leaks(dirty, prompts)
 print(f"{len(found)} of {len(prompts)} test prompts are in the training data")
-assert found == list(range(NUM_LEAKED))
-assert find_leaks([row["instruction"] for row in honest], prompts) == []
-
-# %% [markdown]
-# **Check** on our own house: nothing in the bundled training files has the prompt of a held-out row. (Jokes are left out. They
-# all share one question, and have no right answer to leak.)
-
-# %%
-def asked(part):
-    """The instructions of a bundled file, jokes aside."""
-    return [row["instruction"] for row in load_rows(bundled("instructions", part)) if row["skill"] != "joke"]
-
-
-assert find_leaks(asked("train.jsonl"), asked("heldout.jsonl")) == []
+assert found == list(range(NUM_LEAKED)) and not find_leaks([row["instruction"] for row in honest], prompts)
 
 # %% [markdown]
 # ## 9 · Padded or packed
 #
 # **Idea.** Rows differ in length, tensors are rectangles. *Padding* fills every row up to the longest, and the model computes the
-# filling as well. *Packing* lays the rows end to end in one long row, and tells attention where each begins (notebook 02), so that
-# none sees another. It is the same loss with less work.
+# filling as well. *Packing* lays the rows end to end in one long row: no filling, the same loss. It needs two things, for
+# nothing in a long row says by itself where one document ends and the next begins.
+#
+# **Formula.** With $d_t$ the document of the token at $t$, and $b_d$ the place where document $d$ begins,
+#
+# $$ \text{position}_t = t - b_{d_t} \qquad\qquad t \text{ may look at } u \;\iff\; u \le t \;\text{ and }\; d_u = d_t $$
+#
+# **Toy numbers.** Documents of 3, 2 and 4 tokens. Padded: $3 \times 4 = 12$ tokens for 9 real ones. Packed: 9, with positions
+# 0 1 2, 0 1, 0 1 2 3, and borders at 0, 3, 5 and 9. The mask is the one you wrote in notebook 02: a staircase for each document.
 
 # %%
-some, step = examples[:64], Step(model)
-padded, packed = pad(some, tokenizer.pad_token_id), pack(some)
+three = examples[:3]
+document = torch.tensor([n for n, e in enumerate(three) for _ in e.input_ids])  # (T,)
+positions = torch.cat([torch.arange(len(e.input_ids)) for e in three])  # (T,)
+packed, borders = pack(three), [0, *(document.diff().nonzero().flatten() + 1).tolist(), len(document)]
+print("borders", borders, "· positions around the first", positions[borders[1] - 3 : borders[1] + 3].tolist())
+assert torch.equal(packed["position_ids"][0], positions) and packed["cu_seq_lens_q"].tolist() == borders
+
+# %% [markdown]
+# **Code.** Four ways to the loss of these three documents: one by one; packed by hand, with the mask as a $T \times T$ table;
+# packed by the library, which is told the borders only and makes no table; and packed by somebody who told attention nothing.
+
+# %%
+packed, step = to_device(packed, model.device), Step(model)
+row = {"input_ids": packed["input_ids"], "labels": packed["labels"]}  # (1, T)
+visible = (document[:, None] == document[None, :]).tril()[None, None]  # (1, 1, T, T)
+told = to_device({"position_ids": positions[None], "attention_mask": visible}, model.device)
+counts = [count_trained([e]) for e in three]
 with torch.no_grad():
-    losses = [step(**to_device(form, model.device), num_tokens=count_trained(some)).item() for form in (padded, packed)]
-assert abs(losses[0] - losses[1]) < 1e-5
-print(f"padded {padded['input_ids'].numel():,} tokens computed, packed {packed['input_ids'].numel():,}; loss {losses[1]:.2f} in both")
+    one_by_one = [float(mean_loss(model, part)) for part in micro_batches(three, 1)]
+    alone = sum(n * loss for n, loss in zip(counts, one_by_one, strict=True)) / sum(counts)
+    by_mask = float(mean_loss(model, {**row, **told}))
+    by_borders = float(step(**packed, num_tokens=sum(counts)))
+    not_told = float(mean_loss(model, row))
+print(f"one by one {alone:.2f} · by hand {by_mask:.2f} · by the library {by_borders:.2f} · not told {not_told:.2f}")
+assert abs(by_mask - alone) < 1e-5 and abs(by_borders - alone) < 1e-5 and abs(not_told - alone) > 0.1
 
 # %% [markdown]
-# **Read it.** One long answer is enough to make 63 short rows long. Sorting rows by length before cutting them into
-# batches helps too, but then long and short answers never meet in one batch. Count it for 512 rows:
+# **Read it.** Three of them agree to five decimals. In the fourth the documents see each other: each answer is predicted from
+# strangers' chats as well as its own. No error, no warning, only another number. It may be higher or lower, and the run that
+# follows learns from it all the same; so the test is never "does it look right" but "is it equal to one by one".
+#
+# How long should a packed row be? As long as memory allows: a *budget* of tokens. Then documents have to be
+# fitted into as few rows as possible, like boxes into vans. Trying every way is hopeless. A rule of thumb from the 1970s is hard to
+# beat, and never needs more than 11/9 of the best possible number of rows (and a bit): take the longest first, and put each into
+# the first row that still has room.
+#
+# **Toy numbers.** Lengths 4, 8, 4, 2, 6 and rows of 10. In the order they come, always into the last row: 4 | 8 | 4 2 | 6, four rows.
+# Longest first: 8 2 | 6 4 | 4, three.
+
+# %% [markdown]
+# ### Exercise 03.5 · First-fit-decreasing (●●○, 8 minutes)
+#
+# Return the rows, each a list of the *lengths* in it, in the order they went in. For the toy numbers:
+# `[[8, 2], [6, 4], [4]]`.
+#
+# <details><summary>Hint 1</summary>
+#
+# Two loops: `for length in sorted(lengths, reverse=True)`, and inside it one over the rows so far.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# A row has room if `sum(row) + length <= budget`. A `for` can have an `else`: it runs when no `break` did, and there a new row
+# opens.
+# </details>
 
 # %%
-def computed(examples, size):
-    """Tokens that go through the model if `examples` are padded, `size` rows at a time."""
-    parts = [examples[i : i + size] for i in range(0, len(examples), size)]
-    return sum(len(part) * max(len(e.input_ids) for e in part) for part in parts)
+def my_rows(lengths, budget):
+    """Rows of at most `budget` tokens, as lists of lengths: the longest first, each into the first row with room."""
+    ...
 
 
-real = sum(len(e.input_ids) for e in examples)
-by_length = sorted(examples, key=lambda e: len(e.input_ids))
-for name, tokens in [("padded", computed(examples, BATCH)), ("sorted, padded", computed(by_length, BATCH)), ("packed", real)]:
-    print(f"{name:15} {tokens:>7,} tokens, {real / tokens:.0%} of them real")
-assert real < computed(by_length, BATCH) < computed(examples, BATCH)
-
-# %% [markdown]
-# **What goes wrong:** rows packed, and attention not told. The model then reads each answer with strangers' chats before
-# it. No error, no warning, only another loss:
+checks.check("03.5", my_rows)
 
 # %%
-with torch.no_grad():
-    unaware = model(input_ids=packed["input_ids"].to(model.device), labels=packed["labels"].to(model.device)).loss.item()
-print("same loss when attention is not told:", abs(unaware - losses[1]) < 1e-3)
-assert abs(unaware - losses[1]) > 1e-2
+fit_into_rows = checks.or_library("03.5", my_rows)
+BUDGET = 128
+lengths = [len(e.input_ids) for e in examples]
+
+
+def draw(ax, rows, width, title):
+    """Rows of documents, and what fills them up to `width`."""
+    for y, row in enumerate(rows):
+        begins = [sum(row[:i]) for i in range(len(row))]
+        ax.barh(y, row, left=begins, color=plots.PALETTE[0], edgecolor="white", height=0.9)
+        ax.barh(y, width - sum(row), left=sum(row), color="0.93", edgecolor="0.7", hatch="////", height=0.9, linewidth=0)
+    ax.set_title(f"{title}: {sum(map(sum, rows)) / (width * len(rows)):.0%} real", fontsize=13, loc="left")
+    ax.set_xlabel("tokens", fontsize=12)
+    ax.set_yticks([])
+    ax.invert_yaxis()
+
+
+def padded_tokens(lengths, size):
+    """Tokens that go through the model if rows are padded, `size` at a time."""
+    return sum(len(lengths[i : i + size]) * max(lengths[i : i + size]) for i in range(0, len(lengths), size))
+
+
+figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
+draw(left, [[length] for length in lengths[:BATCH]], max(lengths[:BATCH]), f"Padded, {BATCH} rows")
+fitted = fit_into_rows(lengths[:BATCH], BUDGET)
+draw(right, fitted, BUDGET, f"Fitted, {len(fitted)} rows")
+views.show_figure(figure, alt="Two pictures of the same 32 documents: one to a row, most of the rectangle is filling; "
+                  "fitted into rows of 128 tokens, little of it is")
+
+computed = {"padded": padded_tokens(lengths, BATCH), "sorted, padded": padded_tokens(sorted(lengths), BATCH), "packed": sum(lengths)}
+for name, tokens in computed.items():
+    print(f"all {len(lengths)} rows, {name:14} {tokens:>7,} tokens computed, {1 - sum(lengths) / tokens:.0%} of them wasted")
+assert computed["packed"] < computed["sorted, padded"] < computed["padded"]
+assert list(map(sum, fitted)) == [sum(lengths[i] for i in row) for row in first_fit_decreasing(lengths[:BATCH], BUDGET)]
 
 # %% [markdown]
-# ## 10 · What goes wrong in practice
+# **Read it.** Solid is real, hatched is filling. On the left two long answers make thirty short rows long, and the model computes
+# all of it. On the right are the same documents in rows of 128 tokens; white lines are their borders. What little is hatched there
+# is not even computed: the library's packed rows end where their last document ends.
+#
+# Below it the count for all rows. *Sorting* by length before cutting into batches helps too, but then long and short answers never
+# meet in one step.
+#
+# **Check.** In the library all this is one word, `packing`. Three steps with it and three without, 512 tokens to a forward pass:
+# the first two losses agree within 0.00001, as in part 5, and every loss within a hundredth.
+
+# %%
+found = {}
+for packing in [True, False]:
+    config = TrainConfig(lr=PEAK, max_steps=3, batch_size=BATCH, packing=packing, tokens_per_micro_batch=512, seed=SEED)
+    passes = ExampleSource(examples, config)(0, 0)  # of the first step
+    found[packing] = fit_examples(copy.deepcopy(model), examples, config).losses
+    print(f"packing={packing!s:5} {[f'{loss:.1f}' for loss in found[packing]]}, first step: {len(passes)} passes, "
+          f"{sum(part.tensors['input_ids'].numel() for part in passes):,} tokens")
+assert all(abs(a - b) < 1e-5 for a, b in zip(found[True][:2], found[False][:2], strict=True))
+assert all(abs(a - b) < 1e-2 for a, b in zip(found[True], found[False], strict=True))
+
+# %% [markdown]
+# ## 10 · The power cut
+#
+# **Idea.** A run of a week dies on the fifth day: the power, the disk, somebody who wanted the GPU. A *checkpoint* is what you
+# wish you had written down the evening before. What has to be in it? Everything that the next step depends on, and our loop
+# is short enough to look: the **weights**, AdamW's two **averages** for each of them, and the number of the **step**.
+#
+# Nothing else. The rate is a function of the step. The rows are a function of seed and step (`batches`, part 5), and so is the
+# randomness of dropout: the library draws it anew from seed and step. A loop that draws from one long stream of random numbers
+# would have to save its place in it; one that shuffles as it goes, its order. Here one integer is enough.
+#
+# **Formula.** $\;(w, m, v)_{s+1} = f\big((w, m, v)_s,\; s\big)$, with the same $f$ in every run.
+#
+# **Toy numbers.** A weight with gradients 1, 1, 1 and then −1, and $\beta_1 = 0.9$. With its averages, $\hat m$ of the fourth step
+# is $0.144/0.344 = 0.42$, and $\hat v = 1$: it goes on as before, slower. Without them the fourth step is a *first* step, and
+# $\hat m/\sqrt{\hat v} = -1$: it turns round, at full speed.
+#
+# **Code.** The run of part 5, once more, saving every three steps. In the fourth the power fails.
+
+# %%
+class PowerCut(Exception):
+    """The end of a run that nobody planned."""
+
+
+def fail_in_step_four(record):
+    if record["step"] == 4:
+        raise PowerCut
+
+
+disk, saving = tempfile.TemporaryDirectory(), dataclasses.replace(six_steps, save_every=3)
+lost = copy.deepcopy(model)
+try:
+    fit_examples(lost, examples, saving, checkpoints=disk.name, on_log=fail_in_step_four)
+except PowerCut:
+    (saved,) = Path(disk.name).iterdir()
+for file in sorted(saved.iterdir()):
+    print(f"{saved.name}/{file.name:22} {file.stat().st_size / 1e6:>5.1f} MB")
+
+# %% [markdown]
+# **Read it.** Two averages are twice the weights. `state.json` holds the step, the losses so far, and a fingerprint of settings and
+# data. Step 4 is lost; it is not on the disk.
+#
+# > **Predict, then run.** The run goes on from step 3, in a model that has never seen a row. How many decimals of the final
+# > weights will agree with those of part 5, which was never disturbed?
+
+# %%
+resumed = copy.deepcopy(model)  # what a new process begins with
+again = fit_examples(resumed, examples, saving, checkpoints=disk.name, resume=True)
+assert again.losses == by_library
+assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), undisturbed.parameters(), strict=True))
+print("six losses and", f"{sum(p.numel() for p in resumed.parameters()):,}", "weights: every bit the same")
+
+# %% [markdown]
+# **Read it.** All of them, to the last bit. Part 5 asked for five decimals of a loss, because two *different* programs add in
+# different orders. Here the same program adds the same numbers in the same order, so anything less than equal would mean that
+# something was forgotten. (Another machine, or another number of threads, orders sums differently: a few decimals again.)
+#
+# **From the files.** Are the three things really enough? We take step 4 ourselves, with nothing but them, and should get the
+# weights that the power cut destroyed. Then we take it again and forget the averages.
+
+# %%
+def flat(module):
+    """All weights as one long vector."""
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def step_four(keep_averages):
+    """The weights before and after step 4, from the files of step 3."""
+    step = Step(copy.deepcopy(model))
+    named, parts = dict(step.named_parameters()), ExampleSource(examples, six_steps)(0, 3)
+    optimizer = loop.make_optimizer(step, six_steps, named)
+    step.load_state_dict(load_file(saved / "weights.safetensors"), strict=False)  # the tied head is in there once
+    for key, value in load_file(saved / "optimizer.safetensors").items() if keep_averages else ():
+        kind, name = key.split(":")  # such as exp_avg:model.model.norm.weight
+        optimizer.state[named[name]][kind] = value.to(model.device) if value.ndim else value
+    before = flat(step)
+    loop.optimizer_step(step, optimizer, parts, loop.learning_rate(six_steps, 3, NUM_STEPS), six_steps.max_grad_norm)
+    return before, flat(step)
+
+
+before, after = step_four(keep_averages=True)
+forgetful = step_four(keep_averages=False)[1]
+assert torch.equal(after, flat(lost)) and not torch.allclose(forgetful, after, atol=1e-4)
+moved, strayed = after - before, forgetful - before
+print(f"without averages: {strayed.abs().mean() / moved.abs().mean():.1f} times as far, "
+      f"{(moved * strayed < 0).float().mean():.0%} of the weights in the opposite direction")
+
+# %% [markdown]
+# **Read it.** From the three, step 4 comes out to the last bit. Without the averages it is a different step, and no message says
+# so. The same holds for other things that people forget:
+#
+# - *The step.* The last three steps, begun as a new run from the saved weights: the rate warms up a second time, the first three
+#   batches are read a second time, and the last three never.
+# - *The settings.* Somebody halves the rate and resumes. That is neither the old run nor a new one.
+# - *A whole file.* The power may fail *inside* a save as well. The library writes into a folder with another name, waits until
+#   the disk has it all, and renames it: what is called `step-000003` is whole. A bit that flips afterwards is found by its sha256.
+#
+# The first is up to you: `resume=True`, and not a new run. Other settings and damaged files are refused, and named:
+
+# %%
+try:
+    fit_examples(resumed, examples, dataclasses.replace(saving, lr=PEAK / 2), checkpoints=disk.name, resume=True)
+except ValueError as error:
+    print(str(error).splitlines()[1].strip())
+disk.cleanup()
+
+# %% [markdown]
+# ## 11 · What goes wrong in practice
 #
 # **The last batch is smaller.** 50 rows in micro-batches of 8, four to a step, leave a last step of three, with 8, 8 and 2 rows.
 # Code that divides by "four micro-batches" divides the last step by too much; code that counts trained tokens is right without
@@ -588,23 +773,14 @@ for numbers in batches(50, batch_size=32, seed=SEED, epoch=0):
 # shows, but for one thing: a first and a second loss measured at *the same* weights.
 #
 # **The schedule counts the wrong steps.** Advance it with every micro-batch instead of every optimizer step, and with four of
-# them the cosine is through after a quarter of the run:
-
-# %%
-micro_step = [rate(min(4 * step, 39), 40, 4, PEAK) / PEAK for step in range(40)]
-right_step = [rate(step, 40, 4, PEAK) / PEAK for step in range(40)]
-for step in [0, 5, 10, 20]:
-    print(f"step {step:>2}: {right_step[step]:.2f} of the peak; counted by micro-batches {micro_step[step]:.2f}")
-assert micro_step[10] < 0.01 < right_step[10]
-
-# %% [markdown]
+# them the cosine is through after a quarter of the run. The other three quarters are trained at a rate of almost 0.
+#
 # **The leak is a paraphrase.** Shuffle the numbers of a puzzle and it is the same puzzle, but no longer the same text. The
 # library's `contamination` knows what a Countdown puzzle is and compares sorted numbers. Take that knowledge away (the
 # last line: other words, no fields) and it is as blind as any text comparison:
 
 # %%
-shuffled = [{**row, "instruction": "Use the numbers {}, {}, {} once each to make {}.".format(b, c, a, row["target"])}
-            for row in leaked for a, b, c in [row["numbers"]]]
+shuffled = [{**r, "instruction": "Use the numbers {1}, {2}, {0} once each to make {3}.".format(*r["numbers"], r["target"])} for r in leaked]
 retold = [{"instruction": "Reach {3} from {2} and {1} and {0}.".format(*r["numbers"], r["target"])} for r in leaked]
 for name, copies in [("shuffled", shuffled), ("retold", retold)]:
     by_text = len(find_leaks([row["instruction"] for row in copies], prompts))
@@ -630,7 +806,8 @@ checks.progress("03")
 # backward pass in bf16, but weights that move by 1e-5 are kept in fp32, since bf16 has 8 significant bits and rounds such a
 # step away. The *memory*: 16 bytes for each of 0.494 billion parameters (weight, gradient, AdamW's two averages,
 # 4 bytes each) is 7.9 GB before the first token. And the *logits*: 16,384 tokens × 151,936 rows × 4 bytes would be another 10 GB; that is
-# why the library's `Step` computes them at trained positions only, and why micro-batches are small.
+# why the library's `Step` computes them at trained positions only, and why micro-batches are small. And the *checkpoint*: weights and
+# two averages, 12 bytes a parameter, are 5.9 GB; so it is saved every few hundred steps, and only the newest are kept.
 #
 # **Published:** Qwen2.5's own fine-tuning ran two epochs over more than a million rows, with a rate falling from 7e-6 to
 # 7e-7, weight decay 0.1 and gradients clipped at 1.0 (Qwen2.5 technical report, section 4.1). **Our own run:** not run by us.
@@ -643,12 +820,15 @@ checks.progress("03")
 # 3. The learning rate matters most. Too small costs time; too large costs what the model knew.
 # 4. The training loss can only tell you that training works. Held-out rows tell you what was learned.
 # 5. Twenty leaked rows make a score a lie that looks like a result.
+# 6. Packing is the same loss for fewer tokens, once positions restart and attention knows the borders. Assert it.
+# 7. Weights, the optimizer's averages and the step: who saves these three, and draws all else from a seed, loses nothing.
 #
-# **Next.** *04 · Decoding*: the model gives probabilities; how do they become text?
+# **Next.** [04 · Decoding](04_decoding.ipynb): the model gives probabilities; how do they become text?
 #
 # **Sources.** Loshchilov and Hutter 2019, *Decoupled weight decay regularization* (arXiv:1711.05101), AdamW; the same 2017, *SGDR*
 # (arXiv:1608.03983), the cosine. Goyal et al. 2017, *Accurate, large minibatch SGD* (arXiv:1706.02677), warm-up. Pascanu et al. 2013,
 # *On the difficulty of training recurrent neural networks* (arXiv:1211.5063), clipping. transformers issue 34191 and the Hugging Face blog,
 # *Fixing gradient accumulation*, October 2024. Yang et al. 2023, *Rethinking benchmark and contamination for language models with rephrased
-# samples* (arXiv:2311.04850). Krell et al. 2021, *Efficient sequence packing* (arXiv:2107.02027). Qwen team 2024,
+# samples* (arXiv:2311.04850). Krell et al. 2021, *Efficient sequence packing* (arXiv:2107.02027). Johnson 1973,
+# *Near-optimal bin packing algorithms* (MIT), and Dósa 2007, first-fit-decreasing and its bound. Qwen team 2024,
 # *Qwen2.5 technical report* (arXiv:2412.15115).

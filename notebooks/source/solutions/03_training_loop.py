@@ -145,5 +145,40 @@ checks.check("03.4", my_leaks)
 assert my_leaks(["what is  47 + 38?"], ["What is 47 + 38?"]) == [0]
 assert my_leaks(["Add 47 and 38."], ["What is 47 + 38?"]) == []
 
+# %% [markdown]
+# ## Predict, then run: going on after the power cut
+#
+# **All of them.** Nothing in the loop depends on anything but weights, averages and step; so the resumed run adds the same numbers in the same
+# order, and floating-point sums in the same order have the same bits. It is only *reordered* sums that drift.
+#
+# ## Exercise 03.5 · First-fit-decreasing
+#
+# The `else` of the `for` runs when no row had room. Why the longest first? Short documents fit anywhere, so they are
+# worth most at the end, when only gaps are left; a long one that comes late needs a row of its own.
+
+# %%
+def my_rows(lengths, budget):
+    rows = []
+    for length in sorted(lengths, reverse=True):
+        for row in rows:
+            if sum(row) + length <= budget:
+                row.append(length)
+                break
+        else:
+            rows.append([length])
+    return rows
+
+
+checks.check("03.5", my_rows)
+
+# %% [markdown]
+# It is a rule of thumb and not the best: two rows would do here, 4 3 3 | 4 3 3, and it takes three. No fast way is known that is
+# always best.
+
+# %%
+rows = my_rows([4, 4, 3, 3, 3, 3], 10)
+print(rows)
+assert rows == [[4, 4], [3, 3, 3], [3]]
+
 # %%
 checks.progress("03")

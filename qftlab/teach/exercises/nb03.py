@@ -1,13 +1,15 @@
-"""Exercises of notebook 03, the training loop: the loss, the weights of micro-batches, the schedule, the leak."""
+"""Exercises of notebook 03, the training loop: loss, weights of micro-batches, schedule, leaks, packing."""
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from qftlab.data.batching import first_fit_decreasing
 from qftlab.teach.exercises import Exercise, Suspect, integers, tensor
 
 
@@ -132,6 +134,41 @@ def _draw_prompts(rng: random.Random, size: int) -> tuple:
     return train, test
 
 
+def rows(lengths: list[int], budget: int) -> list[list[int]]:
+    """Lengths in rows of at most `budget` tokens: the longest first, each into the first row that has room."""
+    return [[lengths[i] for i in row] for row in first_fit_decreasing(lengths, budget)]
+
+
+def _fit(lengths: list[int], budget: int, choose: Callable = min, brim: int = 0) -> list[list[int]]:
+    """Lengths as they come, each into the row that `choose` takes among the numbers of those with room."""
+    found: list[list[int]] = []
+    for length in lengths:
+        free = [i for i, row in enumerate(found) if sum(row) + length + brim <= budget]
+        if free:
+            found[choose(free)].append(length)
+        else:
+            found.append([length])
+    return found
+
+
+def _next_fit(lengths, budget):
+    found: list[list[int]] = []
+    for length in sorted(lengths, reverse=True):
+        if found and sum(found[-1]) + length <= budget:
+            found[-1].append(length)
+        else:
+            found.append([length])
+    return found
+
+
+def _draw_lengths(rng: random.Random, size: int) -> tuple:
+    budget = 8 + size
+    # Two pairs that fill a row to the brim; the 2 comes last, and its row is not the last one.
+    lengths = [budget - 2, 2, budget // 2 + 1, budget - budget // 2 - 1, *integers(rng, size, 1, budget)]
+    rng.shuffle(lengths)
+    return lengths, budget
+
+
 EXERCISES = (
     Exercise(
         id="03.1",
@@ -237,6 +274,30 @@ EXERCISES = (
             Suspect("white space is not evened out", like=_leaks_with(str.lower)),
             Suspect("a prompt inside a longer one is no leak; compare whole prompts", like=_leaks_by_part),
             Suspect("return the indices in `test`", when=lambda a, g, w: any(isinstance(x, str) for x in g)),
+        ),
+    ),
+    Exercise(
+        id="03.5",
+        title="First-fit-decreasing",
+        dots=2,
+        minutes=8,
+        reference=rows,
+        draw=_draw_lengths,
+        instead="sort the lengths, and look through the rows so far for the first with room",
+        forbidden=("qftlab.data.batching.first_fit_decreasing",),
+        suspects=(
+            Suspect("the lengths are taken as they come; take the longest first", like=_fit),
+            Suspect("only the last row is tried; look through all rows, from the first", like=_next_fit),
+            Suspect(
+                "a row may be filled to the brim: it has room if sum(row) + length <= budget",
+                like=lambda lengths, budget: _fit(sorted(lengths, reverse=True), budget, brim=1),
+            ),
+            Suspect(
+                "this is the last row with room; take the first",
+                like=lambda lengths, budget: _fit(sorted(lengths, reverse=True), budget, choose=max),
+            ),
+            Suspect("the shortest come first; take the longest first", like=lambda n, budget: _fit(sorted(n), budget)),
+            Suspect("a row holds more than the budget", when=lambda a, g, w: any(sum(row) > a[1] for row in g)),
         ),
     ),
 )
