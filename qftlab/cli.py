@@ -23,7 +23,7 @@ PROGRAM = "python -m qftlab"
 log = logging.getLogger(__name__)
 
 
-def trains(function: str) -> Callable[[typing.Any], None]:
+def trains(function: str, chats: bool = True) -> Callable[[typing.Any], None]:
     """A command that trains by a library function ("module:function") and says where the model is."""
 
     def run(config) -> None:
@@ -32,7 +32,8 @@ def trains(function: str) -> Callable[[typing.Any], None]:
         folder = getattr(importlib.import_module(module), name)(config, progress=sys.stderr.isatty())
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
             print(f"model, metrics and curves: {folder}")
-            print(f'try it: {PROGRAM} chat --model "{folder}"')
+            if chats:
+                print(f'try it: {PROGRAM} chat --model "{folder}"')
 
     return run
 
@@ -203,6 +204,12 @@ COMMANDS = {
     "dpo": Command("direct preference optimisation on files of pairs",
                    "dpo --model runs/sft/latest --data pairs.jsonl --loss.beta 0.5 --loss.nll_weight 1",
                    "qftlab.train.preference_config:DPOConfig", trains("qftlab.train.dpo:dpo")),
+    "rloo": Command("policy gradient on rollouts that functions or a model reward",
+                    "rloo --model runs/sft/latest --problems 2000 --rewards [countdown] --policy.num_generations 8",
+                    "qftlab.train.policy_config:RLOOConfig", trains("qftlab.train.rloo:rloo")),
+    "reward": Command("a reward model from files of pairs, which `rloo --reward_model` takes",
+                      "reward --model runs/sft/latest --data pairs.jsonl --output runs/reward",
+                      "qftlab.train.policy_config:RewardConfig", trains("qftlab.train.reward:reward", chats=False)),
     "generate": Command("answers to prompts, from an option or standard input",
                         'generate --prompt "What is 47 + 38?" --model runs/sft/latest',
                         "qftlab.generate.config:GenerateConfig", run_generate),
