@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 
@@ -35,6 +36,15 @@ def half_billion_config() -> Qwen2Config:
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
+
+
+def starting_model(
+    config: Qwen2Config, attention: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Qwen2ForCausalLM:
+    """A model to train, with weights drawn from seed 0."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return Qwen2ForCausalLM._from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
 
 
 def random_model(config: Qwen2Config, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Qwen2ForCausalLM:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import math
 import random
@@ -18,7 +17,7 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.harness import Benchmark, Options, Side, compare, synchronize
-from benchmarks.models import bench_config, word_tokenizer
+from benchmarks.models import bench_config, starting_model, word_tokenizer
 from benchmarks.training import CONSTANT, restarted, same_losses
 from qftlab.data.batching import Example, batches
 from qftlab.model.attention import register_packed_attention
@@ -50,11 +49,7 @@ class PairWorkload:
 
     def model(self, attention: str) -> Qwen2ForCausalLM:
         """The model at its starting weights."""
-        torch.manual_seed(0)
-        with torch.device(self.device):
-            return Qwen2ForCausalLM._from_config(
-                copy.deepcopy(self.config), dtype=self.dtype, attn_implementation=attention
-            )
+        return starting_model(self.config, attention, device=self.device, dtype=self.dtype)
 
     @property
     def real_tokens(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import math
 import random
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.harness import Benchmark, MismatchError, Options, Side, compare, judge
-from benchmarks.models import bench_config, ceilings, half_billion_config, word_tokenizer
+from benchmarks.models import bench_config, ceilings, half_billion_config, starting_model, word_tokenizer
 from qftlab.core.chunks import Term, chunk_tokens
 from qftlab.core.logprobs import linear_cross_entropy
 from qftlab.data.batching import Example, batches, pad
@@ -47,11 +46,7 @@ class Workload:
 
     def model(self, attention: str) -> Qwen2ForCausalLM:
         """The model at its starting weights."""
-        torch.manual_seed(0)
-        with torch.device(self.device):
-            return Qwen2ForCausalLM._from_config(
-                copy.deepcopy(self.config), dtype=self.dtype, attn_implementation=attention
-            )
+        return starting_model(self.config, attention, device=self.device, dtype=self.dtype)
 
     @property
     def real_tokens(self) -> int:
