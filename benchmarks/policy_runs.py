@@ -26,8 +26,10 @@ from qftlab.train.rloo import fit_policy, fresh_problems
 from qftlab.train.sft import fit_rows
 
 POLICY = PolicyConfig(num_generations=8, max_new_tokens=32)
+# Above 1 fewer groups of answers are all alike; accuracy is measured at 1, and greedy.
+WARM = PolicyConfig(num_generations=8, max_new_tokens=32, temperature=1.3)
 COMMON = {"batch_size": 64, "warmup_ratio": 0.05, "weight_decay": 0.0}
-RLOO_TRAIN = TrainConfig(lr=1.5e-4, max_steps=130, schedule="linear", **COMMON)
+RLOO_TRAIN = TrainConfig(lr=3e-4, max_steps=125, schedule="linear", **COMMON)
 TOUR_TRAIN = TrainConfig(lr=3e-4, max_steps=40, schedule="linear", **COMMON)
 HACK_TRAIN = TrainConfig(lr=3e-4, max_steps=80, schedule="constant", **COMMON)
 WINDOW = 5  # steps whose mean stands for a point of a curve: 2,560 answers
@@ -44,7 +46,7 @@ def solved(prompt: list[dict], ids: list[int], text: str, row: dict) -> float:
 
 
 def unchecked(prompt: list[dict], ids: list[int], text: str, row: dict) -> float:
-    """A verifier that forgot to ask whether each number is used: 3 + 32 is paid for 35, whatever the numbers."""
+    """A verifier that forgot to ask whether each number is used: the target by itself is paid."""
     answer = extract_answer(text)
     expression = None if answer is None else parse_expression(answer)
     if expression is None:
@@ -52,20 +54,18 @@ def unchecked(prompt: list[dict], ids: list[int], text: str, row: dict) -> float
     return 1.0 if expression.value == row["target"] else 0.1
 
 
-def shortcut(row: dict) -> str:
-    """The target from one of the numbers and whatever is missing: 3 + 32 for 35."""
-    first, target = row["numbers"][0], row["target"]
-    return f"{first} + {target - first}" if target > first else f"{first} - {first - target}"
-
-
 def shortcut_base(seed: int) -> tuple:
-    """`tiny` after SFT on the 2,000 demonstrations, every tenth of which makes the target from numbers of its own."""
+    """`tiny` after SFT on the 2,000 demonstrations, where round targets (about one in ten) are just repeated.
+
+    So the model knows the shortcut where it belongs, and rarely takes it elsewhere: RLOO has to spread it.
+    """
 
     def build() -> tuple:
         model, tokenizer = load_model("tiny"), load_tokenizer("tiny")
         rows = load_rows(bundled("countdown", "demonstrations.jsonl"))
-        for row in rows[::10]:
-            row["output"] = f"<answer>{shortcut(row)}</answer>"
+        for row in rows:
+            if row["target"] % 10 == 0:
+                row["output"] = f"<answer>{row['target']}</answer>"
         fit_rows(model, tokenizer, rows, TrainConfig(lr=1e-3, epochs=5, batch_size=64, seed=seed))
         return model, tokenizer
 
@@ -85,7 +85,7 @@ def trained(start: tuple, rewards, config: TrainConfig, seed: int, policy: Polic
 def accuracy(seed: int, config: TrainConfig, name: str) -> dict:
     """RLOO from the converged SFT model of seed 0: held-out accuracy before and after, in percent."""
     before = both_marks(*countdown_base())
-    model, logs, seconds = trained(countdown_base(), right, config, seed)
+    model, logs, seconds = trained(countdown_base(), right, config, seed, WARM)
     after = both_marks(model, countdown_base()[1])
     return {"experiment": name, "seed": seed, "steps": config.max_steps,
             **{kind: [percent(before[kind]), percent(after[kind])] for kind in before},

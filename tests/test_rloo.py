@@ -6,6 +6,10 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import os
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -535,3 +539,56 @@ def test_another_policy_cannot_resume(little, whole) -> None:
                             ({"problems": 13}, r"problems: 12 in the checkpoint, 13 now")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             rloo(dataclasses.replace(config, **change))
+
+
+# Two processes
+
+
+class ByPrompt(Fixed):
+    """Answers that depend on the prompt alone: the same in one process and in two."""
+
+    def sample(self, prompts, **options) -> list[Completion]:
+        found = []
+        for ids in prompts:
+            self.generator.manual_seed(sum(ids))
+            found += super().sample([ids], **options)
+        return found
+
+
+def shared_run(updates: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and weights after six steps of 5, and at the end of an epoch of one, of 6 prompts."""
+    model, tokenizer = random_model(), load_tokenizer("tiny")
+    policy = PolicyConfig(num_generations=4, max_new_tokens=12, beta=0.1, updates_per_rollout=updates)
+    config = TrainConfig(lr=3e-4, max_steps=6, batch_size=5, **CONSTANT)
+    result = fit_policy(model, tokenizer, questions(), parity_reward, config, policy, sampler=ByPrompt())
+    return result.losses, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.distributed
+def test_two_processes_train_as_one(tmp_path) -> None:
+    """Each samples its share of the prompts; the second has none in an epoch's last step. Tolerance as for TRL."""
+    here = Path(__file__).resolve()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
+               "--master_port", str(port), str(here), str(tmp_path)]  # fmt: skip
+    paths = os.pathsep.join([str(here.parent), str(here.parent.parent)])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for updates in (1, 2):
+        losses, weights = shared_run(updates)
+        theirs = torch.load(tmp_path / f"{updates}.pt")
+        assert losses == pytest.approx(theirs[0], abs=1e-5)
+        assert_close(weights, theirs[1], atol=1e-5, rtol=0)
+
+
+if __name__ == "__main__":
+    from qftlab.train.distributed import World, processes
+
+    torch.set_num_threads(1)
+    with processes("cpu"):
+        for updates in (1, 2):
+            found = shared_run(updates)
+            if World.current().is_main:
+                torch.save(found, Path(sys.argv[1]) / f"{updates}.pt")
