@@ -378,7 +378,7 @@ def test_the_smallest_failing_input_is_small() -> None:
 
 
 def test_unknown_exercises_are_named() -> None:
-    with pytest.raises(ValueError, match="must be one of 03.1, 03.2, 03.3, 03.4, got '03.9'"):
+    with pytest.raises(ValueError, match="must be one of 03.1, 03.2, 03.3, 03.4, 03.5, got '03.9'"):
         checks.check("03.9", None)
     with pytest.raises(ValueError, match=rf"with exercises \({', '.join(notebooks())}\), got '99'"):
         checks.check("99.1", None)
@@ -482,13 +482,14 @@ def test_progress_counts_in_memory_only(tmp_path: Path, monkeypatch: pytest.Monk
     checks.check("03.2", ANSWERS["03.2"].stub)
     checks.check("03.3", ANSWERS["03.3"].wrong[0][0])
     board = checks.progress("03")
-    assert (board.passed, board.total) == (1, 4)
+    assert (board.passed, board.total) == (1, 5)
     assert repr(board).splitlines() == [
         "Notebook 03: 1 of 4 exercises passed",
         "03.1  ●●●  Masked cross-entropy by hand              passed",
         "03.2  ●○○  Weights of micro-batches in accumulation  not attempted yet",
         "03.3  ●●○  A learning rate with warm-up and cosine   not yet",
         "03.4  ●●○  A detector of leaked test prompts         not run",
+        "03.5  ●●○  First-fit-decreasing                      not run",
     ]
     page = board._repr_html_()
     assert page.count("<tr>") == 5 and "1 of 4 exercises passed" in page and "style" not in page
@@ -525,7 +526,7 @@ def test_in_a_real_kernel(tmp_path: Path) -> None:
     assert told[2] == f"{stem}: the next cells run on the library's version.'masked_cross_entropy'"
     assert "in:      line 3 of my_loss:  return logits.gather(-1, labels.unsqueeze(-1))" in told[4]
     assert "suspect: −100 marks what is not trained and is no index" in told[4]
-    assert "does a loop never end?" in told[5] and told[6].startswith("Notebook 03: 0 of 4 exercises passed")
+    assert "does a loop never end?" in told[5] and told[6].startswith("Notebook 03: 0 of 5 exercises passed")
 
 
 # The oracles are the library's --------------------------------------------------------------------------------------
