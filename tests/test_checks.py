@@ -484,7 +484,7 @@ def test_progress_counts_in_memory_only(tmp_path: Path, monkeypatch: pytest.Monk
     board = checks.progress("03")
     assert (board.passed, board.total) == (1, 5)
     assert repr(board).splitlines() == [
-        "Notebook 03: 1 of 4 exercises passed",
+        "Notebook 03: 1 of 5 exercises passed",
         "03.1  ●●●  Masked cross-entropy by hand              passed",
         "03.2  ●○○  Weights of micro-batches in accumulation  not attempted yet",
         "03.3  ●●○  A learning rate with warm-up and cosine   not yet",
@@ -492,7 +492,7 @@ def test_progress_counts_in_memory_only(tmp_path: Path, monkeypatch: pytest.Monk
         "03.5  ●●○  First-fit-decreasing                      not run",
     ]
     page = board._repr_html_()
-    assert page.count("<tr>") == 5 and "1 of 4 exercises passed" in page and "style" not in page
+    assert page.count("<tr>") == 6 and "1 of 5 exercises passed" in page and "style" not in page
     assert not list(tmp_path.iterdir())
 
 
