@@ -14,6 +14,7 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TextIO
 
 from qftlab import __version__
@@ -42,10 +43,20 @@ def run_export(config) -> None:
     """Merges, checks and writes, and says what was checked."""
     from qftlab.model.export import Card, export_model
 
-    model, tokenizer = load_named(config.model, config.dtype, config.device)
+    model, tokenizer = load_named(config.model, dtype_of_run(config), config.device)
     report = export_model(model, tokenizer, config.output, card=Card(base=config.base, data=config.data), in_place=True)
     print(f"{report.path}: {report.positions} greedy tokens as before, largest difference of a logit "
           f"{report.largest_difference:.1e} of the largest one (allowed {report.tolerance:.0e})")  # fmt: skip
+
+
+def dtype_of_run(config) -> str:
+    """The dtype asked for; for `auto` that in which the run trained: adapters in fp32 may stand on weights in bf16."""
+    from qftlab.train.runs import resolve_model
+
+    settings = Path(resolve_model(config.model)).parent / "config.json"
+    if config.dtype != "auto" or not settings.is_file():
+        return config.dtype
+    return json.loads(settings.read_text(encoding="utf-8")).get("dtype", "auto")
 
 
 def run_generate(config) -> None:
@@ -271,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # What reads our output has had enough; Python would complain once more while closing it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError, ImportError) as error:
         log.debug("traceback:", exc_info=True)
         return complain(f"{name}: {error}")
     return 0

@@ -187,3 +187,25 @@ def test_sft_and_then_generate_from_latest(capsys, tmp_path) -> None:
     code, out, _ = run(capsys, "generate", "--prompt", "What is 1 + 1?", "--max_new_tokens", "4",
                        "--model", str(tmp_path / "runs" / "latest"))  # fmt: skip
     assert code == 0 and out.strip()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("generate --prompt hi --model tiny --device gpu", "device must be one that torch finds here, got 'gpu'"),
+        ("sft --data x.jsonl --resume last --output nowhere", "looked for metrics.jsonl in nowhere"),
+        ("sft --resume last", "a resumed run too is given the settings it began with"),
+        ("rloo --data PAIRS", "rewards countdown wants numbers and target in each row, got prompt"),
+        ("sft --data ROWS --lora.rank 2 --lora.tokens [nonsense]", "lora.tokens must be tokens of the tokenizer"),
+    ],
+)
+def test_a_newcomers_slips_get_one_clear_line(arguments: str, message: str, tmp_path, capsys, monkeypatch) -> None:
+    pairs, rows = tmp_path / "pairs.jsonl", tmp_path / "rows.jsonl"
+    pairs.write_text('{"prompt": "1?", "chosen": "1", "rejected": "2"}\n', encoding="utf-8")
+    rows.write_text('{"instruction": "1?", "input": "", "output": "1"}\n', encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    if "nowhere" in arguments:
+        (tmp_path / "x.jsonl").write_text(rows.read_text(encoding="utf-8"), encoding="utf-8")
+    assert cli.main([a.replace("PAIRS", str(pairs)).replace("ROWS", str(rows)) for a in arguments.split()]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and "Traceback" not in said.err

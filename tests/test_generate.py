@@ -345,3 +345,18 @@ def test_the_real_llama_matches_transformers(real_data: Path) -> None:
     stopped = generate(model, tokenizer, prompts, max_new_tokens=60, stop=".")
     for whole, done in zip(batched, stopped, strict=True):
         assert done.text == whole.text.split(".")[0]
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"params": {"temperature": 1.0}}, TypeError, "params must be core.sampling.SamplingParams"),
+        ({"stop": [5]}, TypeError, r"stop must be texts, got \(5,\): ids go to stop_token_ids"),
+        ({"stop_token_ids": ["<|im_end|>"]}, ValueError, "stop_token_ids must be ids from 0 to 299, got '<|im_end|>'"),
+        ({"stop_token_ids": [10**7]}, ValueError, "stop_token_ids must be ids from 0 to 299, got 10000000"),
+        ({"max_new_tokens": 2.5}, TypeError, "max_new_tokens must be a whole number, or one for each prompt, got 2.5"),
+    ],
+)
+def test_options_of_another_kind_are_refused(tokenizer, options, error, message) -> None:
+    with pytest.raises(error, match=message.replace("|", "[|]")):
+        generate(make_model("qwen2"), tokenizer, ["Hi"], **{"max_new_tokens": 4} | options)

@@ -30,7 +30,7 @@ def parse_config(config_class: type, arguments: Sequence[str], program: str, abo
     describe(parser, config_class)
     try:
         return build(config_class, parser.parse_args(list(arguments)))
-    except ArgumentError as error:
+    except (ArgumentError, AttributeError) as error:  # the second: a file with other settings than these
         message = " ".join(str(error).split())
         raise ValueError(f"{message} ({program} --help lists the options)") from None
 

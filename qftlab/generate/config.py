@@ -56,7 +56,7 @@ class GenerateConfig:
     raw: bool = False
     max_new_tokens: int = 128
     num_generations: int = 1
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] | str = ()
     format: Literal["text", "jsonl"] = "text"
     seed: int = 0
     batch_size: int = 64

@@ -180,15 +180,21 @@ def _plan_rows(
     """A row for every completion, in the order of the results, once everything has been checked."""
     check_at_least(1, batch_size=batch_size, num_generations=num_generations)
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(s, str) for s in stop):
+        raise TypeError(f"stop must be texts, got {stop!r:.60}: ids go to stop_token_ids")
     if "" in stop:
         raise ValueError("stop strings must not be empty, got '': leave it out")
     encoded = encode_prompts(tokenizer, prompts)
     limits = check_prompts(encoded, model, max_new_tokens)
     each = [params] * len(encoded) if isinstance(params, SamplingParams) else list(params)
+    if not all(isinstance(p, SamplingParams) for p in each):
+        raise TypeError(f"params must be core.sampling.SamplingParams, one or one a prompt, got {params!r:.60}")
     if len(each) != len(encoded):
         raise ValueError(f"params must be one, or one for each of the {len(encoded)} prompts, got {len(each)}")
     stop_ids = default_stop_ids(model, tokenizer) if stop_token_ids is None else stop_token_ids
     limit = min(len(tokenizer), head_rows(model))
+    if unfit := [i for i in stop_ids if not isinstance(i, int) or not 0 <= i < head_rows(model)]:
+        raise ValueError(f"stop_token_ids must be ids from 0 to {head_rows(model) - 1}, got {unfit[0]!r}")
     plan = _Plan(tokenizer, stop, frozenset(stop_ids), seed, limit, return_logprobs, is_streaming)
     numbers = [(i, g) for i in range(len(encoded)) for g in range(num_generations)]
     return [_Row(i * num_generations + g, encoded[i], each[i], limits[i], plan) for i, g in numbers]

@@ -48,6 +48,8 @@ def check_prompts(encoded: Sequence[Sequence[int]], model, max_new_tokens: int |
     Raises:
         ValueError: naming the prompt and both numbers.
     """
+    if isinstance(max_new_tokens, float | str):
+        raise TypeError(f"max_new_tokens must be a whole number, or one for each prompt, got {max_new_tokens!r}")
     limits = [max_new_tokens] * len(encoded) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if len(limits) != len(encoded):
         raise ValueError(f"max_new_tokens must be one, or one for each of {len(encoded)} prompts, got {len(limits)}")

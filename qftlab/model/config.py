@@ -17,6 +17,8 @@ class LoRAConfig:
         alpha: the update is scaled by alpha / rank, so that a good learning rate depends little on the rank.
         dropout: share of an adapter's inputs set to 0 in training.
         targets: the matrices of each block that get one: `all`, or those of `attention` or `mlp` only.
+        tokens: besides new ones, the tokens whose rows are trained, such as [<|im_start|>,<|im_end|>] where the base
+            has never seen a chat, as `tiny` has not: without them a low rank hardly learns to end a turn.
 
     Raises:
         ValueError: for a value out of range.
@@ -28,8 +30,10 @@ class LoRAConfig:
     alpha: float = 32.0
     dropout: float = 0.0
     targets: Literal["all", "attention", "mlp"] = "all"
+    tokens: tuple[str, ...] | str = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", (self.tokens,) if isinstance(self.tokens, str) else tuple(self.tokens))
         check_at_least(0, rank=self.rank)
         check_choice(("all", "attention", "mlp"), targets=self.targets)
         if not 0 < self.alpha < float("inf"):
@@ -47,7 +51,7 @@ class ExportConfig:
         output: the folder to write; it must not exist, or be empty.
         base: the model it was made from, for its card.
         data: what it was trained on, for its card.
-        dtype: of the weights; `auto` is their own.
+        dtype: of the weights; `auto` is what the run trained in, or else their own.
         device: `auto` is the GPU where there is one.
 
     Raises:

@@ -147,4 +147,7 @@ class SFTConfig:
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         object.__setattr__(self, "new_tokens", tuple(self.new_tokens))
         if not self.data:
-            raise ValueError("data must name at least one file of rows, got none: --data rows.jsonl")
+            raise ValueError(
+                "data must name at least one file of rows, got none: --data rows.jsonl "
+                "(a resumed run too is given the settings it began with)"
+            )

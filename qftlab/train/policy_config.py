@@ -203,7 +203,10 @@ class RewardConfig:
     def __post_init__(self) -> None:
         _check_run(self)
         if not self.data:
-            raise ValueError("data must name at least one file of pairs, got none: --data pairs.jsonl")
+            raise ValueError(
+                "data must name at least one file of pairs, got none: --data pairs.jsonl "
+                "(a resumed run too is given the settings it began with)"
+            )
 
     @property
     def quant(self) -> str:

@@ -97,4 +97,7 @@ class DPOConfig:
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         object.__setattr__(self, "new_tokens", tuple(self.new_tokens))
         if not self.data:
-            raise ValueError("data must name at least one file of pairs, got none: --data pairs.jsonl")
+            raise ValueError(
+                "data must name at least one file of pairs, got none: --data pairs.jsonl "
+                "(a resumed run too is given the settings it began with)"
+            )

@@ -226,6 +226,11 @@ def rloo(config: RLOOConfig, *, progress: bool = False) -> Path:
 def _rloo(config: RLOOConfig, progress: bool) -> Path:
     rows = load(list(config.data)).rows if config.data else fresh_problems(config.problems, config.train.seed)
     held_out_rows = load(list(config.held_out)).rows if config.held_out else []
+    if "countdown" in config.rewards:
+        for number, row in enumerate([*rows, *held_out_rows], 1):
+            if not {"numbers", "target"} <= row.keys():
+                raise ValueError(f"rewards countdown wants numbers and target in each row, got {', '.join(row)} in row "
+                                 f"{number}: name another reward, as --rewards exact")  # fmt: skip
     model, tokenizer = load_extended(config)
     prompts, held_out = prompts_for(model, tokenizer, config.policy, config.max_length, rows, held_out_rows)
     rewards = named_rewards(config.rewards, tokenizer, config.reward_model, config.device)

@@ -118,7 +118,10 @@ def find_run(name: str | Path, parent: Path) -> Path:
         runs = [p.parent for p in parent.glob("*/config.json") if not p.parent.is_symlink()]
         path = max(runs, key=lambda p: (p / "config.json").stat().st_mtime_ns, default=parent)
     if not (path / METRICS).exists():
-        raise FileNotFoundError(f"{name} is no run to resume: give the folder of one, with its {METRICS}, or last")
+        raise FileNotFoundError(
+            f"{name} is no run to resume: looked for {METRICS} in {path}; give the folder of a run, or `last` with the "
+            "--output it was written to"
+        )
     if (path / MODEL).is_dir() and not any((path / CHECKPOINTS).glob("*/step-*")):
         raise ValueError(f"{path} must hold a checkpoint to be resumed, got a finished run without one: start anew")
     return path.resolve()

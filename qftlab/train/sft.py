@@ -18,6 +18,7 @@ from qftlab.data.batching import (
     pad,
 )
 from qftlab.data.sources import load_rows
+from qftlab.generate.prompts import known_id
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.vocabulary import extend_model
 from qftlab.text.tokenizer import extend_tokenizer, load_tokenizer
@@ -225,6 +226,10 @@ def load_extended(config: SFTConfig) -> tuple:
         report = extend_tokenizer(tokenizer, config.new_tokens)
         extend_model(model, tokenizer, report)
         tokens = [token.id for token in report.tokens]
+    for text in config.lora.tokens:
+        if (number := known_id(tokenizer, text)) is None:
+            raise ValueError(f"lora.tokens must be tokens of the tokenizer, got {text!r}: --new_tokens adds one")
+        tokens = sorted({*tokens, number})
     if config.lora.rank:
         from qftlab.model.lora import add_adapters
 
@@ -235,7 +240,16 @@ def load_extended(config: SFTConfig) -> tuple:
 
 
 def best_device(name: str = "auto") -> str:
-    """The device that `auto` means here: the GPU where there is one; any other name as it is."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The device that `auto` means here: the GPU where there is one; any other name as it is.
+
+    Raises:
+        ValueError: for a device that torch does not know or does not find.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one that torch finds here, got {name!r}: {reason}") from None
+    return name
