@@ -18,6 +18,7 @@ MODULES = {
     "training": ("C4", "G1", "G2"),
     "preference": ("C5",),
     "policy": ("C6", "G6"),
+    "adapters": ("G7",),
 }
 IDS = sorted(name for names in MODULES.values() for name in names)
 GPU_SECONDS = 540  # a lent machine gives one command 600 seconds
