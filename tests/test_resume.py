@@ -254,7 +254,7 @@ def test_resuming_with_other_settings_or_data_is_refused_with_the_difference(lit
 
 
 def test_what_to_resume_is_found_or_named(little, tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere is no run to resume: give the folder of one"):
+    with pytest.raises(FileNotFoundError, match="nowhere is no run to resume: looked for metrics.jsonl in nowhere"):
         find_run("nowhere", tmp_path)
     with pytest.raises(FileNotFoundError, match="last is no run to resume"):
         find_run("last", tmp_path)
