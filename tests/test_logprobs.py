@@ -30,7 +30,8 @@ from qftlab.core.logprobs import (
 )
 from qftlab.data.batching import Example, pack
 from qftlab.model.head import head_terms
-from qftlab.train.step import Step, causal_model, count_trained_tokens
+from qftlab.model.modules import causal_model
+from qftlab.train.step import Step, count_trained_tokens
 
 V, D, N = 40, 8, 23
 

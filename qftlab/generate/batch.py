@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,12 +40,12 @@ class Settings:
     vocab_limit: int
     with_logprobs: bool
 
-    @property
+    @cached_property
     def is_greedy(self) -> bool:
         """Whether no row is sampled."""
         return all(p.temperature == 0 for p in self.params)
 
-    @property
+    @cached_property
     def is_penalised(self) -> bool:
         """Whether a row has a repetition penalty."""
         return any(p.repetition_penalty != 1 for p in self.params)
@@ -96,7 +97,7 @@ class Batch:
 
     def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], settings: Settings) -> None:
         self.decoder, self.settings, self.recorder = decoder, settings, decoder.recorder
-        self.params, self.count, self.at = list(settings.params), len(prompts), 0
+        self.params, self.count, self.at = _joined(settings.params), len(prompts), 0
         self.firsts = [i for i, p in enumerate(prompts) if i == 0 or p is not prompts[i - 1]]
         # A recorded step finds its keys at fixed places: there prompts are copied to their rows.
         self.is_sharing = self.recorder is None and len(self.firsts) < len(prompts)
@@ -184,7 +185,9 @@ class Batch:
     def keep(self, rows: Sequence[int]) -> list[int]:
         """Lets all other rows go; returns the order in which those kept stand from now on."""
         self.cache, order = self.cache.keep(rows)
-        self.count, self.params = len(order), [self.params[i] for i in order]
+        self.count = len(order)
+        if not isinstance(self.params, SamplingParams):
+            self.params = [self.params[i] for i in order]
         moved = [i for i, source in enumerate(order) if i != source]
         if moved:
             arena = self.arena
@@ -204,11 +207,9 @@ class Batch:
 
     def _choose_eagerly(self, logits: Tensor) -> None:
         arena, n = self.arena, self.count
-        is_same = all(p == self.params[0] for p in self.params)
-        params = self.params[0] if is_same else self.params
         seen = arena.seen[:n] if self.settings.is_penalised else None
         limit = self.settings.vocab_limit
-        tokens = sample(logits, params, arena.u[:n, self.at], seen_ids=seen, vocab_limit=limit)
+        tokens = sample(logits, self.params, arena.u[:n, self.at], seen_ids=seen, vocab_limit=limit)
         self._note(arena, logits, tokens, n)
 
     def _choose_recorded(self, logits: Tensor, n: int) -> None:
@@ -234,8 +235,10 @@ class Batch:
 
     def _temperatures(self, n: int) -> float | Tensor:
         if self.recorder is None:
+            if isinstance(self.params, SamplingParams):
+                return self.params.temperature or 1.0
             values = [p.temperature or 1.0 for p in self.params]
-            return values[0] if len(set(values)) == 1 else torch.tensor(values, device=self.arena.tokens.device)
+            return torch.tensor(values, device=self.arena.tokens.device)
         temperature = self.arena.params["temperature"][:n]
         return torch.where(temperature == 0, 1.0, temperature)
 
@@ -260,6 +263,11 @@ class Batch:
             arena.recorded[key] = self.recorder(step)
             arena.angles.append(self.decoder.rope(arena.cache.capacity))
         return arena.recorded[key]
+
+
+def _joined(params: Sequence[SamplingParams]) -> SamplingParams | list[SamplingParams]:
+    """One setting where all rows have the same, seen once and not at every token."""
+    return params[0] if all(p == params[0] for p in params) else list(params)
 
 
 def _logprobs(logits: Tensor, tokens: Tensor, temperature: float | Tensor) -> Tensor:

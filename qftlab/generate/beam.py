@@ -15,9 +15,9 @@ from torch import Tensor
 
 from qftlab.core.checks import check_at_least
 from qftlab.generate.decoder import Decoder
-from qftlab.generate.engine import evaluating
 from qftlab.generate.prompts import Prompt, check_prompts, default_stop_ids, encode_prompts, head_rows
 from qftlab.generate.texts import continuation_text
+from qftlab.model.modules import module_mode
 
 # How often the beams' common history is looked for: it only grows, so an old answer is still right.
 ANCESTOR_STEPS = 8
@@ -261,7 +261,7 @@ def beam_search(
     searches = [_Search(i, ids, plan) for i, ids in enumerate(encoded)]
     by_length = sorted(searches, key=lambda search: len(search.prompt_ids))
     size = max(1, batch_size // num_beams)
-    with evaluating(model):
+    with module_mode(model, False):
         decoder = decoder or Decoder(model)
         for start in range(0, len(by_length), size):
             _decode(decoder, by_length[start : start + size], plan)

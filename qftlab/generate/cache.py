@@ -90,11 +90,6 @@ class KVCache:
             return self.lengths
         return [self.prefix.lengths[o] + n for o, n in zip(self.prefix.owners, self.lengths, strict=True)]
 
-    def narrow(self, count: int) -> KVCache:
-        """The first `count` rows, sharing this cache's memory."""
-        prefix = self.prefix and self.prefix.select(range(count))
-        return KVCache(self.store[:, :, :count], self.lengths[:count], prefix)
-
     def share(self, owners: Sequence[int], capacity: int) -> KVCache:
         """An empty cache of rows that continue this one's: row i continues row `owners[i]`, which is not copied.
 

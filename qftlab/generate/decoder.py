@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from qftlab.generate.attend import attend_shared
 from qftlab.generate.cache import KVCache
 from qftlab.generate.fuse import Fused
+from qftlab.model.modules import causal_model
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 # Rotary embeddings whose angles depend on how long the text already is cannot be tabulated.
@@ -41,7 +42,7 @@ class Decoder:
     """
 
     def __init__(self, model: nn.Module, *, fuse: bool = False, recorder: Recorder | None = None) -> None:
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.model = causal_model(model)
         self.config = self.model.config
         _check_supported(model, self.config)
         body = self.model.get_decoder()
@@ -302,7 +303,7 @@ def _norm(x: Tensor, norm: nn.Module) -> Tensor:
 
 def weights_version(model: nn.Module) -> int:
     """How many updates `bump_weights_version_` has counted on this model."""
-    return getattr(model.get_base_model() if hasattr(model, "get_base_model") else model, "_qftlab_version", 0)
+    return getattr(causal_model(model), "_qftlab_version", 0)
 
 
 def bump_weights_version_(model: nn.Module) -> None:
@@ -310,8 +311,7 @@ def bump_weights_version_(model: nn.Module) -> None:
 
     A training loop calls it after each optimizer step; tensors' own version counters miss fused optimizers.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base._qftlab_version = weights_version(model) + 1
+    causal_model(model)._qftlab_version = weights_version(model) + 1
 
 
 def _check_supported(model: nn.Module, config) -> None:

@@ -19,6 +19,7 @@ from qftlab.generate.batch import Batch, Settings
 from qftlab.generate.decoder import Decoder
 from qftlab.generate.prompts import Prompt, check_prompts, default_stop_ids, encode_prompts, head_rows
 from qftlab.generate.texts import TextStream, continuation_text, find_stop
+from qftlab.model.modules import module_mode
 
 logger = logging.getLogger(__name__)
 GREEDY = SamplingParams(temperature=0.0)
@@ -203,7 +204,7 @@ def _plan_rows(
 def _run(model, decoder: Decoder | None, rows: list[_Row], batch_size: int) -> Iterator[_Row]:
     """Decodes all rows, those with short prompts first; yields a row whenever it has got a token."""
     waiting = sorted(rows, key=lambda row: len(row.prompt_ids))
-    with evaluating(model):
+    with module_mode(model, False):
         decoder = decoder or Decoder(model)
         while waiting:
             batch = waiting[:batch_size]
@@ -247,18 +248,6 @@ def _decode(decoder: Decoder, rows: list[_Row]) -> Iterator[_Row]:
         raise
     finally:
         batch.close()
-
-
-@contextmanager
-def evaluating(model) -> Iterator[None]:
-    """Evaluation mode inside; outside, every submodule's own mode again."""
-    found = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was_training in found:
-            module.training = was_training
 
 
 @contextmanager

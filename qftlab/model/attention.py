@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -146,30 +148,37 @@ def _say_once(reason: str) -> None:
 
 
 def _plan(cu_seq_lens: Tensor, device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """Groups of documents, each an (n, t) table of token positions (−1 where padded), and the way back to the row.
-
-    Kept on the tensor: the layers of one pass share it.
-    """
+    """The plan kept on the bounds of a row; made there at first, so that the layers of one pass share it."""
     plan = getattr(cu_seq_lens, "_packed_plan", None)
     if plan is None:
         bounds = cu_seq_lens.tolist()
-        spans = sorted(zip(bounds[:-1], bounds[1:], strict=True), key=lambda s: s[1] - s[0])
-        tables, group, used = [], [], 0
-        for i, span in enumerate(spans):
-            group.append(span)
-            used += span[1] - span[0]
-            longest = spans[i + 1][1] - spans[i + 1][0] if i + 1 < len(spans) else 0
-            if not longest or used < (1 - MAX_WASTE) * longest * len(group):
-                tables.append(_table(group))
-                group, used = [], 0
-        back = torch.argsort(torch.cat([t[t >= 0] for t in tables]))
-        plan = cu_seq_lens._packed_plan = [t.to(device) for t in tables], back.to(device)
+        plan = keep_plan_(cu_seq_lens, [torch.arange(a, b) for a, b in pairwise(bounds)], device)
     return plan
 
 
-def _table(spans: list[tuple[int, int]]) -> Tensor:
-    width = max(b - a for a, b in spans)
-    starts = torch.tensor([a for a, _ in spans]).unsqueeze(1)
-    lengths = torch.tensor([b - a for a, b in spans]).unsqueeze(1)
-    offsets = torch.arange(width).unsqueeze(0)
-    return torch.where(offsets < lengths, starts + offsets, -1)
+def keep_plan_(
+    cu_seq_lens: Tensor, documents: Sequence[Tensor], device: torch.device | str = "cpu"
+) -> tuple[list[Tensor], Tensor]:
+    """Groups documents of about one length, and keeps the plan on the row's bounds, where attention looks for it.
+
+    Args:
+        cu_seq_lens: the bounds that the batch carries.
+        documents: where each document's tokens stand in the row, int64; documents may share tokens.
+        device: of the plan.
+
+    Returns:
+        (n, t) tables of token positions, -1 where padded; and (T,) where in the joined tables each token is first.
+    """
+    documents, tables, group, used = sorted(documents, key=len), [], [], 0
+    for i, document in enumerate(documents):
+        group.append(document)
+        used += len(document)
+        longest = len(documents[i + 1]) if i + 1 < len(documents) else 0
+        if not longest or used < (1 - MAX_WASTE) * longest * len(group):
+            tables.append(pad_sequence(group, batch_first=True, padding_value=-1))
+            group, used = [], 0
+    tokens = torch.cat([t[t >= 0] for t in tables])
+    back = torch.full((int(tokens.max()) + 1,), len(tokens))
+    back = back.scatter_reduce(0, tokens, torch.arange(len(tokens)), "amin")
+    plan = cu_seq_lens._packed_plan = [t.to(device) for t in tables], back.to(device)
+    return plan

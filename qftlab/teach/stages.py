@@ -32,9 +32,10 @@ log = logging.getLogger(__name__)
 Say = Callable[[str], None]
 # What decides the weights of a stage, besides its recipe: a change here makes it train anew.
 CODE = ("core/chunks.py", "core/logprobs.py", "core/losses.py", "data/batching.py", "data/sources.py",
-        "model/attention.py", "model/head.py", "model/loading.py", "model/lora.py", "model/vocabulary.py",
-        "text/chat.py", "text/tokenizer.py", "train/config.py", "train/loop.py", "train/optim.py", "train/precision.py",
-        "train/rows.py", "train/sft.py", "train/step.py", "train/update.py")  # fmt: skip
+        "model/attention.py", "model/head.py", "model/loading.py", "model/lora.py", "model/modules.py",
+        "model/vocabulary.py", "text/chat.py", "text/tokenizer.py", "train/config.py", "train/loop.py",
+        "train/optim.py", "train/precision.py", "train/rows.py", "train/sft.py", "train/step.py",
+        "train/update.py")  # fmt: skip
 RECORD = "stage.json"
 
 

@@ -136,18 +136,38 @@ class SFTConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        check_at_least(2, max_length=self.max_length)
         check_choice(("all", "last"), train_on=self.train_on)
-        check_choice(("float32", "bfloat16", "float16", "auto"), dtype=self.dtype)
-        check_choice(("none", "8bit", "4bit"), quant=self.quant)
-        if self.quant != "none" and not self.lora.rank:
-            raise ValueError(f"quant must be none without adapters, got {self.quant}: --lora.rank 16")
-        for name in ("data", "held_out"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        object.__setattr__(self, "new_tokens", tuple(self.new_tokens))
-        if not self.data:
-            raise ValueError(
-                "data must name at least one file of rows, got none: --data rows.jsonl "
-                "(a resumed run too is given the settings it began with)"
-            )
+        check_run(self)
+        check_data(self, "rows")
+
+
+def check_run(config) -> None:
+    """What the settings of every kind of run share: max_length, dtype, quant, data, held_out, new_tokens.
+
+    Names given as one text become a tuple, in place.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+    check_at_least(2, max_length=config.max_length)
+    check_choice(("float32", "bfloat16", "float16", "auto"), dtype=config.dtype)
+    check_choice(("none", "8bit", "4bit"), quant=config.quant)
+    if config.quant != "none" and not config.lora.rank:
+        raise ValueError(f"quant must be none without adapters, got {config.quant}: --lora.rank 16")
+    for name in ("data", "held_out"):
+        value = getattr(config, name)
+        object.__setattr__(config, name, (value,) if isinstance(value, str) else tuple(value))
+    object.__setattr__(config, "new_tokens", tuple(config.new_tokens))
+
+
+def check_data(config, kind: str) -> None:
+    """Refuses a run without data; `kind` names what its files hold.
+
+    Raises:
+        ValueError: if no file is named.
+    """
+    if not config.data:
+        raise ValueError(
+            f"data must name at least one file of {kind}, got none: --data {kind}.jsonl "
+            "(a resumed run too is given the settings it began with)"
+        )

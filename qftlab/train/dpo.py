@@ -15,6 +15,7 @@ from qftlab.core.losses import dpo_loss, preference_accuracy, sum_by_document
 from qftlab.data.batching import batches, first_fit_decreasing, group_by_length, pack, pad
 from qftlab.data.sources import load
 from qftlab.model.loading import save_model
+from qftlab.model.modules import module_mode
 from qftlab.train.checkpoint import Checkpoints, step_of, training_identity
 from qftlab.train.config import TrainConfig
 from qftlab.train.distributed import World, processes, unsharded, wrap
@@ -23,7 +24,7 @@ from qftlab.train.pair_rows import Pair, documents, encode_pairs
 from qftlab.train.preference_config import DPOConfig, PreferenceLoss
 from qftlab.train.reference import REFERENCE, Reference
 from qftlab.train.sft import best_device, context_length, load_extended, open_run, sft_identity
-from qftlab.train.step import IGNORED, Step, module_mode, to_device
+from qftlab.train.step import IGNORED, Step, to_device
 
 
 class PairStep(nn.Module):

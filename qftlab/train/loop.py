@@ -15,13 +15,14 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from qftlab.model.modules import module_mode
 from qftlab.train.checkpoint import Checkpoints, best_step
 from qftlab.train.config import TrainConfig
 from qftlab.train.distributed import Share, World, reshard_
 from qftlab.train.meter import Meter
 from qftlab.train.optim import MasterWeights, learning_rate, make_optimizer, named_trainable, total_steps
 from qftlab.train.precision import autocast, prepared
-from qftlab.train.step import count_trained_tokens, module_mode
+from qftlab.train.step import count_trained_tokens
 from qftlab.train.update import Batch, MicroBatch, NonFiniteLoss, StepReport, optimizer_step
 
 __all__ = ["MicroBatch", "NonFiniteLoss", "Source", "StepReport", "TrainResult", "learning_rate", "make_optimizer",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qftlab.core.sampling import SamplingParams
@@ -12,9 +12,9 @@ from qftlab.data.batching import Example
 from qftlab.generate.engine import Completion, generate
 from qftlab.text.chat import row_to_messages
 from qftlab.train.pair_rows import Pair
+from qftlab.train.rollouts import Reward
 
 log = logging.getLogger(__name__)
-Reward = Callable[[list[dict], list[int], str, dict], float]  # of (prompt, completion_ids, text, row)
 
 
 @dataclass(frozen=True)

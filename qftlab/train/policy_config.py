@@ -8,9 +8,7 @@ from typing import Literal
 
 from qftlab.core.checks import check_at_least, check_choice
 from qftlab.model.config import LoRAConfig
-from qftlab.train.config import TrainConfig
-
-DTYPES = ("float32", "bfloat16", "float16", "auto")
+from qftlab.train.config import TrainConfig, check_data, check_run
 
 
 @dataclass(frozen=True)
@@ -202,11 +200,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         _check_run(self)
-        if not self.data:
-            raise ValueError(
-                "data must name at least one file of pairs, got none: --data pairs.jsonl "
-                "(a resumed run too is given the settings it began with)"
-            )
+        check_data(self, "pairs")
 
     @property
     def quant(self) -> str:
@@ -220,13 +214,8 @@ class RewardConfig:
 
 
 def _check_run(config: RLOOConfig | RewardConfig) -> None:
-    """What both kinds of run share; sequences become tuples."""
-    check_at_least(2, max_length=config.max_length)
-    check_choice(DTYPES, dtype=config.dtype)
-    check_choice(("none", "8bit", "4bit"), quant=config.quant)
-    if config.quant != "none" and not config.lora.rank:
-        raise ValueError(f"quant must be none without adapters, got {config.quant}: --lora.rank 16")
+    """What all runs share; an empty text names no source here."""
     for name in ("data", "held_out"):
-        value = getattr(config, name)
-        object.__setattr__(config, name, (value,) if isinstance(value, str) and value else tuple(value))
-    object.__setattr__(config, "new_tokens", tuple(config.new_tokens))
+        if getattr(config, name) == "":
+            object.__setattr__(config, name, ())
+    check_run(config)

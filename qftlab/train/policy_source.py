@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qftlab.core.losses import leave_one_out_advantages, sum_by_document
 from qftlab.data.batching import batches, first_fit_decreasing, group_by_length, pack, pad
+from qftlab.model.modules import module_mode
 from qftlab.train.config import TrainConfig
 from qftlab.train.distributed import World
 from qftlab.train.loop import MicroBatch
@@ -29,7 +30,7 @@ from qftlab.train.rollouts import (
     statistics_of,
 )
 from qftlab.train.shared_prefix import pack_answers
-from qftlab.train.step import IGNORED, Step, module_mode, to_device
+from qftlab.train.step import IGNORED, Step, to_device
 
 log = logging.getLogger(__name__)
 # What stops a run between two steps, so that it can be saved: rewards that are no numbers, a server that is down.

@@ -8,7 +8,7 @@ from typing import Literal
 
 from qftlab.core.checks import check_at_least, check_choice
 from qftlab.model.config import LoRAConfig
-from qftlab.train.config import TrainConfig
+from qftlab.train.config import TrainConfig, check_data, check_run
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,5 @@ class DPOConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(lr=3e-5, batch_size=32))
 
     def __post_init__(self) -> None:
-        check_at_least(2, max_length=self.max_length)
-        check_choice(("float32", "bfloat16", "float16", "auto"), dtype=self.dtype)
-        check_choice(("none", "8bit", "4bit"), quant=self.quant)
-        if self.quant != "none" and not self.lora.rank:
-            raise ValueError(f"quant must be none without adapters, got {self.quant}: --lora.rank 16")
-        for name in ("data", "held_out"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        object.__setattr__(self, "new_tokens", tuple(self.new_tokens))
-        if not self.data:
-            raise ValueError(
-                "data must name at least one file of pairs, got none: --data pairs.jsonl "
-                "(a resumed run too is given the settings it began with)"
-            )
+        check_run(self)
+        check_data(self, "pairs")

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from qftlab.core.losses import sum_by_document
 from qftlab.data.batching import pack, pad
+from qftlab.model.modules import module_mode
 from qftlab.train.checkpoint import fingerprint
 from qftlab.train.config import TrainConfig
 from qftlab.train.distributed import World
 from qftlab.train.pair_rows import Pair, documents
 from qftlab.train.precision import autocast
-from qftlab.train.step import Step, module_mode, to_device
+from qftlab.train.step import Step, to_device
 
 REFERENCE = "reference.safetensors"
 

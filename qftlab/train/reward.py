@@ -19,6 +19,7 @@ from qftlab.data.batching import Example, pack, pad
 from qftlab.data.sources import load
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.loading import save_model
+from qftlab.model.modules import module_mode
 from qftlab.text.chat import render_chat, render_prompt
 from qftlab.text.tokenizer import load_tokenizer
 from qftlab.train.checkpoint import Checkpoints, step_of, training_identity
@@ -30,7 +31,7 @@ from qftlab.train.pair_rows import Pair, documents, encode_pairs
 from qftlab.train.policy_config import RewardConfig
 from qftlab.train.runs import resolve_model
 from qftlab.train.sft import best_device, context_length, load_extended, open_run, sft_identity
-from qftlab.train.step import Step, module_mode, to_device
+from qftlab.train.step import Step, to_device
 
 
 def reward_model(model, tokenizer) -> nn.Module:

@@ -20,6 +20,7 @@ from qftlab.data.batching import (
 from qftlab.data.sources import load_rows
 from qftlab.generate.prompts import known_id
 from qftlab.model.loading import load_model, save_model
+from qftlab.model.modules import causal_model
 from qftlab.model.vocabulary import extend_model
 from qftlab.text.tokenizer import extend_tokenizer, load_tokenizer
 from qftlab.train.checkpoint import Checkpoints, step_of, training_identity
@@ -29,7 +30,7 @@ from qftlab.train.loop import MicroBatch, TrainResult, train
 from qftlab.train.precision import training_dtype
 from qftlab.train.rows import encode_rows
 from qftlab.train.runs import RunFolder, resolve_model
-from qftlab.train.step import Step, causal_model, no_grad_loss
+from qftlab.train.step import Step, no_grad_loss
 
 
 class ExampleSource:

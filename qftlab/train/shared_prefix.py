@@ -12,10 +12,9 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from qftlab.data.batching import IGNORED, Example
-from qftlab.model.attention import MAX_WASTE
+from qftlab.model.attention import keep_plan_
 
 
 def pack_answers(examples: Sequence[Example], prompts: Sequence[int], starts: Sequence[int]) -> dict[str, Tensor | int]:
@@ -47,31 +46,7 @@ def pack_answers(examples: Sequence[Example], prompts: Sequence[int], starts: Se
             bounds.append(len(ids))
     longest = max(map(len, documents))
     ends = torch.tensor(bounds, dtype=torch.int32)
-    ends._packed_plan = attention_plan(documents, len(ids))
+    keep_plan_(ends, [torch.tensor(document) for document in documents])
     return {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels]), "cu_seq_lens_q": ends,
             "position_ids": torch.tensor([positions]), "cu_seq_lens_k": ends,
             "max_length_q": longest, "max_length_k": longest}  # fmt: skip
-
-
-def attention_plan(documents: Sequence[Sequence[int]], count: int) -> tuple[list[Tensor], Tensor]:
-    """What `packed_attention` keeps on `cu_seq_lens_q`: tables of documents of like length, and the way back.
-
-    Args:
-        documents: where each document's tokens stand in the row.
-        count: tokens of the row.
-
-    Returns:
-        (n, t) int64 tables of positions, −1 where padded; and (T,) where in the joined pieces each token is first.
-    """
-    documents = sorted(map(torch.tensor, documents), key=len)
-    tables, group = [], []
-    for i, document in enumerate(documents):
-        group.append(document)
-        longest = len(documents[i + 1]) if i + 1 < len(documents) else 0
-        if not longest or sum(map(len, group)) < (1 - MAX_WASTE) * longest * len(group):
-            tables.append(pad_sequence(group, batch_first=True, padding_value=-1))
-            group = []
-    back = [-1] * count
-    for place, token in reversed(list(enumerate(torch.cat([t[t >= 0] for t in tables]).tolist()))):
-        back[token] = place
-    return tables, torch.tensor(back)

@@ -7,8 +7,6 @@ Only `Step` is prepared, wrapped or sharded, and only it is called: losses and l
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +15,7 @@ from qftlab.core.checks import check_choice
 from qftlab.core.chunks import chunk_tokens
 from qftlab.core.logprobs import linear_cross_entropy, linear_logprobs, module_logprobs
 from qftlab.model.head import head_terms
+from qftlab.model.modules import causal_model, module_mode
 
 log = logging.getLogger(__name__)
 IGNORED = -100
@@ -115,26 +114,9 @@ class Step(nn.Module):
         return module_logprobs(head, x, y, chunk=size, **options)
 
 
-def causal_model(model: nn.Module) -> nn.Module:
-    """The transformers model with a head inside a peft wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def count_trained_tokens(batch: dict[str, Tensor]) -> int:
     """Tokens of a batch that carry loss: labels other than −100, the first of each row aside (nothing predicts it)."""
     return int((batch["labels"][:, 1:] != IGNORED).sum())
-
-
-@contextmanager
-def module_mode(module: nn.Module, is_training: bool) -> Iterator[None]:
-    """Training or evaluation mode inside; outside, every submodule's own mode again."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.train(is_training)
-    try:
-        yield
-    finally:
-        for m, was_training in modes:
-            m.training = was_training
 
 
 def no_grad_loss(step: nn.Module, batches: list[dict[str, Tensor]]) -> float:
