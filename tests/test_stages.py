@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from qftlab.data.sources import load
 from qftlab.model.config import LoRAConfig
 from qftlab.model.loading import PRESETS, load_model
 from qftlab.model.lora import trained_token_ids
-from qftlab.teach import stages
+from qftlab.teach import stage_builders, stages
 from qftlab.text.tokenizer import load_tokenizer
 
 
@@ -25,11 +27,11 @@ def short(monkeypatch):
     def short_recipe(name: str, preset: str = "tiny") -> stages.Recipe:
         wanted = recipe(name, preset)
         train = wanted.train and dataclasses.replace(wanted.train, max_steps=3, batch_size=8)
-        return dataclasses.replace(wanted, train=train)
+        return dataclasses.replace(wanted, train=train, problems=min(wanted.problems, 48), replay=8, passes=1)
 
     def counted(name: str):
         build = stages.BUILDERS[name]
-        return lambda wanted, say: (built.append(name), build(wanted, say))[1]
+        return lambda wanted, start, say: (built.append(name), build(wanted, start, say))[1]
 
     monkeypatch.setattr(stages, "recipe", short_recipe)
     monkeypatch.setattr(stages, "BUILDERS", {name: counted(name) for name in stages.BUILDERS})
@@ -37,7 +39,7 @@ def short(monkeypatch):
 
 
 def leftovers(root: Path) -> list[str]:
-    return [p.name for p in root.iterdir() if p.name.startswith(".")]
+    return [p.name for p in root.iterdir() if p.name.startswith(".") and p.name != stages.LOCKS]
 
 
 def test_base_is_the_bundled_model(tmp_path) -> None:
@@ -61,7 +63,7 @@ def test_sft_is_trained_once_and_then_loaded(tmp_path, short) -> None:
     said: list[str] = []
     first = stages.stage("sft", root=tmp_path, say=said.append)
     again = stages.stage("sft", root=tmp_path, say=said.append)
-    assert short == ["sft"]
+    assert short == ["extended", "sft"]
     assert said[0].startswith("training stage sft of tiny on ") and "loss" in said[1]
     assert len(first.losses) == 3 and first.losses == again.losses and first.path == again.path
     for name, weight in first.model.state_dict().items():
@@ -104,11 +106,11 @@ def test_a_failed_or_interrupted_build_leaves_nothing(tmp_path, short, monkeypat
         patch.setattr(stages, "save_model", stop)
         with pytest.raises(KeyboardInterrupt):
             stages.stage("extended", root=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert [p.name for p in tmp_path.iterdir()] in ([stages.LOCKS], [])
     # Ctrl-C inside the loop: `train` returns, but an unfinished stage is not kept.
     with pytest.raises(KeyboardInterrupt):
         stages.stage("sft", root=tmp_path, say=lambda line: stop() if "step" in line else None)
-    assert list(tmp_path.iterdir()) == []
+    assert leftovers(tmp_path) == [] and not list(tmp_path.glob("sft-*"))
 
 
 def test_two_processes_may_build_the_same_stage(tmp_path, monkeypatch) -> None:
@@ -117,8 +119,8 @@ def test_two_processes_may_build_the_same_stage(tmp_path, monkeypatch) -> None:
     path = stages.stage("extended", root=tmp_path / "other").path
     target = tmp_path / "root" / path.name
 
-    def late(wanted, say):
-        built = build(wanted, say)
+    def late(wanted, start, say):
+        built = build(wanted, start, say)
         shutil.copytree(path, target)
         return built
 
@@ -151,7 +153,8 @@ def test_the_fingerprint_follows_recipe_code_and_data(tmp_path, monkeypatch) -> 
 
 def test_every_file_of_code_is_there() -> None:
     package = Path(stages.__file__).resolve().parent.parent
-    assert [part for part in stages.CODE if not (package / part).is_file()] == []
+    every = [*stages.CODE, *(part for parts in stages.MORE_CODE.values() for part in parts)]
+    assert [part for part in every if not (package / part).is_file()] == []
 
 
 def test_stages_are_kept_in_the_project(tmp_path, monkeypatch) -> None:
@@ -163,9 +166,50 @@ def test_stages_are_kept_in_the_project(tmp_path, monkeypatch) -> None:
     assert stages.default_root() == tmp_path / "runs" / "stages"
 
 
+def test_the_whole_chain_is_made_for_its_last_stage(tmp_path, short, monkeypatch) -> None:
+    """Each stage starts from the one before it; the pairs of dpo can be read back as rows."""
+    monkeypatch.setattr(stage_builders, "right", lambda prompt, ids, text, row: float(len(ids) % 2))
+    said: list[str] = []
+    last = stages.stage("rloo", root=tmp_path, say=said.append)
+    assert short == ["extended", "sft", "warm", "dpo", "rloo"]
+    assert any("48 fresh" in line for line in said) and "mean reward" in said[-1]
+    assert [m["step"] for m in last.metrics] == [1, 2, 3] and {"reward", "length", "entropy"} <= last.metrics[0].keys()
+    found = {name: stages.stage(name, root=tmp_path) for name in ("sft", "warm", "dpo", "rloo")}
+    assert short == ["extended", "sft", "warm", "dpo", "rloo"], "nothing is made twice"
+    weights = [s.model.model.layers[0].mlp.up_proj.weight for s in found.values()]
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(weights))
+    rows = load(str(found["dpo"].path / stage_builders.PAIR_ROWS), schema="preference").rows
+    assert rows and all(row["score_chosen"] > row["score_rejected"] and row["numbers"] for row in rows)
+    assert any("held_out_preference_accuracy" in m for m in found["dpo"].metrics)
+
+
+def test_a_later_stage_follows_what_it_starts_from(monkeypatch) -> None:
+    digests = {name: stages.fingerprint(name, stages.recipe(name)) for name in ("sft", "warm", "dpo", "rloo")}
+    monkeypatch.setattr(stages, "MORE_CODE", {"dpo": (), "rloo": stages.MORE_CODE["rloo"]})
+    changed = {name: stages.fingerprint(name, stages.recipe(name)) for name in digests}
+    assert [name for name in digests if digests[name] != changed[name]] == ["dpo", "rloo"]
+
+
+def test_every_stage_has_a_recipe_for_every_preset() -> None:
+    for preset in PRESETS:
+        for name in stages.STAGES:
+            wanted = stages.recipe(name, preset)
+            assert wanted.preset.name == preset and (wanted.train is None) == (name in ("base", "extended"))
+
+
+def test_adapters_stay_adapters_down_the_chain(tmp_path, short, monkeypatch) -> None:
+    preset = dataclasses.replace(PRESETS["tiny"], name="tiny-lora", lora=LoRAConfig(4))
+    monkeypatch.setitem(PRESETS, "tiny-lora", preset)
+    warm = stages.stage("warm", preset="tiny-lora", root=tmp_path)
+    sft = stages.stage("sft", preset="tiny-lora", root=tmp_path)
+    assert (warm.path / "adapter_config.json").is_file() and not (warm.path / "model.safetensors").exists()
+    moved = [n for n, w in sft.model.state_dict().items() if not torch.equal(w, warm.model.state_dict()[n])]
+    assert moved and all("lora" in name or "trainable_tokens" in name for name in moved)
+
+
 def test_unknown_names_are_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match="stage must be one of base, extended, sft, got 'dpo'"):
-        stages.stage("dpo", root=tmp_path)
+    with pytest.raises(ValueError, match="stage must be one of base, extended, sft, warm, dpo, rloo, got 'grpo'"):
+        stages.stage("grpo", root=tmp_path)
     with pytest.raises(ValueError, match="preset must be one of tiny"):
         stages.stage("sft", preset="small", root=tmp_path)
 
@@ -175,7 +219,9 @@ def test_a_preset_with_adapters_keeps_adapters_and_rows_only(tmp_path, short, mo
     monkeypatch.setitem(PRESETS, "tiny-lora", preset)
     first = stages.stage("sft", preset="tiny-lora", root=tmp_path)
     again = stages.stage("sft", preset="tiny-lora", root=tmp_path)
-    assert short == ["sft"] and trained_token_ids(again.model) == [1000, 1001] and len(again.tokenizer) == 1002
+    assert (
+        short == ["extended", "sft"] and trained_token_ids(again.model) == [1000, 1001] and len(again.tokenizer) == 1002
+    )
     assert (first.path / "adapter_config.json").is_file() and not (first.path / "model.safetensors").exists()
     ids = torch.tensor([[5, 1000, 7]])
     with torch.no_grad():
