@@ -64,6 +64,9 @@ def run_generate(config) -> None:
     from qftlab.generate.engine import generate
 
     prompts = [config.prompt] if config.prompt else [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if config.num_generations > 1 and not config.sampling.temperature:
+        log.warning("%d answers to a prompt are all the same at temperature 0: --sampling.temperature 1 samples them",
+                    config.num_generations)  # fmt: skip
     if not prompts:
         raise ValueError('prompt must be given, got none: --prompt "..." or lines on standard input')
     model, tokenizer, options = load_for(config)
@@ -319,4 +322,23 @@ def parse(name: str, arguments: Sequence[str]) -> object:
     command = COMMANDS[name]
     module, _, kind = command.config.partition(":")
     about = f"{command.summary[0].upper()}{command.summary[1:]}. Example: {PROGRAM} {command.example}"
-    return parse_config(getattr(importlib.import_module(module), kind), arguments, f"{PROGRAM} {name}", about)
+    config_class = getattr(importlib.import_module(module), kind)
+    return parse_config(config_class, with_own_settings(config_class, arguments), f"{PROGRAM} {name}", about)
+
+
+def with_own_settings(config_class: type, arguments: Sequence[str]) -> list[str]:
+    """The arguments of a run to resume, behind the settings it began with: what is given besides must equal them."""
+    resume, arguments = option(arguments, "resume"), list(arguments)
+    if not resume or resume == "null" or option(arguments, "config") or not hasattr(config_class, "resume"):
+        return arguments
+    from qftlab.train.runs import find_run, own_settings
+
+    run = find_run(resume, Path(option(arguments, "output") or config_class.output))
+    return ["--config", json.dumps(own_settings(run)), *arguments]
+
+
+def option(arguments: Sequence[str], name: str) -> str:
+    """The value of `--name value` or `--name=value`, the last one; empty if there is none."""
+    found = [after for one, after in zip(arguments, arguments[1:], strict=False) if one == f"--{name}"]
+    found += [one.partition("=")[2] for one in arguments if one.startswith(f"--{name}=")]
+    return found[-1] if found else ""

@@ -194,18 +194,51 @@ def test_sft_and_then_generate_from_latest(capsys, tmp_path) -> None:
     [
         ("generate --prompt hi --model tiny --device gpu", "device must be one that torch finds here, got 'gpu'"),
         ("sft --data x.jsonl --resume last --output nowhere", "looked for metrics.jsonl in nowhere"),
-        ("sft --resume last", "a resumed run too is given the settings it began with"),
+        ("sft --resume last", "last is no run to resume: looked for metrics.jsonl in runs/sft"),
+        ("sft --data PAIRS", "must have an answer to train on"),
+        ("dpo --data BAD", "bad.jsonl, line 2"),
+        ("dpo --data [PAIRS,CALLS]", "calls.jsonl, row 1, 'chosen': "),
+        ("chat --model SCORER", "is a reward model: it scores answers (rloo --reward_model) and writes none"),
+        ("export --model SCORER", "is a reward model: it scores answers"),
+        ("rloo --problems 3 --reward_model x", "add it, as in --rewards [countdown,model]"),
         ("rloo --data PAIRS", "rewards countdown wants numbers and target in each row, got prompt"),
         ("sft --data ROWS --lora.rank 2 --lora.tokens [nonsense]", "lora.tokens must be tokens of the tokenizer"),
     ],
 )
 def test_a_newcomers_slips_get_one_clear_line(arguments: str, message: str, tmp_path, capsys, monkeypatch) -> None:
-    pairs, rows = tmp_path / "pairs.jsonl", tmp_path / "rows.jsonl"
-    pairs.write_text('{"prompt": "1?", "chosen": "1", "rejected": "2"}\n', encoding="utf-8")
-    rows.write_text('{"instruction": "1?", "input": "", "output": "1"}\n', encoding="utf-8")
+    pair = '{"prompt": "1?", "chosen": "1", "rejected": "2"}\n'
+    row = '{"instruction": "1?", "input": "", "output": "1"}\n'
+    call = {"prompt": [{"role": "assistant", "content": "", "tool_calls": [{}]}], "chosen": "1", "rejected": "2"}
+    files = {"pairs": pair, "rows": row, "bad": pair + '{"prompt": "1?"}\n', "calls": json.dumps(call)}
+    for name, text in files.items():
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        arguments = arguments.replace(name.upper(), str(tmp_path / f"{name}.jsonl"))
     monkeypatch.chdir(tmp_path)
     if "nowhere" in arguments:
-        (tmp_path / "x.jsonl").write_text(rows.read_text(encoding="utf-8"), encoding="utf-8")
-    assert cli.main([a.replace("PAIRS", str(pairs)).replace("ROWS", str(rows)) for a in arguments.split()]) == 2
+        (tmp_path / "x.jsonl").write_text(row, encoding="utf-8")
+    if "SCORER" in arguments:
+        save_scorer(tmp_path / "scorer")
+    assert cli.main(arguments.replace("SCORER", str(tmp_path / "scorer")).split()) == 2
     said = capsys.readouterr()
     assert message in said.err and "Traceback" not in said.err
+
+
+def save_scorer(folder: Path) -> None:
+    """A reward model, as `reward` leaves it."""
+    from conftest import random_model
+
+    from qftlab.model.loading import save_model
+    from qftlab.text.tokenizer import load_tokenizer
+    from qftlab.train.reward import reward_model
+
+    tokenizer = load_tokenizer("tiny")
+    save_model(reward_model(random_model(), tokenizer), tokenizer, folder)
+
+
+def test_several_answers_at_temperature_0_are_warned_of(capsys, caplog) -> None:
+    for temperature, is_warned in (("0", True), ("0.7", False)):
+        caplog.clear()
+        code, out, _ = run(capsys, "generate", "--prompt", "hello", "--max_new_tokens", "2", "--num_generations", "3",
+                           "--sampling.temperature", temperature)  # fmt: skip
+        assert code == 0 and out.count("\n") == 3
+        assert ("3 answers to a prompt are all the same at temperature 0" in caplog.text) is is_warned

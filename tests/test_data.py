@@ -70,7 +70,7 @@ def test_bad_files_are_named_with_the_place_and_the_reason(tmp_path, name, conte
 def test_missing_files_folders_and_other_encodings(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_rows(tmp_path / "no.json")
-    with pytest.raises(DataError, match="is not a file"):
+    with pytest.raises(DataError, match="after row 0 of split .train.: .*check its files"):
         load_rows(tmp_path)
     (tmp_path / "a.json").write_bytes(json.dumps([ROW]).encode("utf-16"))
     with pytest.raises(DataError, match="is not UTF-8"):

@@ -98,6 +98,10 @@ def test_pairs_that_teach_nothing_are_left_out_by_row(tokenizer, caplog) -> None
         encode_pairs(tokenizer, rows[1:2])
     with pytest.raises(ValueError, match="row 2"):
         encode_pairs(tokenizer, [one, {"prompt": "p", "chosen": "c"}])
+    usage = encode_pairs(tokenizer, rows, max_length=60, sources={"a.jsonl": 2, "b.jsonl": 4})[1]
+    assert "equal pair (a.jsonl, row 2); 1 left out: score tie (b.jsonl, row 1)" in usage.summary()
+    with pytest.raises(ValueError, match="b.jsonl, row 1"):
+        encode_pairs(tokenizer, [one, {"prompt": "p", "chosen": "c"}], sources={"a.jsonl": 1, "b.jsonl": 1})
 
 
 def test_ultrafeedback_gives_pairs(real_data) -> None:

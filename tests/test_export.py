@@ -49,6 +49,21 @@ def test_plain_transformers_loads_the_folder_and_writes_the_same(tmp_path) -> No
     assert torch.equal(plain.generate(inputs, max_new_tokens=20, do_sample=False), wanted)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="rights are POSIX")
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_files_have_the_rights_that_new_files_get(tmp_path, mask: int) -> None:
+    """safetensors writes weights for the owner alone, and a temporary folder is closed to others."""
+    before = os.umask(mask)
+    try:
+        report = export_model(*adapted_tiny(), tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {p.name: p.stat().st_mode & 0o777 for p in report.path.iterdir()} == {
+        p.name: 0o666 & ~mask for p in report.path.iterdir()
+    }
+    assert report.path.stat().st_mode & 0o777 == 0o777 & ~mask
+
+
 def test_config_says_what_vllm_reads(tmp_path) -> None:
     for kind, tied in (("qwen2", True), ("qwen3", False), ("llama", True)):
         model, tokenizer = random_model(kind, tie_word_embeddings=tied), load_tokenizer("tiny")

@@ -12,13 +12,14 @@ import random
 import shutil
 import signal
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_model
 
+from qftlab import cli
 from qftlab.core.files import bundled
 from qftlab.data.batching import Example, pack
 from qftlab.data.sources import load_rows
@@ -32,6 +33,7 @@ from qftlab.train.precision import training_dtype
 from qftlab.train.runs import RunFolder, find_run, resolve_model, sha256
 from qftlab.train.sft import fit_examples, sft
 from qftlab.train.step import Step
+from qftlab.train.update import optimizer_step
 
 STEPS = 12
 
@@ -228,6 +230,66 @@ def test_ctrl_c_in_the_middle_of_a_step_finishes_it(tmp_path) -> None:
         assert torch.equal(ours, theirs)
 
 
+def impatient(monkeypatch, moment: str, calls: list[int]) -> None:
+    """Ctrl-C twice in step 3: in its forward pass, or when its update has just been made."""
+
+    def stop() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def stopping(step, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 3 and moment == "forward":
+            step.register_forward_hook(lambda *_: stop())
+        report = optimizer_step(step, *arguments, **options)
+        if len(calls) == 3:
+            stop()
+        return report
+
+    monkeypatch.setattr("qftlab.train.loop.optimizer_step", stopping)
+
+
+@pytest.mark.parametrize("moment", ["forward", "update"])
+def test_a_second_ctrl_c_keeps_what_it_says_it_keeps(moment: str, tmp_path, monkeypatch, caplog) -> None:
+    """Before the first checkpoint: two whole steps are saved, unless the weights of the third had begun to move."""
+    config = TrainConfig(batch_size=4, max_steps=6)
+    examples = [Example([i, 2, 3, 4], [False, True, True, True]) for i in range(10, 22)]
+    impatient(monkeypatch, moment, [])
+    result = fit_examples(random_model(), examples, config, checkpoints=tmp_path / "c")
+    monkeypatch.undo()
+    assert result.interrupted and result.steps == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    last = Checkpoints(tmp_path / "c").last()
+    if moment == "update":
+        assert last is None and "stopped while the weights moved: resume goes on from step 0" in caplog.text
+        return
+    assert last.name == "step-000002" and "after 2 of 6 steps; the weights so far are kept" in caplog.text
+    resumed, undisturbed = random_model(), random_model()
+    fit_examples(resumed, examples, config, checkpoints=tmp_path / "c", resume=True)
+    fit_examples(undisturbed, examples, config)
+    for ours, theirs in zip(resumed.parameters(), undisturbed.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_ctrl_c_while_the_last_checkpoint_is_written_is_not_heard(tmp_path, monkeypatch) -> None:
+    def stop_at_two(record: dict) -> None:
+        if record["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    save = Checkpoints.save
+
+    def interrupted(self, *arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return save(self, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", interrupted)
+    examples = [Example([i, 2, 3, 4], [False, True, True, True]) for i in range(10, 22)]
+    config = TrainConfig(batch_size=4, max_steps=6)
+    result = fit_examples(random_model(), examples, config, checkpoints=tmp_path / "c", on_log=stop_at_two)
+    assert result.interrupted and Checkpoints(tmp_path / "c").last().name == "step-000002"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_run_has_its_stages_under_checkpoints(little, whole) -> None:
     places = whole / "checkpoints"
     assert sorted(p.name for p in places.iterdir()) == ["final", "initial", "sft"]
@@ -251,6 +313,40 @@ def test_resuming_with_other_settings_or_data_is_refused_with_the_difference(lit
     with pytest.raises(ValueError, match=r"documents: 24 \(sha256 \w+\) in the checkpoint, 23 \("):
         sft(replace(little_run(little, "whole", resume="last"), data=str(tmp_path / "fewer.jsonl")))
     assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_alone_takes_the_runs_own_settings(little, whole, tmp_path, monkeypatch, capsys) -> None:
+    """On the command line: a neutral setting may change, another is refused with the difference."""
+    copy = tmp_path / "runs" / whole.name
+    shutil.copytree(whole, copy, symlinks=True)
+    shutil.rmtree(copy / "model")
+    for path in Checkpoints(copy / "checkpoints" / "sft").all()[1:]:
+        shutil.rmtree(path)
+    settings = json.loads((copy / "config.json").read_text(encoding="utf-8"))["config"]
+    found = cli.parse("sft", ["--resume", str(copy), "--train.log_every", "3"])
+    assert asdict(found) == json.loads(json.dumps({**settings, "resume": str(copy), "device": "auto",
+        "train": {**settings["train"], "log_every": 3}}), object_hook=tuples)  # fmt: skip
+    assert cli.parse("sft", [f"--output={tmp_path / 'runs'}", "--resume=last"]).data == found.data
+    assert cli.main(["sft", "--resume", str(copy), "--train.lr", "3e-3"]) == 2
+    assert "train.lr: 0.01 in the checkpoint, 0.003 now" in capsys.readouterr().err
+    assert cli.main(["sft", "--resume", "last", "--output", str(tmp_path / "runs"), "--device", "cpu"]) == 0
+    assert sha256(copy / "model" / "model.safetensors") == sha256(whole / "model" / "model.safetensors")
+    file = tmp_path / "all.yaml"
+    file.write_text("data: other.jsonl\n", encoding="utf-8")
+    assert cli.parse("sft", ["--config", str(file), "--resume", str(copy)]).data == ("other.jsonl",), "as it was given"
+
+
+def test_data_that_are_no_file_are_kept_by_name(tmp_path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}", encoding="utf-8")
+    run = RunFolder(tmp_path / "runs", {}, [tmp_path / "rows.jsonl", tmp_path, "someone/data-set"])
+    kept = json.loads((run.path / "config.json").read_text(encoding="utf-8"))["data_sha256"]
+    assert [len(kept[str(tmp_path / "rows.jsonl")]), kept[str(tmp_path)], kept["someone/data-set"]] == [
+        64, "no file", "no file"]  # fmt: skip
+
+
+def tuples(found: dict) -> dict:
+    """JSON's lists as the tuples they were."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 def test_what_to_resume_is_found_or_named(little, tmp_path) -> None:

@@ -436,7 +436,10 @@ def test_settings_that_do_not_fit_are_refused(tokenizer, tmp_path) -> None:
         with pytest.raises(ValueError, match=message):
             PolicyConfig(**change)
     for change, message in (({}, "data or problems"), ({"problems": 3, "rewards": "best"}, "rewards must be one of"),
-                            ({"problems": 3, "rewards": "model"}, "model goes with reward_model")):  # fmt: skip
+                            ({"problems": 3, "rewards": "model"}, "reward_model must be given for the reward model"),
+                            ({"problems": 3, "rewards": ()}, "rewards must name a reward"),
+                            ({"problems": 3, "reward_model": "x"}, r"add it, as in --rewards \[countdown,model\]"),
+                            ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             RLOOConfig(**change)
 
@@ -450,7 +453,7 @@ def test_named_rewards_read_ids() -> None:
     with pytest.raises(ValueError, match="reward mode must have"):
         named_rewards(["mode"], tokenizer)
     extend_tokenizer(tokenizer, (AGENT, EDIT))
-    rewards = named_rewards(["mode", "exact", "answer", "countdown"], tokenizer)
+    rewards = named_rewards(["mode", "exact", "answer", "countdown", "reasoned"], tokenizer)
     agent, edit = (tokenizer.convert_tokens_to_ids(t) for t in (AGENT, EDIT))
     row = {"mode": "AGENT", "output": "run it", "numbers": [3, 4], "target": 7}
     body = tokenizer("run it").input_ids
@@ -461,7 +464,11 @@ def test_named_rewards_read_ids() -> None:
     assert rewards["exact"]([], body, " run it\n", row) == 1
     assert rewards["answer"]([], body, "<answer>3</answer>", row) == 1
     assert rewards["countdown"]([], body, "<answer>3 + 4</answer>", row) == 1
-    assert list(rewards) == ["mode", "exact", "answer", "countdown"]
+    assert list(rewards) == ["mode", "exact", "answer", "countdown", "reasoned"]
+    thought = "<think>" + "3 + 4 is 7. <answer>8</answer> " * 40 + "</think>\n<answer> 3 + 4 </answer>"
+    assert [rewards[name]([], body, thought, row) for name in ("countdown", "reasoned")] == [0, 1]
+    assert rewards["reasoned"]([], body, thought + "<answer>7</answer>", row) == 0, "two answers"
+    assert rewards["reasoned"]([], body, "3 + 4 " * 100 + "<answer>3 + 4</answer>", row) == 0, "too long, unfinished"
 
 
 # Files to files
@@ -503,6 +510,30 @@ def test_a_run_leaves_model_metrics_and_samples(whole) -> None:
     assert [r["step"] for r in records if "held_out_reward" in r] == [0, 4, 8]
     assert [r["step"] for r in records if "samples" in r] == [4, 8]
     assert load_model(whole / "model").num_parameters() and (whole / "checkpoints" / "initial").is_dir()
+
+
+def test_the_log_says_the_reward_first(tokenizer, caplog) -> None:
+    """And never the loss, which is about 0 by construction."""
+    config = TrainConfig(max_steps=2, batch_size=2, log_every=1)
+    with caplog.at_level("INFO", logger="qftlab.train.loop"):
+        fit_policy(random_model(), tokenizer, questions(), {"good": good}, config,
+                   PolicyConfig(num_generations=2, max_new_tokens=3), held_out_rows=questions()[:2])  # fmt: skip
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0].startswith("step 0/2: held-out reward 0.") and said[1].startswith("step 1/2: reward 0.")
+    assert said[-1].startswith("step 2/2: held-out reward 0.") and not any("loss" in line for line in said)
+
+
+def test_held_out_answers_are_written_as_rollouts_are() -> None:
+    """In the weights' own type, whatever training computes in: `tiny`'s fused weights take no other on a CPU."""
+    model, tokenizer, found = load_model("tiny"), load_tokenizer("tiny"), []
+    for precision in ("weights", "autocast"):
+        logs: list[dict] = []
+        config = TrainConfig(lr=1e-9, max_steps=1, batch_size=2, precision=precision)
+        fit_policy(model, tokenizer, fresh_problems(2, 0), lambda prompt, ids, text, row: float(sum(ids)), config,
+                   PolicyConfig(num_generations=2, max_new_tokens=4), held_out_rows=fresh_problems(3, 1),
+                   on_log=logs.append)  # fmt: skip
+        found.append(logs[0]["held_out_reward"])
+    assert found[0] == found[1] > 0
 
 
 def run_child(folder: str, output: str, pipe) -> None:

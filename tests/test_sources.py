@@ -381,6 +381,34 @@ def test_hub_names_ask_datasets_for_the_right_thing(name, monkeypatch):
         load(name)
 
 
+def test_rows_to_fine_tune_on_come_from_folders_and_names_too(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "warm").mkdir()
+    write(tmp_path / "warm" / "train.parquet", [{"query": "Q", "completion": "A"}] * 3)
+    assert load_rows(tmp_path / "warm") == [{"instruction": "Q", "input": "", "output": "A"}] * 3
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: [{"messages": [USER, GPT]}] * 2)
+    assert load_rows("HuggingFaceTB/smol-smoltalk") == [{"messages": [USER, GPT]}] * 2
+    with pytest.raises(DataError, match="must be files or names, got an empty one"):
+        load_rows("")
+
+
+def test_data_command_words_the_instruction_and_problems_can_be_read_again(tmp_path, capsys):
+    source = write(tmp_path / "a.json", [{"nums": [1, 2], "target": 3}, {"nums": [4], "target": 4}])
+    target = str(tmp_path / "b.jsonl")
+    words = "Use [{numbers}] for {target}."
+    assert cli.main(["data", "--data", source, "--instruction", words, "--output", target]) == 0
+    rows = load(target).rows
+    assert [r["instruction"] for r in rows] == ["Use [1, 2] for 3.", "Use [4] for 4."]
+    assert rows[0]["numbers"] == [1, 2] and rows[0]["target"] == 3 and "output" not in rows[0]
+    capsys.readouterr()
+    assert cli.main(["data", "--data", source, "--instruction", "{nothing}"]) == 2
+    assert "instruction must name fields of the row" in capsys.readouterr().err
+    chat = write(tmp_path / "c.json", [{"messages": [USER, GPT]}])
+    assert cli.main(["data", "--data", chat, "--instruction", words]) == 2
+    assert "instruction can word rows that have one, got a row with messages" in capsys.readouterr().err
+
+
 def test_data_command_merges_and_writes(tmp_path, capsys):
     first, last = write(tmp_path / "a.json", [ROW] * 3), write(tmp_path / "b.csv", [ROW] * 2)
     target = tmp_path / "all" / "rows.jsonl"

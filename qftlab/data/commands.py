@@ -29,6 +29,8 @@ class DataConfig:
         skip: leave out rows with these remarks (equal pair, score tie, empty answer, labelled bad).
         split: of folders and hub names.
         limit: the most rows to read.
+        instruction: a text that takes the place of each row's instruction; {target}, {numbers} and the row's other
+            fields in braces stand for what the row holds, lists with commas.
         output: also write the rows, in the lab's form and in one file, to this new .jsonl file.
 
     Raises:
@@ -42,6 +44,7 @@ class DataConfig:
     skip: Names = ()
     split: str | None = None
     limit: int | None = None
+    instruction: str = ""
     output: str = ""
 
     def __post_init__(self) -> None:
@@ -137,6 +140,8 @@ def describe(config: DataConfig) -> str:
     report = LoadReport()
     rows = stream(config.data, schema=config.schema, missing=config.missing, bad=config.bad, skip=config.skip,
                   split=config.split, limit=config.limit, report=report)  # fmt: skip
+    if config.instruction:
+        rows = (row | {"instruction": _filled(config.instruction, row)} for row in rows)
     first = next(rows, None)
     rows = rows if first is None else chain([first], rows)
     if config.output:
@@ -150,6 +155,22 @@ def describe(config: DataConfig) -> str:
         shown = _json(first, ensure_ascii=True)
         lines.append(f"first row: {shown:.400}{' …' if len(shown) > 400 else ''}")
     return "\n".join(lines)
+
+
+def _filled(template: str, row: dict) -> str:
+    """A text with the fields of a row in place of their names in braces.
+
+    Raises:
+        ValueError: for a field that the row does not have, or a row whose prompt is no instruction.
+    """
+    if "instruction" not in row:
+        raise ValueError(f"instruction can word rows that have one, got a row with {', '.join(row)}")
+    fields = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()}
+    try:
+        return template.format_map(fields)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise ValueError(f"instruction must name fields of the row, got {template!r:.80} ({error!r}); it has "
+                         f"{', '.join(row)}") from None  # fmt: skip
 
 
 def measure(config: LengthsConfig) -> str:

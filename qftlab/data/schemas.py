@@ -220,7 +220,9 @@ def _countdown(row: dict, where: str) -> dict:
         raise DataError(f"{where} must have whole numbers as 'nums', got {numbers!r:.60}")
     if type(target) is not int:
         raise DataError(f"{where} must have a whole number as 'target', got {target!r:.60}")
-    question = f"Use the numbers {', '.join(map(str, numbers))} once each to make {target}."
+    question = row.get("instruction")  # there in rows that `data --output` has written
+    if not isinstance(question, str):
+        question = f"Use the numbers {', '.join(map(str, numbers))} once each to make {target}."
     made = {"instruction": question, "input": "", "skill": "countdown", "numbers": numbers, "target": target}
     return made | ({"reference": row["answer"]} if isinstance(row.get("answer"), str) else {})
 
@@ -250,10 +252,14 @@ def _is_pair(row: Mapping) -> bool:
     return {"chosen", "rejected"} <= row.keys() or {"chosen_messages", "rejected_messages"} <= row.keys()
 
 
+def _is_problem(row: Mapping) -> bool:
+    is_answered = {"instruction", "output"} <= row.keys()  # a row to fine-tune on
+    return bool({"nums", "numbers"} & row.keys()) and "target" in row and not is_answered
+
+
 SCHEMAS = {schema.name: schema for schema in (
     Schema("preference", "preference", "prompt, chosen, rejected", _is_pair, _preference),
-    Schema("countdown", "problem", "nums, target",
-           lambda r: bool({"nums", "numbers"} & r.keys()) and "target" in r and "instruction" not in r, _countdown),
+    Schema("countdown", "problem", "nums, target", _is_problem, _countdown),
     Schema("livecodebench", "problem", "question_content, public_test_cases",
            lambda r: "question_content" in r, _livecodebench),
     Schema("messages", "sft", "messages of role, content", lambda r: "messages" in r, _conversation),

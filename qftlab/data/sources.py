@@ -1,7 +1,7 @@
 """Rows from files, folders and hub names. A bad row is named and counted, never dropped in silence.
 
-`load_rows` is the short way for fine-tuning: strict, files only. `load` and `stream` take every schema, merge sources,
-and keep a `LoadReport` of what was read, refused and worth a look.
+`load_rows` is the short way for fine-tuning, and strict. `load` and `stream` take every schema, merge sources, and keep
+a `LoadReport` of what was read, refused and worth a look.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def load_rows(paths: str | Path | Sequence[str | Path]) -> list[dict]:
     """The rows of one file or several to fine-tune on: `.json` (a list), `.jsonl`, `.csv` (a header line), `.parquet`.
 
     Args:
-        paths: one path or a list; rows come in this order. UTF-8, with or without a byte-order mark.
+        paths: one path or a list; rows come in this order. UTF-8, with or without a byte-order mark. Folders in the
+            hub's format and names on the hub as well.
 
     Returns:
         Dicts with "instruction", "input" and "output" (and whatever else the row holds), or with "messages".
@@ -102,11 +103,15 @@ def load_rows(paths: str | Path | Sequence[str | Path]) -> list[dict]:
         FileNotFoundError: for a path that does not exist.
     """
     rows = []
-    for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
-        for place, row in read_file(path, columns=("instruction", "prompt")):
+    for path in map(str, [paths] if isinstance(paths, str | Path) else paths):
+        if not path.strip():
+            raise DataError("paths must be files or names, got an empty one")
+        schema = HUB[path].schema if path in HUB else "auto"
+        found = read_hub(path) if _is_hub(path) else read_file(Path(path), columns=("instruction", "prompt"))
+        for place, row in found:
             if isinstance(row, DataError):
                 raise row
-            row = convert_row(row, f"{path}, {place}")
+            row = convert_row(row, f"{path}, {place}", schema)
             if "messages" not in row and "output" not in row:
                 raise DataError(f"{path}, {place} must have an answer to train on; it has {', '.join(row)}: use load()")
             rows.append(row)

@@ -124,7 +124,6 @@ def export_model(
         positions, largest = _checked(again, wanted, kept, new, tolerance)
         report = ExportReport(folder, positions, largest, tolerance, rows, is_tied)
         (aside / "README.md").write_text(card_text(folder.name, card or Card(), report, tokenizer), encoding="utf-8")
-        aside.chmod(0o755)
         if folder.exists():
             folder.rmdir()  # empty; Windows renames onto nothing
         os.replace(aside, folder)
@@ -143,6 +142,8 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     settings.eos_token_id = list(dict.fromkeys(i for i in (end, *known, tokenizer.eos_token_id) if i is not None))
     settings.pad_token_id = settings.pad_token_id if settings.pad_token_id is not None else tokenizer.pad_token_id
     settings.save_pretrained(folder)
+    rights = (folder / "config.json").stat().st_mode & 0o777
+    folder.chmod(rights | (rights & 0o444) >> 2)  # who may read may enter; a temporary folder is the owner's alone
 
 
 @dataclass(frozen=True)

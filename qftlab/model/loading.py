@@ -47,7 +47,7 @@ def load_model(
         lora: a folder of adapters to put on; see `qftlab.model.lora` for fresh ones.
 
     Raises:
-        ValueError: for an unknown dtype, attention or quant, or adapters that do not fit.
+        ValueError: for an unknown dtype, attention or quant, a reward model, or adapters that do not fit.
         ImportError: if bitsandbytes or peft is needed and missing.
         RuntimeError: for quantised weights without a GPU.
         FileNotFoundError: if the folder is not there or lacks config.json or whole safetensors weights, or the hub
@@ -74,6 +74,8 @@ def load_model(
             )
     except (OSError, SafetensorError) as error:
         raise not_loadable(source, error) from error
+    if any(name.endswith("ForSequenceClassification") for name in model.config.architectures or ()):
+        raise ValueError(f"{name_or_path} is a reward model: it scores answers (rloo --reward_model) and writes none")
     model = (model.to(device) if quant == "none" else model).eval()
     return model if lora is None else load_adapters(model, lora)
 
@@ -107,7 +109,18 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         else:
             model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    share(folder)
     return folder
+
+
+def share(folder: Path) -> None:
+    """Gives a folder's weights the rights that other new files get; safetensors writes for the owner alone."""
+    probe = folder / ".rights"
+    probe.touch()
+    rights = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.glob("*.safetensors"):
+        file.chmod(rights)
 
 
 @contextmanager

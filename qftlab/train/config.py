@@ -103,7 +103,8 @@ class SFTConfig:
 
     Args:
         model: `tiny`, a folder, or a name on the Hugging Face hub.
-        data: training rows, one file or [several]: alpaca JSON, JSONL or CSV with instruction, input and output.
+        data: training rows, one file or [several]: alpaca JSON, JSONL or CSV with instruction, input and output;
+            conversations; folders in the hub's format and names on the hub.
         output: folder of runs; each run gets a folder of its own in it, and `latest` points at the last.
         new_tokens: special tokens the tokenizer gets if it lacks them.
         max_length: the most tokens a row may have; longer rows are left out and counted; None is the model's context.
@@ -111,8 +112,8 @@ class SFTConfig:
         held_out: rows never trained on, whose loss is measured (see train.eval_every).
         dtype: of the weights; `auto` is the checkpoint's own.
         device: `auto` is the GPU where there is one.
-        resume: a run folder, or `last` for the newest in `output`, that goes on from its last checkpoint; the other
-            settings must be those of that run.
+        resume: a run folder, or `last` for the newest in `output`, that goes on from its last checkpoint with the
+            settings it began with; those given beside it must be the same.
         quant: of the frozen weights, by bitsandbytes; needs adapters and a GPU.
         lora: adapters trained in place of the weights; lora.rank 0 trains the weights themselves.
         train: the settings of the loop.
@@ -168,6 +169,6 @@ def check_data(config, kind: str) -> None:
     """
     if not config.data:
         raise ValueError(
-            f"data must name at least one file of {kind}, got none: --data {kind}.jsonl "
-            "(a resumed run too is given the settings it began with)"
+            f"data must name at least one file of {kind}, got none: --data {kind}.jsonl (--resume without --config "
+            "takes the settings that the run began with)"
         )

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from qftlab.core.losses import dpo_loss, preference_accuracy, sum_by_document
 from qftlab.data.batching import batches, first_fit_decreasing, group_by_length, pack, pad
-from qftlab.data.sources import load
 from qftlab.model.loading import save_model
 from qftlab.model.modules import module_mode
 from qftlab.train.checkpoint import Checkpoints, step_of, training_identity
 from qftlab.train.config import TrainConfig
 from qftlab.train.distributed import World, processes, unsharded, wrap
 from qftlab.train.loop import MicroBatch, NonFiniteLoss, TrainResult, train
-from qftlab.train.pair_rows import Pair, documents, encode_pairs
+from qftlab.train.pair_rows import Pair, documents, encode_pairs, load_pairs
 from qftlab.train.preference_config import DPOConfig, PreferenceLoss
 from qftlab.train.reference import REFERENCE, Reference
 from qftlab.train.sft import best_device, context_length, load_extended, open_run, sft_identity
@@ -292,12 +291,14 @@ def dpo(config: DPOConfig, *, progress: bool = False) -> Path:
 
 
 def _dpo(config: DPOConfig, progress: bool) -> Path:
-    rows = load(list(config.data), schema="preference").rows
-    held_out_rows = load(list(config.held_out), schema="preference").rows if config.held_out else []
+    rows, sources = load_pairs(config.data)
+    held_out_rows, held_out_sources = load_pairs(config.held_out)
     model, tokenizer = load_extended(config)
     limit = config.max_length or context_length(model)
-    pairs, usage = encode_pairs(tokenizer, rows, max_length=limit)
-    held_out = encode_pairs(tokenizer, held_out_rows, max_length=limit)[0] if held_out_rows else []
+    pairs, usage = encode_pairs(tokenizer, rows, max_length=limit, sources=sources)
+    held_out = (
+        encode_pairs(tokenizer, held_out_rows, max_length=limit, sources=held_out_sources)[0] if held_out_rows else []
+    )
     run = open_run(config)
     reference = Reference(model, config.loss.reference, config.train)
     identity = sft_identity(config) | pair_identity(model, config.train, config.loss, pairs, held_out, reference)

@@ -65,6 +65,7 @@ def train(
     count: Callable[[Batch], int] = count_trained_tokens,
     held_out: Callable[[], float] | None = None,
     on_log: Callable[[dict], None] | None = None,
+    headline: Callable[[], str] | None = None,
     progress: bool = False,
     checkpoints: Checkpoints | None = None,
     resume: bool = False,
@@ -82,6 +83,7 @@ def train(
         on_log: gets the metrics of every optimizer step as a dict: step, epoch, loss (nats a token), lr, grad_norm,
             tokens and trained_tokens so far, seconds of process CPU time so far, tokens_per_second of wall time,
             peak_gb of memory, mfu where the device's peak is known; and {step, held_out_loss} where measured.
+        headline: what the log and the bar say of the record that `on_log` got last, in place of its loss.
         progress: whether to draw a `tqdm.auto` bar.
         checkpoints: where to save: every `save_every` steps, at the end, at each new lowest held-out loss (all unless
             `save_every` is 0), and at Ctrl-C.
@@ -99,7 +101,7 @@ def train(
         OSError: if a checkpoint cannot be written.
     """
     with module_mode(step, True), torch.random.fork_rng(), prepared(step, config), _deferred_interrupt() as is_asked:
-        run = _Run(step, source, config, count, held_out, on_log, checkpoints)
+        run = _Run(step, source, config, count, held_out, on_log, checkpoints, headline)
         try:
             run.restore(resume)
             with _bar(run.total, run.result.steps, progress and run.world.is_main) as advance:
@@ -114,11 +116,11 @@ def train(
 class _Run:
     """A run of `train` under way: what it was given, its optimizer, and the result so far."""
 
-    def __init__(self, step, source, config, count, held_out, on_log, checkpoints) -> None:
+    def __init__(self, step, source, config, count, held_out, on_log, checkpoints, headline=None) -> None:
         self.step, self.config, self.count, self.world = step, config, count, World.current()
         self.source = Share(source, self.world)
         self.held_out, self.checkpoints = held_out, checkpoints
-        self.on_log = on_log if self.world.is_main else None
+        self.on_log, self.headline = (on_log, headline) if self.world.is_main else (None, None)
         self.weights, self.master = named_trainable(step), None
         if config.precision == "master" and any(w.dtype != torch.float32 for w in self.weights.values()):
             if self.world.size > 1:
@@ -153,7 +155,7 @@ class _Run:
             self.master.write_()
         self.result = TrainResult(**{**state, "held_out": [tuple(pair) for pair in state["held_out"]]})
 
-    def all_steps(self, advance: Callable[[float], None], is_asked: Callable[[], bool]) -> None:
+    def all_steps(self, advance: Callable[[str], None], is_asked: Callable[[], bool]) -> None:
         """Every optimizer step, with held-out losses and checkpoints before, between and after."""
         r = self.result
         while True:
@@ -168,8 +170,8 @@ class _Run:
         if r.steps < self.total:
             self.stop_early()
 
-    def one_step(self, number: int) -> float:
-        """Optimizer step `number`, counted from 0; returns its loss."""
+    def one_step(self, number: int) -> str:
+        """Optimizer step `number`, counted from 0; returns what there is to say of it."""
         epoch, within = divmod(number, self.source.steps_per_epoch)
         lr = learning_rate(self.config, number, self.total)
         micro_batches = self.source(epoch, within)
@@ -191,9 +193,10 @@ class _Run:
         self.note({"step": r.steps, "epoch": epoch, "loss": report.loss, "lr": lr, "grad_norm": report.grad_norm,
                    "tokens": r.tokens, "trained_tokens": r.trained_tokens, "seconds": round(r.seconds, 3),
                    **speed})  # fmt: skip
+        said = self.headline() if self.headline else f"loss {report.loss:.3f}"
         if r.steps % self.config.log_every == 0 or r.steps == self.total:
-            log.info("step %d/%d: loss %.3f, lr %.2e, %s", r.steps, self.total, report.loss, lr, Meter.line(speed))
-        return report.loss
+            log.info("step %d/%d: %s, lr %.2e, %s", r.steps, self.total, said, lr, Meter.line(speed))
+        return said
 
     def measure(self) -> None:
         """Takes and notes the held-out loss at the start, every `eval_every` steps and at the end, if there is one."""
@@ -206,7 +209,8 @@ class _Run:
         reshard_(self.step)
         r.held_out.append((r.steps, loss))
         self.note({"step": r.steps, "held_out_loss": loss})
-        log.info("step %d/%d: held-out loss %.3f", r.steps, self.total, loss)
+        said = self.headline() if self.headline else f"held-out loss {loss:.3f}"
+        log.info("step %d/%d: %s", r.steps, self.total, said)
 
     def is_due(self) -> bool:
         """Whether this step is to be saved."""
@@ -240,12 +244,21 @@ class _Run:
         r.stopped_early = True
 
     def interrupt(self) -> None:
-        """Saves, unless Ctrl-C came twice and stopped in the middle of a step."""
+        """Saves the steps that are whole, unless a second Ctrl-C came while the weights were moving."""
         r = self.result
-        if self.checkpoints and self.is_between_steps and r.steps > max(self.saved, 0):
-            self.save()
+        is_whole = self.is_between_steps or self.is_unmoved()
+        if self.checkpoints and is_whole and r.steps > max(self.saved, 0):
+            with _unheard():
+                self.save()
         r.interrupted = True
-        log.warning("interrupted after %d of %d steps; the weights so far are kept", r.steps, self.total)
+        kept = "the weights so far are kept" if is_whole else (
+            f"stopped while the weights moved: resume goes on from step {max(self.saved, 0)}")  # fmt: skip
+        log.warning("interrupted after %d of %d steps; %s", r.steps, self.total, kept)
+
+    def is_unmoved(self) -> bool:
+        """Whether the optimizer has not begun the next update; AdamW counts a step before it moves anything."""
+        counts = {int(state["step"]) for state in self.optimizer.state.values()}
+        return self.world.size == 1 and counts <= {self.result.steps}
 
     def note(self, record: dict) -> None:
         """Hands metrics to the caller."""
@@ -287,16 +300,30 @@ def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def _bar(total: int, start: int, is_shown: bool) -> Iterator[Callable[[float], None]]:
+def _unheard() -> Iterator[None]:
+    """Ctrl-C inside is not heard: one more of them must not lose what is being written."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _bar(total: int, start: int, is_shown: bool) -> Iterator[Callable[[str], None]]:
     if not is_shown:
-        yield lambda loss: None
+        yield lambda said: None
         return
     from tqdm.auto import tqdm
 
     with tqdm(total=total, initial=start, unit="step") as bar:
 
-        def advance(loss: float) -> None:
-            bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
+        def advance(said: str) -> None:
+            bar.set_postfix_str(said, refresh=False)
             bar.update()
 
         yield advance

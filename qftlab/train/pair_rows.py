@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from qftlab.data.batching import Example, count_trained
 from qftlab.data.schemas import convert_row, remarks
+from qftlab.data.sources import load
 from qftlab.text.chat import render_chat
 
 log = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ class PairUsage:
     """What became of the rows: how many pairs and tokens, and under each reason the numbers (from 1) of rows left out.
 
     Reasons: "equal pair" and "empty answer", a "score tie", "too long", and "equal tokens" where texts that differ
-    come to the same ids.
+    come to the same ids. `sources` counts the rows of each source, in order, so that a row can be named by its file.
     """
 
     rows: int = 0
@@ -41,17 +43,49 @@ class PairUsage:
     tokens: int = 0
     trained_tokens: int = 0
     left_out: dict[str, list[int]] = field(default_factory=dict)
+    sources: dict[str, int] = field(default_factory=dict)
 
     def summary(self) -> str:
         """One line for a log."""
         line = f"{self.rows} rows, {self.pairs} pairs, {self.tokens} tokens, {self.trained_tokens} of them in answers"
         for why, numbers in self.left_out.items():
             more = ", …" if numbers[5:] else ""
-            line += f"; {len(numbers)} left out: {why} (row {', '.join(map(str, numbers[:5]))}{more})"
+            line += f"; {len(numbers)} left out: {why} ({places_of(numbers[:5], self.sources)}{more})"
         return line
 
 
-def encode_pairs(tokenizer, rows: Sequence[dict], *, max_length: int | None = None) -> tuple[list[Pair], PairUsage]:
+def place_of(number: int, sources: Mapping[str, int]) -> str:
+    """The file and the row, from 1, of a row by its number among all rows; without sources the number alone."""
+    for name, count in sources.items():
+        if number <= count:
+            return f"{name}, row {number}"
+        number -= count
+    return f"row {number}"
+
+
+def places_of(numbers: Sequence[int], sources: Mapping[str, int]) -> str:
+    """Several places at once, each file named once."""
+    rows: dict[str, list[str]] = {}
+    for number in numbers:
+        file, _, row = place_of(number, sources).rpartition("row ")
+        rows.setdefault(file, []).append(row)
+    return "; ".join(f"{file}row {', '.join(found)}" for file, found in rows.items())
+
+
+def load_pairs(sources: Sequence[str | Path]) -> tuple[list[dict], dict[str, int]]:
+    """Preference rows of files, folders and hub names, and how many each gave, for the messages of `encode_pairs`.
+
+    Raises:
+        DataError, FileNotFoundError: as `load`.
+    """
+    loaded = load(list(sources), schema="preference")
+    is_told_apart = len(loaded.report.counts) == len(list(sources))  # not where a file is read twice
+    return loaded.rows, dict(loaded.report.counts) if is_told_apart else {}
+
+
+def encode_pairs(
+    tokenizer, rows: Sequence[dict], *, max_length: int | None = None, sources: Mapping[str, int] | None = None
+) -> tuple[list[Pair], PairUsage]:
     """Preference rows as pairs by the loss-mask contract; pairs that teach nothing are left out and counted.
 
     Args:
@@ -59,16 +93,18 @@ def encode_pairs(tokenizer, rows: Sequence[dict], *, max_length: int | None = No
         rows: "prompt" (text or messages), "chosen" and "rejected" (texts, or messages that end with the answer), and
             whatever else `qftlab.data.sources` reads as a preference row. Of equal scores neither answer is better.
         max_length: the most tokens a prompt with its answer may have; longer ones are left out, never cut.
+        sources: rows by source, as `load_pairs` gives them: messages then name the file as well.
 
     Raises:
-        ValueError: if a row is no preference row or cannot be rendered (its number is named), or no pair is left.
+        ValueError: if a row is no preference row or cannot be rendered (its place is named), or no pair is left.
     """
-    usage, pairs = PairUsage(rows=len(rows)), []
+    usage, pairs = PairUsage(rows=len(rows), sources=dict(sources or {})), []
     for number, row in enumerate(rows, 1):
-        row = convert_row(dict(row), f"row {number}", "preference")
+        where = place_of(number, usage.sources)
+        row = convert_row(dict(row), where, "preference")
         why = next((r for r in remarks(row) if r in REFUSED), None)
         if why is None:
-            pair = Pair(*(_encode(tokenizer, row, side, number) for side in ("chosen", "rejected")), number)
+            pair = Pair(*(_encode(tokenizer, row, side, where) for side in ("chosen", "rejected")), number)
             why = _reason(pair, max_length)
         if why is None:
             pairs.append(pair)
@@ -82,13 +118,13 @@ def encode_pairs(tokenizer, rows: Sequence[dict], *, max_length: int | None = No
     return pairs, usage
 
 
-def _encode(tokenizer, row: dict, side: str, number: int) -> Example:
+def _encode(tokenizer, row: dict, side: str, where: str) -> Example:
     try:
         [document] = render_chat(
             tokenizer, [*row["prompt"], {"role": "assistant", "content": row[side]}], train_on="last"
         )
     except ValueError as error:
-        raise ValueError(f"row {number}, {side!r}: {error}") from error
+        raise ValueError(f"{where}, {side!r}: {error}") from error
     return Example(document.input_ids, document.loss_mask)
 
 

@@ -107,8 +107,9 @@ class RLOOConfig:
         model: `tiny`, a folder (such as runs/sft/latest), or a name on the Hugging Face hub.
         data: rows whose prompts are answered, one source or [several]; what answers they have is not trained on.
         problems: so many fresh Countdown problems, in place of data.
-        rewards: what scores an answer, one or [several]: countdown, answer (an <answer> is there), exact (the row's
-            output word for word), mode (the row's mode token comes first), or model.
+        rewards: what scores an answer, one or [several]: countdown, reasoned (countdown, of what follows the last
+            </think>: countdown itself reads no text of more than 512 characters), answer (an <answer> is there), exact
+            (the row's output word for word), mode (the row's mode token comes first), or model.
         reward_model: for `model`: a folder or hub name of a sequence classifier with one label.
         output: folder of runs; each run gets a folder of its own in it, and `latest` points at the last.
         new_tokens: special tokens the tokenizer gets if it lacks them.
@@ -117,8 +118,8 @@ class RLOOConfig:
         held_out: rows never trained on, whose mean reward under greedy decoding is measured (see train.eval_every).
         dtype: of the weights; `auto` is the checkpoint's own.
         device: `auto` is the GPU where there is one.
-        resume: a run folder, or `last` for the newest in `output`, that goes on from its last checkpoint; the other
-            settings must be those of that run.
+        resume: a run folder, or `last` for the newest in `output`, that goes on from its last checkpoint with the
+            settings it began with; those given beside it must be the same.
         quant: of the frozen weights, by bitsandbytes; needs adapters and a GPU.
         lora: adapters trained in place of the weights; lora.rank 0 trains the weights themselves.
         policy: how answers are sampled and what is minimised.
@@ -152,11 +153,17 @@ class RLOOConfig:
         check_at_least(0, problems=self.problems)
         object.__setattr__(self, "rewards", (self.rewards,) if isinstance(self.rewards, str) else tuple(self.rewards))
         for name in self.rewards:
-            check_choice(("countdown", "answer", "exact", "mode", "model"), rewards=name)
-        if not self.rewards or ("model" in self.rewards) != bool(self.reward_model):
+            check_choice(("countdown", "reasoned", "answer", "exact", "mode", "model"), rewards=name)
+        if not self.rewards:
+            raise ValueError("rewards must name a reward, got none: --rewards [countdown]")
+        if self.reward_model and "model" not in self.rewards:
             raise ValueError(
-                f"rewards must name a reward, and model goes with reward_model, got {list(self.rewards)} and "
-                f"{self.reward_model!r}"
+                f"rewards must hold model where a reward_model is given, got {list(self.rewards)}: add it, as in "
+                f"--rewards [{','.join((*self.rewards, 'model'))}], or --rewards model for it alone"
+            )
+        if "model" in self.rewards and not self.reward_model:
+            raise ValueError(
+                "reward_model must be given for the reward model, got none: --reward_model runs/reward/latest"
             )
         if bool(self.data) == bool(self.problems):
             raise ValueError(
@@ -179,8 +186,8 @@ class RewardConfig:
         held_out: pairs never trained on, whose loss and accuracy are measured (see train.eval_every).
         dtype: of the weights; `auto` is the checkpoint's own.
         device: `auto` is the GPU where there is one.
-        resume: a run folder, or `last` for the newest in `output`, that goes on from its last checkpoint; the other
-            settings must be those of that run.
+        resume: a run folder, or `last` for the newest in `output`, that goes on from its last checkpoint with the
+            settings it began with; those given beside it must be the same.
         train: the settings of the loop; its batch counts pairs.
 
     Raises:

@@ -60,8 +60,8 @@ class DPOConfig:
         held_out: pairs never trained on, whose loss and preference accuracy are measured (see train.eval_every).
         dtype: of the weights; `auto` is the checkpoint's own.
         device: `auto` is the GPU where there is one.
-        resume: a run folder, or `last` for the newest in `output`, that goes on from its last checkpoint; the other
-            settings must be those of that run.
+        resume: a run folder, or `last` for the newest in `output`, that goes on from its last checkpoint with the
+            settings it began with; those given beside it must be the same.
         quant: of the frozen weights, by bitsandbytes; needs adapters and a GPU.
         lora: adapters trained in place of the weights; lora.rank 0 trains the weights themselves.
         loss: what is minimised.

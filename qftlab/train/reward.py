@@ -16,7 +16,6 @@ from transformers import AutoModelForSequenceClassification
 from qftlab.core.files import resolve
 from qftlab.core.losses import preference_accuracy, sum_by_document
 from qftlab.data.batching import Example, pack, pad
-from qftlab.data.sources import load
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.loading import save_model
 from qftlab.model.modules import module_mode
@@ -27,7 +26,7 @@ from qftlab.train.config import TrainConfig
 from qftlab.train.distributed import World, processes, unsharded, wrap
 from qftlab.train.dpo import PairSource, count_pairs, held_out_pairs
 from qftlab.train.loop import TrainResult, train
-from qftlab.train.pair_rows import Pair, documents, encode_pairs
+from qftlab.train.pair_rows import Pair, documents, encode_pairs, load_pairs
 from qftlab.train.policy_config import RewardConfig
 from qftlab.train.runs import resolve_model
 from qftlab.train.sft import best_device, context_length, load_extended, open_run, sft_identity
@@ -306,13 +305,15 @@ def reward(config: RewardConfig, *, progress: bool = False) -> Path:
 
 
 def _reward(config: RewardConfig, progress: bool) -> Path:
-    rows = load(list(config.data), schema="preference").rows
-    held_out_rows = load(list(config.held_out), schema="preference").rows if config.held_out else []
+    rows, sources = load_pairs(config.data)
+    held_out_rows, held_out_sources = load_pairs(config.held_out)
     model, tokenizer = load_extended(config)
     model = reward_model(model, tokenizer)
     limit = config.max_length or context_length(model)
-    pairs, usage = encode_pairs(tokenizer, rows, max_length=limit)
-    held_out = encode_pairs(tokenizer, held_out_rows, max_length=limit)[0] if held_out_rows else []
+    pairs, usage = encode_pairs(tokenizer, rows, max_length=limit, sources=sources)
+    held_out = (
+        encode_pairs(tokenizer, held_out_rows, max_length=limit, sources=held_out_sources)[0] if held_out_rows else []
+    )
     run = open_run(config)
     identity = sft_identity(config) | training_identity(model, config.train, documents(pairs), documents(held_out))
     checkpoints = Checkpoints(run.checkpoints / "reward", identity, config.train.keep)

@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -109,36 +110,48 @@ def fit_prompts(
     sampler = sampler or ModelSampler(model, tokenizer, policy)
     step = wrap(bare, config.sharding, config.precision)
     source = RolloutSource(prompts, rewards, sampler, config, policy, bare.step, reference)
-    extra: dict[str, float] = {}
-
-    def measure() -> float:
-        extra.update(held_out_rewards(held_out, rewards, sampler, policy))
-        return -extra["held_out_reward"]
-
-    def note(record: dict) -> None:
-        is_measured = "held_out_loss" in record
-        record = record | extra if is_measured else _described(record, source, bare, config)
-        if on_log is not None:
-            on_log(record)
-            if not is_measured and policy.sample_every and record["step"] % policy.sample_every == 0:
-                on_log({"step": record["step"], "samples": source.samples})
-                log.info("samples of step %d\n%s", record["step"], table_of(source.samples))
-
-    result = train(step, source, config, count=count_answers, held_out=measure if held_out else None, on_log=note,
-                   progress=progress, checkpoints=checkpoints, resume=resume)  # fmt: skip
+    notes = _Notes(source, bare, on_log)
+    measure = partial(notes.measure, held_out) if held_out else None
+    result = train(step, source, config, count=count_answers, held_out=measure, on_log=notes.note,
+                   headline=notes.headline, progress=progress, checkpoints=checkpoints, resume=resume)  # fmt: skip
     if source.failure is not None:
         raise source.failure
     return result
 
 
-def _described(record: dict, source: RolloutSource, bare: PolicyStep, config: TrainConfig) -> dict:
-    """A step's record with what its rollout and its update were like."""
-    record = record | source.found | bare.take()
-    record["answers"] = record.pop("trained_tokens")
-    if record["step"] % config.log_every == 0:
-        shown = (record[name] for name in ("step", "reward", "length", "entropy"))
-        log.info("step %d: reward %.3f, length %.1f, entropy %.2f", *shown)
-    return record
+class _Notes:
+    """Puts what rollouts and updates were like into the records of the loop."""
+
+    def __init__(self, source: RolloutSource, bare: PolicyStep, on_log: Callable[[dict], None] | None) -> None:
+        self.source, self.bare, self.on_log = source, bare, on_log
+        self.held_out: dict[str, float] = {}  # what was measured last
+        self.last: dict[str, float] = {}  # the latest record
+
+    def measure(self, prompts: Sequence[Prompt]) -> float:
+        """The mean reward of greedy answers, negated; the other figures wait for the record of it."""
+        source, device = self.source, next(self.bare.parameters()).device
+        with torch.autocast(device.type, enabled=False):  # as rollouts are sampled
+            self.held_out = held_out_rewards(prompts, source.rewards, source.sampler, source.policy)
+        return -self.held_out["held_out_reward"]
+
+    def note(self, record: dict) -> None:
+        """Adds what belongs to a record, counts answers where the loop says trained tokens, and shows samples."""
+        is_measured, every = "held_out_loss" in record, self.source.policy.sample_every
+        self.last = record = record | (self.held_out if is_measured else self.source.found | self.bare.take())
+        if not is_measured:
+            record["answers"] = record.pop("trained_tokens")
+        if self.on_log is not None:
+            self.on_log(record)
+            if not is_measured and every and record["step"] % every == 0:
+                self.on_log({"step": record["step"], "samples": self.source.samples})
+                log.info("samples of step %d\n%s", record["step"], table_of(self.source.samples))
+
+    def headline(self) -> str:
+        """What a log should say first: the reward, as the loss is about 0 whatever is learned."""
+        record = self.last
+        if "held_out_reward" in record:
+            return f"held-out reward {record['held_out_reward']:.3f}, length {record['held_out_length']:.1f}"
+        return f"reward {record['reward']:.3f}, length {record['length']:.1f}, entropy {record['entropy']:.2f}"
 
 
 def _check(config: TrainConfig, policy: PolicyConfig, rewards: Mapping, is_saved: bool, is_measured: bool) -> None:
@@ -181,7 +194,7 @@ def named_rewards(names: Sequence[str], tokenizer, reward_model: str = "", devic
     """The reward functions that a configuration can name.
 
     Args:
-        names: countdown, answer, exact, mode, model.
+        names: countdown, reasoned, answer, exact, mode, model.
         tokenizer: of the policy, for the ids of `<|AGENT|>` and `<|EDIT|>`.
         reward_model: for model: a folder or hub name.
         device: of the reward model.
@@ -194,6 +207,9 @@ def named_rewards(names: Sequence[str], tokenizer, reward_model: str = "", devic
         raise ValueError(f"reward mode must have {AGENT} and {EDIT} as tokens: --new_tokens [{AGENT},{EDIT}]")
     known: dict[str, Reward] = {
         "countdown": lambda prompt, ids, text, row: countdown_reward(text, row["numbers"], row["target"]),
+        "reasoned": lambda prompt, ids, text, row: countdown_reward(
+            text.rpartition("</think>")[2], row["numbers"], row["target"]
+        ),
         "answer": lambda prompt, ids, text, row: answer_reward(text),
         "exact": lambda prompt, ids, text, row: exact_reward(text, row["output"]),
         "mode": lambda prompt, ids, text, row: first_token_reward(ids, modes[row["mode"]], list(modes.values())),
@@ -226,10 +242,10 @@ def rloo(config: RLOOConfig, *, progress: bool = False) -> Path:
 def _rloo(config: RLOOConfig, progress: bool) -> Path:
     rows = load(list(config.data)).rows if config.data else fresh_problems(config.problems, config.train.seed)
     held_out_rows = load(list(config.held_out)).rows if config.held_out else []
-    if "countdown" in config.rewards:
+    for name in {"countdown", "reasoned"}.intersection(config.rewards):
         for number, row in enumerate([*rows, *held_out_rows], 1):
             if not {"numbers", "target"} <= row.keys():
-                raise ValueError(f"rewards countdown wants numbers and target in each row, got {', '.join(row)} in row "
+                raise ValueError(f"rewards {name} wants numbers and target in each row, got {', '.join(row)} in row "
                                  f"{number}: name another reward, as --rewards exact")  # fmt: skip
     model, tokenizer = load_extended(config)
     prompts, held_out = prompts_for(model, tokenizer, config.policy, config.max_length, rows, held_out_rows)

@@ -23,7 +23,7 @@ class RunFolder:
     Args:
         parent: the folder of runs, made if missing.
         config: a dataclass or dict, kept in config.json.
-        data: files whose sha256 is kept beside it.
+        data: files whose sha256 is kept beside it; folders and hub names are kept by name.
         resume: the folder of an earlier run, or "last" for the newest in `parent`, to go on with in place of a new one.
 
     Raises:
@@ -38,7 +38,7 @@ class RunFolder:
         self.path = find_run(resume, Path(parent)) if resume else _new_folder(Path(parent))
         if not resume:
             settings = asdict(config) if is_dataclass(config) else dict(config)
-            hashes = {str(path): sha256(path) for path in data}
+            hashes = {str(path): sha256(path) if Path(path).is_file() else "no file" for path in data}
             self.write_json("config.json", {"config": settings, "data_sha256": hashes, "versions": _versions()})
         log.info("run folder %s", self.path)
         self._metrics = (self.path / METRICS).open("a", encoding="utf-8", buffering=1)
@@ -125,6 +125,20 @@ def find_run(name: str | Path, parent: Path) -> Path:
     if (path / MODEL).is_dir() and not any((path / CHECKPOINTS).glob("*/step-*")):
         raise ValueError(f"{path} must hold a checkpoint to be resumed, got a finished run without one: start anew")
     return path.resolve()
+
+
+def own_settings(run: Path) -> dict:
+    """What a run was given when it began, the device aside; for `--resume` without settings.
+
+    Raises:
+        FileNotFoundError: if its config.json is not there.
+        ValueError: if that holds no settings.
+    """
+    file = run / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(settings.get("config"), dict):
+        raise ValueError(f"{file} must hold the settings of the run, got none: give them once more, as they were")
+    return {name: value for name, value in settings["config"].items() if name not in ("device", "resume")}
 
 
 def _whole_lines(path: Path) -> list[str]:
