@@ -24,11 +24,13 @@ OLDEST_PYTHON = (3, 10)
 PINNED_PYTHON = (3, 11)  # constraints.txt names versions that need it
 DOWNLOAD_GB, DISK_GB, WANTED_GB = 1.0, 1.8, 3.0  # the download, what stays on disk, what pip needs while it works
 
+FAST = "not slow and not gpu and not browser and not distributed"  # and no notebooks; one of the tests runs ruff
+
 HELP = """commands:
   tour       the whole way in minutes: a small Qwen learns two tokens, to chat and to answer
   lab        open JupyterLab at notebook 00, in my/, your own copy of the notebooks
   test       all tests and all notebooks (strict nbval); arguments go to pytest
-  check      ruff over the code
+  check      the fast part of the tests, and ruff over the code; arguments go to pytest
   notebooks  build and run notebooks/*.ipynb from their text form: [NAME ...] [--force]
   bench      the side-by-side benchmarks
   badges     write the Colab badges for whoever hosts the repository: OWNER/NAME
@@ -219,11 +221,18 @@ def lab_command(python: Path, arguments: list[str]) -> list[str]:
     return [str(python), "-m", "jupyterlab", f"--ServerApp.root_dir={mine}", *root, *arguments, str(first[0])]
 
 
+def workers() -> list[str]:
+    """pytest-xdist's options: a process for each core, four at most, and a file is one process's work."""
+    count = min(4, os.cpu_count() or 1)
+    return ["-n", str(count), "--dist", "loadfile"] if count > 1 else []
+
+
 def test_command(python: Path, arguments: list[str]) -> list[str]:
-    """One pytest run over tests/ and, strictly compared, every notebook; paths among the arguments replace both."""
+    """One pytest run: every notebook, strictly compared (first: it trains the stages), and tests/; or named paths."""
     named = any(not word.startswith("-") and Path(word.split("::")[0]).exists() for word in arguments)
-    nbval = ["--nbval", "--nbval-cell-timeout=300", "--nbval-sanitize-with=notebooks/sanitize.cfg"]
-    return [str(python), "-m", "pytest", *nbval, *arguments, *([] if named else ["tests", "notebooks"])]
+    paths = [] if named else [*workers(), "notebooks", "tests"]
+    nbval = ["--nbval", "--nbval-cell-timeout=900", "--nbval-sanitize-with=notebooks/sanitize.cfg"]
+    return [str(python), "-m", "pytest", *nbval, *arguments, *paths]
 
 
 def command_line(command: str, python: Path, arguments: list[str]) -> list[str]:
@@ -236,7 +245,7 @@ def command_line(command: str, python: Path, arguments: list[str]) -> list[str]:
         raise LabError("there is no benchmarks/run.py in this version")
     words = {
         "tour": ["-m", "qftlab", "tour"],
-        "check": ["-m", "ruff", "check", "."],
+        "check": ["-m", "pytest", *workers(), "-q", "-m", FAST, "tests"],
         "notebooks": ["notebooks/build.py"],
         "badges": ["notebooks/build.py", "--badges"],
         "bench": ["-m", "benchmarks.run"],

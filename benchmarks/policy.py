@@ -16,6 +16,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, StoppingCriteria
 
 from benchmarks.harness import Benchmark, MismatchError, Options, Side, compare, synchronize
 from benchmarks.models import bench_config, half_billion_config, random_prompts, word_tokenizer
+from benchmarks.preference import preference_row
 from benchmarks.training import restarted
 from qftlab.data.batching import batches
 from qftlab.generate.engine import Completion
@@ -287,7 +288,8 @@ def c6(options: Options) -> Iterator[dict]:
 
 
 def g6(options: Options) -> Iterator[dict]:
-    """64 prompts x 8 answers of up to 256 tokens, bf16, two optimizer steps; TRL without vLLM."""
+    """A row of DPO; then RLOO, 64 prompts x 8 answers of up to 256 tokens, bf16, two steps; TRL without vLLM."""
+    yield preference_row(options)
     config = bench_config() if options.quick else half_billion_config()
     sizes = options.sized((64, 8, 256, 2), (2, 2, 8, 2))
     work = workload(options, config, *sizes, device=options.device, dtype=torch.bfloat16)
@@ -301,5 +303,5 @@ def g6(options: Options) -> Iterator[dict]:
 
 BENCHMARKS = {
     "C6": Benchmark("RLOO, 8 prompts x 4 answers, cap 128, β 0.05", "TRL RLOOTrainer, default and tuned", c6),
-    "G6": Benchmark("an RLOO step of Qwen2.5-0.5B's shape, 64 x 8 x 256", "TRL without vLLM", g6, "cuda"),
+    "G6": Benchmark("DPO and RLOO steps of Qwen2.5-0.5B's shape, 64 x 8 x 256", "TRL without vLLM", g6, "cuda"),
 }

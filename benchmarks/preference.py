@@ -1,4 +1,4 @@
-"""C5: direct preference optimisation against TRL."""
+"""C5 on the CPU, and the first row of G6 on one GPU: direct preference optimisation against TRL."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.harness import Benchmark, Options, Side, compare, synchronize
-from benchmarks.models import bench_config, starting_model, word_tokenizer
-from benchmarks.training import CONSTANT, restarted, same_losses
+from benchmarks.models import bench_config, half_billion_config, starting_model, word_tokenizer
+from benchmarks.training import CONSTANT, restarted, same_losses, same_means
 from qftlab.data.batching import Example, batches
 from qftlab.model.attention import register_packed_attention
 from qftlab.train.config import TrainConfig
@@ -88,15 +88,16 @@ def lognormal_pairs(number: int, *, prompt: float, answer: float, longest: int, 
     return pairs
 
 
-def ours(work: PairWorkload, *, is_known: bool) -> Callable[[], list[float]]:
+def ours(work: PairWorkload, *, is_known: bool, **settings) -> Callable[[], list[float]]:
     """The library's loop; returns the losses of its steps.
 
     Args:
         work: what is trained.
         is_known: whether the reference's log-probabilities are in their file before the clock starts.
+        settings: further settings of the loop.
     """
     model, stored = work.model(register_packed_attention()), work.stored()
-    config = TrainConfig(lr=1e-4, epochs=1, batch_size=work.batch_size, **CONSTANT)
+    config = TrainConfig(lr=1e-4, epochs=1, batch_size=work.batch_size, **CONSTANT, **settings)
     cache = Path(tempfile.mkdtemp()) / "reference.safetensors" if is_known else None
     return restarted(model, lambda: fit_encoded_pairs(model, stored, config, cache=cache).losses)
 
@@ -205,6 +206,24 @@ def c5(options: Options) -> Iterator[dict]:
                   for label, given, bar in others]  # fmt: skip
         yield compare(f"{title}; {name}", sides, options, count=lambda _: work.real_tokens, same=same_losses,
                       facts={"phases": phases(work)})  # fmt: skip
+
+
+def preference_row(options: Options) -> dict:
+    """G6's row of DPO: three optimizer steps of 32 pairs of Qwen2.5-0.5B's shape, bf16 weights on both sides.
+
+    TRL has micro-batches of 8 pairs and no gradient checkpointing; the reference is computed in the run by both.
+    """
+    config = bench_config() if options.quick else half_billion_config()
+    sizes = {"prompt": options.sized(150, 6), "answer": options.sized(200, 8), "longest": options.sized(768, 20)}
+    pairs = lognormal_pairs(options.sized(96, 8), vocabulary=config.vocab_size, **sizes)
+    work = PairWorkload(config, pairs, options.sized(32, 4), options.device, torch.bfloat16)
+    part = options.sized(8, 4)
+    fast = {"gradient_checkpointing": False, "per_device_train_batch_size": part,
+            "gradient_accumulation_steps": work.batch_size // part}  # fmt: skip
+    sides = [Side("qftlab", ours(work, is_known=False, tokens_per_micro_batch=options.sized(32_768, 400))),
+             Side("TRL, no gradient checkpointing", trainer(work, **fast), 3, 5)]  # fmt: skip
+    title = f"DPO: {len(pairs)} pairs, {work.real_tokens} tokens, {work.padding:.2f} x that when padded"
+    return compare(title, sides, options, count=lambda _: work.real_tokens, same=same_means)
 
 
 BENCHMARKS = {"C5": Benchmark("DPO, 24 pairs, batch 4", "TRL DPOTrainer, default and reference precomputed", c5)}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import matplotlib
 import pytest
 
@@ -27,6 +30,7 @@ def pictures() -> list:
                             intervals={"SFT": [(0.7, 0.9), (0.9, 1.0)]}, bar=0.75),
         plots.token_strip({"before": ["<", "|", "AG", "ENT", "|>"], "after": ["<|AGENT|>"]}),
         plots.surprise_bars(["a", " b", "\n"], [-0.1, -2.0, -3.0]),
+        plots.rate_lines(["base", "SFT"], {"format": [0.0, 1.0], "kept": [0.97, 0.92], "mode": [math.nan, 0.99]}),
     ]  # fmt: skip
 
 
@@ -36,7 +40,7 @@ def test_texts_are_at_least_12_points_and_units_are_named() -> None:
         small = [t.get_text() for t in ax.figure.findobj(Text) if t.get_text() and t.get_fontsize() < 12]
         assert not small
         assert ax.get_title(loc="left")
-    curve, bars, _, surprise = pictures()
+    curve, bars, _, surprise, lines = pictures()
     assert (curve.get_xlabel(), curve.get_ylabel()) == ("optimizer step", "loss (nats per trained token)")
     assert bars.get_xlabel() == "accuracy (%)"
     assert surprise.get_ylabel() == "surprise (nats)"
@@ -91,3 +95,13 @@ def test_palette_survives_greyscale() -> None:
     ]
     assert abs(luminance[0] - luminance[1]) > 0.2, "the first two colours, used most, differ in grey"
     assert len(set(plots.MARKERS)) == len(plots.MARKERS) >= len(plots.PALETTE)
+
+
+def test_rate_lines_name_each_line_once_and_apart() -> None:
+    ax = plots.rate_lines(["base", "SFT"], {"format": [0.0, 1.0], "kept": [0.97, 0.98], "mode": [math.nan, 0.99]})
+    names = {t.get_text(): t.xy[1] for t in ax.texts}
+    heights = sorted(names.values())
+    assert set(names) == {"format", "kept", "mode"} and all(b - a > 5 for a, b in itertools.pairwise(heights))
+    assert [list(line.get_ydata())[-1] for line in ax.lines] == [98.0, 99.0, 100.0]
+    with pytest.raises(ValueError, match="equally long"):
+        plots.rate_lines(["base"], {"format": [0.0, 1.0]})

@@ -181,10 +181,20 @@ def test_lab_keeps_the_callers_thread_count(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_lab_test_runs_tests_and_notebooks_in_one_pytest() -> None:
     lab = load("lab.py")
-    assert lab.test_command(Path("py"), ["-x"])[-3:] == ["-x", "tests", "notebooks"]
+    assert lab.test_command(Path("py"), ["-x"])[-2:] == ["notebooks", "tests"]
+    assert "-x" in lab.test_command(Path("py"), ["-x"])
     assert "--nbval" in lab.test_command(Path("py"), [])
     here = str(Path(__file__))
     assert lab.test_command(Path("py"), ["-q", here])[-1] == here
+
+
+@pytest.mark.parametrize(("cores", "options"), [(1, []), (2, ["-n", "2"]), (64, ["-n", "4"])])
+def test_a_process_for_each_core_four_at_most(monkeypatch, cores: int, options: list[str]) -> None:
+    lab = load("lab.py")
+    monkeypatch.setattr(lab.os, "cpu_count", lambda: cores)
+    assert lab.workers()[:2] == options
+    command = lab.command_line("check", Path("py"), ["-x"])
+    assert command[-2:] == ["tests", "-x"] and "--nbval" not in command
 
 
 def test_lab_doctor_runs() -> None:

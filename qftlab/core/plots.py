@@ -29,7 +29,8 @@ def new_axes(ax: Axes | None, width: float = 7.0, height: float = 4.0) -> Axes:
     return pyplot.subplots(figsize=(width, height), layout="constrained")[1]
 
 
-def _finish(ax: Axes, xlabel: str, ylabel: str, title: str) -> Axes:
+def finish(ax: Axes, xlabel: str, ylabel: str, title: str) -> Axes:
+    """Labels axes as all pictures here are labelled, and returns them."""
     ax.set_xlabel(xlabel, fontsize=FONT_SIZE)
     ax.set_ylabel(ylabel, fontsize=FONT_SIZE)
     ax.set_title(title, fontsize=FONT_SIZE + 1, loc="left")
@@ -81,7 +82,7 @@ def loss_curve(
         ax.plot(*held_out, "s--", color=PALETTE[3], linewidth=2, markersize=6, label="held out")
     ax.set_ylim(bottom=0)
     ax.legend(fontsize=FONT_SIZE, frameon=False)
-    return _finish(ax, "optimizer step", "loss (nats per trained token)", title)
+    return finish(ax, "optimizer step", "loss (nats per trained token)", title)
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
@@ -140,7 +141,41 @@ def accuracy_bars(
     ax.invert_yaxis()
     ax.set_xlim(0, 100)
     ax.legend(fontsize=FONT_SIZE, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return _finish(ax, "accuracy (%)", "", title)
+    return finish(ax, "accuracy (%)", "", title)
+
+
+def rate_lines(
+    points: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    *,
+    title: str = "What each stage changes",
+    ax: Axes | None = None,
+) -> Axes:
+    """Rates over stages that follow one another: a line and a marker for each, its name at its right end.
+
+    Args:
+        points: names of the stages, left to right.
+        series: what was measured to its rates in [0, 1], one for each point; nan leaves a gap.
+        title: what the picture says.
+        ax: axes to draw into.
+
+    Raises:
+        ValueError: if lengths differ.
+    """
+    ax = new_axes(ax, 8.5, 4.4)
+    ends: list[float] = []
+    for i, (name, values) in sorted(enumerate(series.items()), key=lambda item: item[1][1][-1]):
+        _check_lengths(points=points, series=values)
+        percent = [100 * value for value in values]
+        ax.plot(range(len(points)), percent, MARKERS[i % len(MARKERS)] + DASHES[i % len(DASHES)], markersize=8,
+                color=PALETTE[i % len(PALETTE)], linewidth=2.2, clip_on=False)  # fmt: skip
+        ends.append(max(percent[-1], ends[-1] + 6.5 if ends else 0.0))  # names that would overlap are moved up
+        ax.annotate(name, (len(points) - 1 + 0.08, ends[-1]), fontsize=FONT_SIZE, va="center",
+                    color="black", annotation_clip=False)  # fmt: skip
+    ax.set_xticks(range(len(points)), points)
+    ax.set_ylim(0, 103)
+    ax.set_xlim(-0.15, len(points) - 1)
+    return finish(ax, "", "held-out questions right (%)", title)
 
 
 def visible(piece: str) -> str:
@@ -224,4 +259,4 @@ def surprise_bars(
     rotation = 90 if max((len(p) for p in pieces), default=0) > 2 else 0
     ax.set_xticks(range(len(pieces)), map(visible, pieces), rotation=rotation, family=TOKEN_FONT,
                   parse_math=False)  # fmt: skip
-    return _finish(ax, "token", "surprise (nats)", title)
+    return finish(ax, "token", "surprise (nats)", title)

@@ -244,8 +244,19 @@ def compare(before: Evaluation, after: Evaluation) -> Comparison:
     """
     if [_question(r) for r in before.rows] != [_question(r) for r in after.rows]:
         raise ValueError("compare needs the same rows in the same order on both sides, got different questions")
-    pairs = list(zip(before.instruction_marks(), after.instruction_marks(), strict=True))
-    marked = [(bool(a), bool(b)) for a, b in pairs if a is not None and b is not None]
+    return compare_marks(before.instruction_marks(), after.instruction_marks(), "instructions")
+
+
+def compare_marks(before: Sequence[bool | None], after: Sequence[bool | None], name: str = "right") -> Comparison:
+    """Compares two lists of marks, row by row; rows that either has as None do not count.
+
+    Raises:
+        ValueError: if they are not equally long.
+    """
+    if len(before) != len(after):
+        raise ValueError(f"before and after must be equally long, got {len(before)} and {len(after)}")
+    marked = [(bool(a), bool(b)) for a, b in zip(before, after, strict=True) if a is not None and b is not None]
     first, second = [a for a, _ in marked], [b for _, b in marked]
     gained, lost = sum(b and not a for a, b in marked), sum(a and not b for a, b in marked)
-    return Comparison(before.instructions, after.instructions, gained, lost, mcnemar(first, second))
+    rates = (Rate(name, sum(marks), len(marks)) for marks in (first, second))
+    return Comparison(*rates, gained, lost, mcnemar(first, second))

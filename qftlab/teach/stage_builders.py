@@ -100,7 +100,7 @@ def build_rloo(wanted: Recipe, start: tuple, say: Say) -> Built:
     model, tokenizer = start
     tell(say, f"training stage rloo of {wanted.preset.name} on {wanted.problems:,} fresh Countdown problems")
     problems = fresh_problems(wanted.problems, wanted.train.seed + 1)  # not those the pairs were made of
-    metrics, note = _noting(say, "reward", "mean reward", every=max(1, (wanted.train.max_steps or 45) // 6))
+    metrics, note = _noting(say, "reward", "mean reward", every=max(1, wanted.train.max_steps // 6))
     _whole(fit_policy(model, tokenizer, problems, {"countdown": right}, wanted.train, wanted.policy, on_log=note))
     return Built(model, tokenizer, metrics)
 

@@ -32,7 +32,7 @@ STARTS = {"extended": "base", "sft": "extended", "warm": "sft", "dpo": "warm", "
 # Peak learning rates of warm, dpo and rloo. Those of `tiny` were found here (benchmarks/LOG.md); the others follow what
 # is published for their size, and were not run by us.
 RATES = {
-    "tiny": (1e-3, 1.5e-4, 3e-4),
+    "tiny": (6e-4, 1.5e-4, 2e-4),
     "qwen2.5-0.5b": (1e-5, 1e-6, 1e-6),
     "qwen3-8b": (1e-4, 5e-6, 1e-5),
 }
@@ -92,17 +92,16 @@ def _later(name: str, preset: Preset, start: str, lr: float, micro: int | None) 
     """Recipes that all three models share, but for the rate."""
     if name == "warm":
         train = TrainConfig(lr=lr, batch_size=64, micro_batch_size=micro)
-        return Recipe(preset, start, train=train, passes=4, replay=2000)
+        return Recipe(preset, start, train=train, passes=4, replay=3000)
     sampled = {"num_generations": 8, "max_new_tokens": 32}
     if name == "dpo":
         train = TrainConfig(lr=lr, batch_size=16, micro_batch_size=micro and micro // 2, warmup_ratio=0.1,
                             schedule="linear")  # fmt: skip
         loss = PreferenceLoss(beta=0.5, nll_weight=1.0)
         return Recipe(preset, start, train=train, problems=1600, loss=loss, policy=PolicyConfig(**sampled))
-    # Above temperature 1 fewer groups of answers are all alike.
-    train = TrainConfig(lr=lr, max_steps=45, batch_size=64, micro_batch_size=micro, schedule="linear",
+    train = TrainConfig(lr=lr, max_steps=50, batch_size=64, micro_batch_size=micro, schedule="constant",
                         weight_decay=0.0)  # fmt: skip
-    return Recipe(preset, start, train=train, problems=45 * 64, policy=PolicyConfig(**sampled, temperature=1.3))
+    return Recipe(preset, start, train=train, problems=50 * 64, policy=PolicyConfig(**sampled))
 
 
 STAGES = ("base", *STARTS)

@@ -1,8 +1,8 @@
-"""The tour: extend, fine-tune, measure, and write a page about it, in one command and a few minutes."""
+"""The tour: extend, fine-tune, prefer, practise, measure each stage, and write a page about it, in one command."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from qftlab.data.bundled import bundled
 from qftlab.data.sources import load_rows
 from qftlab.evaluate.kept import evaluate_kept
 from qftlab.evaluate.report import Picture, Section, Verdict, verdict_table, write_report
-from qftlab.evaluate.skills import Evaluation, Rate, compare, evaluate_rows
+from qftlab.evaluate.skills import Comparison, Evaluation, Rate, compare, compare_marks, evaluate_rows
 from qftlab.generate.engine import generate
 from qftlab.teach.stages import Stage, stage
 
@@ -25,6 +25,9 @@ QUESTIONS = (
 )
 OPEN_SKILLS = ("joke", "university")  # no single right answer
 KEPT_SKILLS = ("add", "subtract", "reverse", "sort")
+TITLES = {"base": "base", "sft": "SFT", "warm": "more SFT", "dpo": "DPO", "rloo": "RLOO"}
+WARM = SamplingParams(temperature=1.0)
+NUM_BASE_ROWS = 100  # the base never stops by itself, and is asked only so many bugs and puzzles
 
 
 @dataclass(frozen=True)
@@ -43,45 +46,68 @@ class TourConfig:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Everything the tour measured, base beside SFT."""
+class Marks:
+    """What one stage was measured on: instructions, bugs, Countdown greedy and sampled, and plain calculations."""
 
-    base_chat: Evaluation
-    base_shots: Evaluation
-    base_bugs: Evaluation
-    sft: Evaluation
+    chat: Evaluation
     bugs: Evaluation
     countdown: Evaluation
-    kept_before: Rate
-    kept_after: Rate
+    sampled: Evaluation
+    kept: Rate
+
+    def rates(self) -> dict[str, Rate]:
+        """The lines of the table."""
+        return {
+            "format kept": self.chat.format,
+            "instructions right, in format": self.chat.in_format,
+            "AGENT/EDIT choice right": self.bugs.mode,
+            "whole bug answer right": self.bugs.fix,
+            "Countdown solved, greedy": self.countdown.countdown,
+            "Countdown solved, sampled": self.sampled.countdown,
+            "old skills kept (plain text)": self.kept,
+        }
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Everything the tour measured: each stage by its name, and the base with three examples in its prompt."""
+
+    stages: Mapping[str, Marks]
+    base_shots: Evaluation
+
+    def countdown_change(self, before: str, after: str, *, sampled: bool = True) -> Comparison:
+        """Problems gained and lost between two stages, sampled at temperature 1 or greedy."""
+        pair = (self.stages[name] for name in (before, after))
+        return compare_marks(*([s.correct for s in (m.sampled if sampled else m.countdown).scores] for m in pair))
+
+    def gain(self, before: str, after: str, *, sampled: bool = True) -> float:
+        """Share of the Countdown problems that a stage added."""
+        a, b = (self.stages[name].sampled if sampled else self.stages[name].countdown for name in (before, after))
+        return b.countdown.accuracy - a.countdown.accuracy
 
     @property
     def verdicts(self) -> list[Verdict]:
         """The bars of the tour."""
+        base, sft, last = self.stages["base"], self.stages["sft"], self.stages["rloo"]
         return [
-            Verdict("base: format kept in chat", self.base_chat.format.accuracy, 0.05, at_most=True),
-            Verdict("SFT: format kept", self.sft.format.accuracy, 0.95),
-            Verdict("base: instructions right, in format", self.base_chat.in_format.accuracy, 0.05, at_most=True),
-            Verdict("SFT: instructions right, in format", self.sft.in_format.accuracy, 0.75),
-            Verdict("SFT: AGENT/EDIT choice right", self.bugs.mode.accuracy, 0.95),
+            Verdict("base: format kept in chat", base.chat.format.accuracy, 0.05, at_most=True),
+            Verdict("SFT: format kept", sft.chat.format.accuracy, 0.95),
+            Verdict("base: instructions right, in format", base.chat.in_format.accuracy, 0.05, at_most=True),
+            Verdict("SFT: instructions right, in format", sft.chat.in_format.accuracy, 0.75),
+            Verdict("SFT: AGENT/EDIT choice right", sft.bugs.mode.accuracy, 0.95),
+            Verdict("DPO: Countdown gained, sampled", self.gain("warm", "dpo"), 0.03),
+            Verdict("RLOO: Countdown gained, sampled", self.gain("dpo", "rloo"), 0.075),
+            Verdict("RLOO: Countdown gained since SFT, greedy", self.gain("warm", "rloo", sampled=False), 0.05),
+            Verdict("RLOO: instructions right, in format", last.chat.in_format.accuracy, 0.75),
         ]
 
     def table(self) -> pandas.DataFrame:
-        """The before/after table, rates in [0, 1]; nan where a column does not apply."""
-        lines = {
-            "format kept": (self.base_chat.format, None, self.sft.format),
-            "instructions right, in format": (self.base_chat.in_format, None, self.sft.in_format),
-            "instructions right, leniently": (
-                self.base_chat.instructions, self.base_shots.instructions, self.sft.instructions
-            ),
-            "AGENT/EDIT choice right": (self.base_bugs.mode, None, self.bugs.mode),
-            "whole bug answer right": (self.base_bugs.fix, None, self.bugs.fix),
-            "Countdown solved": (None, None, self.countdown.countdown),
-            "old skills kept (plain text)": (self.kept_before, None, self.kept_after),
-        }
-        nan = float("nan")
-        values = {name: [nan if rate is None else rate.accuracy for rate in rates] for name, rates in lines.items()}
-        frame = pandas.DataFrame(values, index=["base, chat", "base, 3-shot", "after SFT"]).T
+        """The table of rates in [0, 1], one column a stage, and one for the base with three examples (else nan)."""
+        lines = {name: marks.rates() for name, marks in self.stages.items()}
+        frame = pandas.DataFrame({TITLES[name]: {k: r.accuracy for k, r in rates.items()}
+                                  for name, rates in lines.items()})  # fmt: skip
+        shots = {"instructions right, in format": self.base_shots.instructions.accuracy}
+        frame.insert(1, "base, 3-shot*", pandas.Series(shots, dtype=float).reindex(frame.index))
         frame.index.name = "held-out questions"
         return frame
 
@@ -91,60 +117,70 @@ def exact_rows(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["skill"] not in OPEN_SKILLS]
 
 
-def measure(base: Stage, sft: Stage) -> Scores:
-    """Asks base and SFT the held-out questions; the base gets few tokens in chat, where it never stops by itself."""
+def measure(stages: Mapping[str, Stage]) -> Scores:
+    """Asks each stage the held-out questions; the base gets few tokens in chat, where it never stops by itself."""
     rows = exact_rows(load_rows(bundled("instructions", "heldout.jsonl")))
-    shown = load_rows(bundled("instructions", "train.jsonl"))
-    bugs = load_rows(bundled("bugfix", "heldout.jsonl"))
-    puzzles = load_rows(bundled("countdown", "heldout.jsonl"))
+    bugs, puzzles = (load_rows(bundled(name, "heldout.jsonl")) for name in ("bugfix", "countdown"))
     old = [row for row in rows if row["skill"] in KEPT_SKILLS]
-    return Scores(
-        base_chat=evaluate_rows(base.model, base.tokenizer, rows, max_new_tokens=32),
-        base_shots=evaluate_rows(base.model, base.tokenizer, rows, few_shot=3, examples=shown),
-        base_bugs=evaluate_rows(base.model, base.tokenizer, bugs[:100], max_new_tokens=16),
-        sft=evaluate_rows(sft.model, sft.tokenizer, rows),
-        bugs=evaluate_rows(sft.model, sft.tokenizer, bugs),
-        countdown=evaluate_rows(sft.model, sft.tokenizer, puzzles),
-        kept_before=evaluate_kept(base.model, base.tokenizer, old),
-        kept_after=evaluate_kept(sft.model, sft.tokenizer, old),
-    )
+
+    def marks(name: str, s: Stage) -> Marks:
+        asked, budget = (None, None) if name != "base" else (NUM_BASE_ROWS, 24)
+        ask = {"max_new_tokens": budget}
+        return Marks(
+            chat=evaluate_rows(s.model, s.tokenizer, rows, **ask),
+            bugs=evaluate_rows(s.model, s.tokenizer, bugs[:asked], **ask),
+            countdown=evaluate_rows(s.model, s.tokenizer, puzzles[:asked], **ask),
+            sampled=evaluate_rows(s.model, s.tokenizer, puzzles[:asked], params=WARM, **ask),
+            kept=evaluate_kept(s.model, s.tokenizer, old),
+        )
+
+    base, shown = stages["base"], load_rows(bundled("instructions", "train.jsonl"))
+    shots = evaluate_rows(base.model, base.tokenizer, rows, few_shot=3, examples=shown)
+    return Scores({name: marks(name, s) for name, s in stages.items()}, shots)
 
 
-def answers(stages: dict[str, Stage], seed: int = 0) -> pandas.DataFrame:
+def answers(stages: Mapping[str, Stage], seed: int = 0) -> pandas.DataFrame:
     """The three questions under each stage: greedy, but for the joke, which is sampled at temperature 1."""
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    warm, columns = SamplingParams(temperature=1.0), {}
+    columns = {}
     for name, s in stages.items():
         budget = 40 if name == "base" else 120
         texts = [c.text for c in generate(s.model, s.tokenizer, chats, max_new_tokens=budget)]
-        texts[1] = generate(s.model, s.tokenizer, [chats[1]], max_new_tokens=budget, params=warm, seed=seed)[0].text
-        columns[name] = texts
+        texts[1] = generate(s.model, s.tokenizer, [chats[1]], max_new_tokens=budget, params=WARM, seed=seed)[0].text
+        columns[TITLES[name]] = texts
     frame = pandas.DataFrame(columns, index=list(QUESTIONS))
     frame.index.name = "question"
     return frame
 
 
-def before_after_picture(scores: Scores):
-    """The four numbers that changed, base beside SFT, with intervals; returns the axes."""
-    rates = {
-        "ends its turn": (scores.base_chat.format, scores.sft.format),
-        "answers right": (scores.base_chat.in_format, scores.sft.in_format),
-        "AGENT or EDIT": (scores.base_bugs.mode, scores.bugs.mode),
-        "old skills, no chat": (scores.kept_before, scores.kept_after),
-    }
-    columns = dict(zip(("base model", "after SFT"), zip(*rates.values(), strict=True), strict=True))
-    return plots.accuracy_bars(
-        list(rates),
-        {name: [rate.accuracy for rate in column] for name, column in columns.items()},
-        intervals={name: [rate.interval for rate in column] for name, column in columns.items()},
-        title="Before and after a minute of fine-tuning",
-    )
+def puzzle(stages: Mapping[str, Stage]) -> pandas.DataFrame:
+    """One prompt through all stages: the first held-out puzzle that RLOO solves and SFT did not, greedily answered."""
+    rows = load_rows(bundled("countdown", "heldout.jsonl"))
+    found = {name: evaluate_rows(s.model, s.tokenizer, rows[:NUM_BASE_ROWS], max_new_tokens=24)
+             for name, s in stages.items()}  # fmt: skip
+    marks = {name: [score.correct for score in e.scores] for name, e in found.items()}
+    gained = [i for i in range(NUM_BASE_ROWS) if marks["rloo"][i] and not marks["sft"][i]]
+    i = gained[0] if gained else 0
+    said = {TITLES[name]: e.completions[i].text for name, e in found.items()}
+    return pandas.DataFrame(said, index=pandas.Index([rows[i]["instruction"]], name="puzzle"))
+
+
+def stages_picture(scores: Scores):
+    """Five rates over the stages; returns the axes."""
+    names = {
+        "format kept": "ends its turn", "instructions right, in format": "instructions",
+        "AGENT/EDIT choice right": "AGENT or EDIT", "Countdown solved, sampled": "Countdown",
+        "old skills kept (plain text)": "old skills, no chat",
+    }  # fmt: skip
+    table = scores.table().drop(columns="base, 3-shot*")
+    return plots.rate_lines(list(table.columns), {names[k]: list(table.loc[k]) for k in names},
+                            title="What each stage adds, and what it costs")  # fmt: skip
 
 
 def skills_picture(scores: Scores):
     """Accuracy by skill with intervals, the base with three examples beside SFT; returns the axes."""
-    skills = scores.sft.skills
-    series = {"base, 3-shot": scores.base_shots, "after SFT": scores.sft}
+    series = {"base, 3-shot": scores.base_shots, "after SFT": scores.stages["sft"].chat}
+    skills = series["after SFT"].skills
     return plots.accuracy_bars(
         skills,
         {name: [e.skill(s).accuracy for s in skills] for name, e in series.items()},
@@ -153,45 +189,80 @@ def skills_picture(scores: Scores):
     )
 
 
+def reward_picture(rloo: Stage):
+    """The mean reward of each rollout; returns the axes."""
+    rewards = [m["reward"] for m in rloo.metrics if "reward" in m]
+    ax = plots.new_axes(None)
+    steps = range(1, len(rewards) + 1)
+    ax.plot(steps, rewards, color=plots.PALETTE[0], alpha=0.3, linewidth=1)
+    ax.plot(steps, plots.running_mean(rewards, 5), color=plots.PALETTE[0], linewidth=2, label="mean of 5 steps")
+    ax.legend(fontsize=plots.FONT_SIZE, frameon=False)
+    ax.set_ylim(bottom=0)
+    return plots.finish(ax, "optimizer step", "mean reward of 512 answers", "Practice: the reward rises")
+
+
 def main(config: TourConfig, say: Callable[[str], None] = print) -> Path:
     """Runs the tour and returns the path of its page."""
-    say("1/4  A base model, and two new tokens")
-    base, extended = stage("base", preset=config.preset), stage("extended", preset=config.preset)
+
+    def made(name: str) -> Stage:
+        return stage(name, preset=config.preset, say=lambda line: say(f"     {line}"))
+
+    say("1/6  A base model, and two new tokens")
+    stages, extended = {"base": made("base")}, made("extended")
     for text in ("<|AGENT|>", "<|EDIT|>"):
-        pieces = len(base.tokenizer.tokenize(text))
+        pieces = len(stages["base"].tokenizer.tokenize(text))
         say(f"     {text}: {pieces} pieces -> 1 token, id {extended.tokenizer.convert_tokens_to_ids(text)}")
-    say("2/4  Supervised fine-tuning (about a minute of one core; kept for the next time)")
-    sft = stage("sft", preset=config.preset, say=lambda line: say(f"     {line}"))
-    say("3/4  Asking the base and the fine-tuned model the held-out questions")
-    scores = measure(base, sft)
-    said = answers({"base": base, "after SFT": sft}, config.seed)
-    change = compare(scores.base_chat, scores.sft)
-    say("4/4  Writing the page\n")
-    path = write_page(Path(config.output), scores, said, sft)
+    say("2/6  Supervised fine-tuning, then more of one task (each about a minute of one core; kept for the next time)")
+    stages |= {name: made(name) for name in ("sft", "warm")}
+    say("3/6  DPO: the model's own right answers against its own wrong ones")
+    stages["dpo"] = made("dpo")
+    say("4/6  RLOO: practice on fresh problems, with a verifier for a teacher (about a minute and a half)")
+    stages["rloo"] = made("rloo")
+    say("5/6  Asking every stage the held-out questions")
+    scores, said, solved = measure(stages), answers(stages, config.seed), puzzle(stages)
+    say("6/6  Writing the page\n")
+    path = write_page(Path(config.output), scores, said, solved, stages)
     say(scores.table().map(lambda x: "–" if x != x else f"{x:.0%}").to_string())
-    say(f"\n{change.gained} questions gained, {change.lost} lost (exact McNemar p = {change.p_value:.1g})\n")
-    for question, answer in said["after SFT"].items():
-        say(f"You:   {question}\nModel: {answer}\n")
-    say(verdict_table(scores.verdicts).to_string())
+    say("* with three solved examples in the prompt, and read leniently\n")
+    change = compare(scores.stages["base"].chat, scores.stages["sft"].chat)
+    say(f"SFT:  {change.gained} questions gained, {change.lost} lost (exact McNemar p = {change.p_value:.1g})")
+    for name, before in (("dpo", "warm"), ("rloo", "dpo")):
+        change = scores.countdown_change(before, name)
+        say(f"{TITLES[name] + ':':5} {change.gained} of 400 puzzles gained, {change.lost} lost, sampled "
+            f"(p = {change.p_value:.1g})")  # fmt: skip
+    for question, answer in said["SFT"].items():
+        say(f"\nYou:   {question}\nModel: {answer}")
+    say(f"\nOne puzzle through all stages: {solved.index[0]}")
+    for name, answer in solved.iloc[0].items():
+        say(f"{name + ':':9} {answer!r}")
+    say("\n" + verdict_table(scores.verdicts).to_string())
     say(f"\nReport and pictures: {path}  (report.md beside it)")
     say("Open next: `make lab` (or `python lab.py lab`), notebook 00_tour")
     return path
 
 
-def write_page(folder: Path, scores: Scores, said: pandas.DataFrame, sft: Stage) -> Path:
-    """Writes report.html and report.md with the table, the answers, the loss curve and the bars; returns the first."""
+def write_page(
+    folder: Path, scores: Scores, said: pandas.DataFrame, solved: pandas.DataFrame, stages: Mapping[str, Stage]
+) -> Path:
+    """Writes report.html and report.md with the table, the answers, the curves and the bars; returns the first."""
+    sft = stages["sft"]
     loss = plots.loss_curve(range(1, len(sft.losses) + 1), sft.losses)
-    bars, skills = before_after_picture(scores), skills_picture(scores)
     sections = [
-        Section("Before and after", "Rates on questions that were never trained on.", scores.table(),
-                (Picture(bars, "Four rates on held-out questions, base model beside SFT"),)),
+        Section("Stage by stage", "Rates on questions that were never trained on. *With three solved examples in the "
+                "prompt, read leniently.", scores.table(),
+                (Picture(stages_picture(scores), "Five rates on held-out questions over five stages, base to RLOO"),)),
         Section("The three questions", table=said),
-        Section("Training", "Mean surprise of the trained tokens, in nats.",
-                pictures=(Picture(loss, "Training loss over optimizer steps"),)),
-        Section("By skill", "The base model is shown three solved examples, and read leniently.", scores.sft.to_frame(),
-                (Picture(skills, "Accuracy by skill: base model with three examples, and after SFT"),)),
+        Section("One puzzle through all stages", table=solved),
+        Section("Training", "Left to right: the mean surprise of the trained tokens during SFT, in nats, and the mean "
+                "reward during RLOO.",
+                pictures=(Picture(loss, "Training loss over optimizer steps"),
+                          Picture(reward_picture(stages["rloo"]), "Mean reward over optimizer steps of RLOO"))),
+        Section("By skill", "The base model is shown three solved examples, and read leniently.",
+                scores.stages["sft"].chat.to_frame(),
+                (Picture(skills_picture(scores),
+                         "Accuracy by skill: base model with three examples, and after SFT"),)),
     ]  # fmt: skip
-    intro = "A tiny Qwen2, pretrained on generated text, after two new tokens and a minute of fine-tuning."
+    intro = "A tiny Qwen2, pretrained on generated text: two new tokens, SFT, DPO and RLOO, each measured."
     for name in ("report.md", "report.html"):
         path = write_report(folder / name, "The tour", sections, verdicts=scores.verdicts, intro=intro)
     return path
