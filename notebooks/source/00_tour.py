@@ -1,18 +1,19 @@
 # %% [markdown]
 # # 00 · The tour: teach a small Qwen to answer
 #
-# In the next few minutes a language model that can only *continue text* becomes one that *answers you*. You train it
-# yourself, here, on the machine you are sitting at.
+# In the next few minutes a language model that can only *continue text* becomes one that *answers you*, then one that
+# prefers its better answers, then one that has practised. You train it yourself, here, on the machine you are sitting at.
 #
-# ![Four rates on held-out questions, base model beside the fine-tuned one: ends its turn, answers right, chooses AGENT or EDIT, and keeps its old skills](figures/00_before_after.png)
+# ![Five rates on held-out questions over five stages, base, SFT, more SFT, DPO and RLOO: ending the turn, instructions and the choice of AGENT or EDIT rise with SFT, Countdown rises with every stage, old skills fall](figures/00_stages.png)
 #
-# **Read it.** Each row is a rate on questions that were never trained on; the thin line is its 95 % interval. The base
-# model *has* its skills (last row), and yet answers nothing. Fine-tuning is the difference, and it has a price.
+# **Read it.** Each line is a rate on questions that were never trained on, stage by stage from left to right. The base
+# model *has* its skills (the line that starts high), and yet answers nothing. Each stage lifts what it is aimed at, and
+# the line that falls is the price.
 #
 # | | |
 # |---|---|
-# | **You will be able to** | add tokens to a tokenizer and a model · say which tokens a chat model is trained on · fine-tune, and prove with numbers that it helped and what it cost |
-# | **Time** | 15 minutes to read; 2 minutes to compute the first time, half of that afterwards |
+# | **You will be able to** | add tokens to a tokenizer and a model · say which tokens a chat model is trained on · fine-tune, and prove with numbers that it helped and what it cost · tell SFT, DPO and RLOO apart by what they learn from |
+# | **Time** | 20 minutes to read; 5 minutes to compute the first time, one afterwards |
 # | **Hardware** | two CPU cores. No GPU, no network |
 # | **Before this** | nothing: some Python, and the idea of a gradient |
 
@@ -37,13 +38,14 @@ import math
 import torch
 
 from qftlab.core import plots
-from qftlab.core.losses import masked_cross_entropy
+from qftlab.core.losses import dpo_loss, leave_one_out_advantages, masked_cross_entropy
+from qftlab.core.rewards import countdown_reward
 from qftlab.data.bundled import bundled
-from qftlab.data.sources import load_rows
+from qftlab.data.sources import load, load_rows
 from qftlab.evaluate.kept import evaluate_kept
 from qftlab.evaluate.skills import compare, evaluate_rows
 from qftlab.generate.engine import generate
-from qftlab.teach import stages, views
+from qftlab.teach import stages, tour, views
 from qftlab.text.chat import render_chat, row_to_messages
 
 # %% [markdown]
@@ -266,8 +268,8 @@ print("base, in its own notation:", own_notation.strip())
 # %%
 from qftlab.core.sampling import SamplingParams
 
-warm = SamplingParams(temperature=1.0)
-jokes = generate(sft.model, sft.tokenizer, [chats[1]] * 4, max_new_tokens=60, params=warm, seed=SEED)
+lively = SamplingParams(temperature=1.0)
+jokes = generate(sft.model, sft.tokenizer, [chats[1]] * 4, max_new_tokens=60, params=lively, seed=SEED)
 print("\n".join(c.text for c in jokes))
 
 # %% [markdown]
@@ -326,6 +328,104 @@ for name, s in [("base", base), ("after SFT", sft)]:
 # > `47 + 38 =`, outside any chat, fall all the same? Write down two reasons before you read notebook 05.
 
 # %% [markdown]
+# ## 9 · Prefer: DPO
+#
+# **Idea.** SFT shows good answers; it never says that an answer is *bad*. From here on the task is Countdown, where a
+# program can tell: make 35 from 3, 7 and 14, each used once. First the model gets a second helping of demonstrations
+# (*more SFT*), with some of the old rows in between so that it forgets less. Then it is asked 1,600 fresh puzzles, eight
+# times each at temperature 1. A right answer of its own, beside a wrong one to the same puzzle, is a *pair*.
+
+# %%
+warm = stages.stage("warm", preset=PRESET)
+dpo = stages.stage("dpo", preset=PRESET)
+pairs = load(dpo.path / "pairs.jsonl").rows
+assert all(countdown_reward(p["chosen"], p["numbers"], p["target"]) == 1 for p in pairs)
+assert all(countdown_reward(p["rejected"], p["numbers"], p["target"]) < 1 for p in pairs)
+
+# %% tags=["nbval-ignore-output"]
+for pair in pairs[:2]:
+    print(pair["prompt"][-1]["content"], "\n  chosen:  ", pair["chosen"], "\n  rejected:", pair["rejected"])
+
+# %% [markdown]
+# **Formula.** Let $g$ be how much more likely an answer has become than it was before this stage, in nats. DPO widens
+# the gap between the chosen answer's $g^+$ and the rejected one's $g^-$:
+#
+# $$ \mathcal{L}_{\text{DPO}} = -\log \sigma\big(\beta\,(g^+ - g^-)\big) $$
+#
+# **Toy numbers.** The chosen answer has gained 1 nat, the rejected one has lost 1, and $\beta = 0.5$: the loss is
+# $-\log\sigma(1) = 0.31$. Before the first step both gains are 0, and the loss is $\log 2 = 0.69$.
+
+# %%
+nats = torch.tensor([[-2.0, -5.0], [-3.0, -4.0]])  # log-probabilities: now, before; chosen, rejected
+loss = dpo_loss(*nats[0].view(2, 1), *nats[1].view(2, 1), beta=0.5)
+start = dpo_loss(*nats[1].view(2, 1), *nats[1].view(2, 1), beta=0.5)
+assert abs(loss.item() - math.log(1 + math.exp(-1))) < 1e-6 and abs(start.item() - math.log(2)) < 1e-6
+print(f"{loss.item():.2f} nats by the library, {start.item():.2f} before the first step")
+
+# %% [markdown]
+# ## 10 · Practise: RLOO
+#
+# **Idea.** Pairs were written down once. Reinforcement learning samples anew at every step and asks only for a *number*:
+# 1 for a right answer, 0.1 for a wrong one in the right form, 0 otherwise. Sixty-four fresh puzzles a step, eight answers
+# to each; every answer is compared with the mean of the other seven.
+#
+# **Formula.** With $n$ answers to one prompt, *leave one out*:
+#
+# $$ A_i = R_i - \frac{1}{n-1} \sum_{j \ne i} R_j $$
+#
+# and the log-probability of answer $i$ is pushed up in proportion to $A_i$, or down where it is negative.
+#
+# **Toy numbers.** Four answers, one of them right: the right one gets $1 - 0 = 1$, each other $0 - \frac13$.
+# If all answers earn the same, every advantage is 0 and the puzzle teaches nothing: a model cannot practise what it never
+# gets right, nor what it never gets wrong.
+
+# %%
+advantages = leave_one_out_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+assert torch.allclose(advantages, torch.tensor([[1.0, -1 / 3, -1 / 3, -1 / 3]]))
+
+# %%
+rloo = stages.stage("rloo", preset=PRESET)
+views.show_figure(tour.reward_picture(rloo), alt="Mean reward over optimizer steps: it rises")
+
+# %% [markdown]
+# **Read it.** The mean reward of 512 fresh answers, step by step. No answer was ever shown to the model in this stage;
+# it was only told, of its own attempts, which ones counted.
+
+# %% [markdown]
+# ## 11 · The whole way
+#
+# All stages, the same held-out questions. Countdown is *sampled* here, one answer at temperature 1: that is what a
+# policy does, and it shows how sure the model is of what it knows.
+
+# %%
+chain = {"base": base, "sft": sft, "warm": warm, "dpo": dpo, "rloo": rloo}
+scores = tour.measure(chain)
+alt = "Five rates over five stages: format, instructions and mode rise with SFT, Countdown with every stage, old skills fall"
+views.show_figure(tour.stages_picture(scores), alt=alt)
+
+# %% [markdown]
+# **Read it.** SFT lifts the format, and with it everything that can be counted. *More SFT* buys Countdown and pays with
+# old skills. DPO and RLOO lift Countdown further without a single new demonstration, and cost little besides: they
+# change how often the model does what it already can.
+#
+# > **Explain.** Greedy accuracy rises less than sampled accuracy in the last two stages. What does that say about what
+# > practice changed: what the model *can* do, or how *reliably* it does it? Notebook 08 measures it with pass@k.
+
+# %%
+for before, after in [("warm", "dpo"), ("dpo", "rloo")]:
+    change = scores.countdown_change(before, after)
+    assert change.gained > change.lost
+    print(f"{tour.TITLES[after]}: more puzzles gained than lost; p < 0.05: {change.p_value < 0.05}")
+assert all(verdict.passed for verdict in scores.verdicts)
+
+# %% [markdown]
+# One puzzle through all of it, greedily answered: the first of the held-out ones that RLOO solves and SFT did not.
+
+# %% tags=["nbval-ignore-output"]
+solved = tour.puzzle(chain)
+views.side_by_side({solved.index[0]: dict(solved.iloc[0])})
+
+# %% [markdown]
 # ## At 0.5B
 #
 # **The same:** the template, the mask, the loss, the loop, the two tokens. On Qwen2.5-0.5B, `<|AGENT|>` becomes id
@@ -344,12 +444,15 @@ for name, s in [("base", base), ("after SFT", sft)]:
 # 2. New tokens need rows, rows need sensible values, and the matrix must never shrink.
 # 3. Only the assistant's words and its `<|im_end|>` are trained.
 # 4. Compare on held-out questions, with intervals, against a fair baseline, and look at what was lost.
+# 5. SFT learns from answers, DPO from pairs of answers, RLOO from rewards; each needs the one before to have done its
+#    work.
 #
-# **What comes next.** Two more stages follow SFT in this lab: *DPO* learns from pairs of a better and a worse answer
-# (notebook 07), and *RLOO* from a reward alone (notebook 08). Each adds a column to the tables above.
+# **What comes next.** Notebook 01 opens the tokenizer. If you came for preferences or rewards, *DPO* is taken apart in
+# notebook 07 and *RLOO*, with a reward that gets hacked before your eyes, in notebook 08.
 #
 # **Sources.** Ouyang et al. 2022, *Training language models to follow instructions with human feedback*
 # (arXiv:2203.02155). Qwen team 2024, *Qwen2.5 technical report* (arXiv:2412.15115). Hewitt 2021, *Initializing new word
 # embeddings for pretrained language models* (the mean of the rows). Wilson 1927, *Probable inference, the law of
 # succession, and statistical inference* (the interval). Zhou et al. 2023, *LIMA* (arXiv:2305.11206), on format against
-# content.
+# content. Rafailov et al. 2023, *Direct preference optimization* (arXiv:2305.18290). Ahmadian et al. 2024, *Back to
+# basics: revisiting REINFORCE-style optimization* (arXiv:2402.14740).

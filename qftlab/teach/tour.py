@@ -155,11 +155,11 @@ def answers(stages: Mapping[str, Stage], seed: int = 0) -> pandas.DataFrame:
 
 def puzzle(stages: Mapping[str, Stage]) -> pandas.DataFrame:
     """One prompt through all stages: the first held-out puzzle that RLOO solves and SFT did not, greedily answered."""
-    rows = load_rows(bundled("countdown", "heldout.jsonl"))
-    found = {name: evaluate_rows(s.model, s.tokenizer, rows[:NUM_BASE_ROWS], max_new_tokens=24)
+    rows = load_rows(bundled("countdown", "heldout.jsonl"))[:NUM_BASE_ROWS]
+    found = {name: evaluate_rows(s.model, s.tokenizer, rows, max_new_tokens=24)
              for name, s in stages.items()}  # fmt: skip
     marks = {name: [score.correct for score in e.scores] for name, e in found.items()}
-    gained = [i for i in range(NUM_BASE_ROWS) if marks["rloo"][i] and not marks["sft"][i]]
+    gained = [i for i in range(len(rows)) if marks["rloo"][i] and not marks["sft"][i]]
     i = gained[0] if gained else 0
     said = {TITLES[name]: e.completions[i].text for name, e in found.items()}
     return pandas.DataFrame(said, index=pandas.Index([rows[i]["instruction"]], name="puzzle"))
@@ -228,7 +228,7 @@ def main(config: TourConfig, say: Callable[[str], None] = print) -> Path:
     say(f"SFT:  {change.gained} questions gained, {change.lost} lost (exact McNemar p = {change.p_value:.1g})")
     for name, before in (("dpo", "warm"), ("rloo", "dpo")):
         change = scores.countdown_change(before, name)
-        say(f"{TITLES[name] + ':':5} {change.gained} of 400 puzzles gained, {change.lost} lost, sampled "
+        say(f"{TITLES[name] + ':':5} {change.gained} of {change.before.n} puzzles gained, {change.lost} lost, sampled "
             f"(p = {change.p_value:.1g})")  # fmt: skip
     for question, answer in said["SFT"].items():
         say(f"\nYou:   {question}\nModel: {answer}")

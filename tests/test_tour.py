@@ -1,0 +1,47 @@
+"""The tour's page, with the base model in the place of every stage: what is measured, said and written."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from qftlab.data.sources import load_rows
+from qftlab.teach import stages, tour
+
+
+@pytest.fixture(scope="module")
+def said_and_page(tmp_path_factory):
+    """What the tour says and the page it writes, on every eighth held-out row."""
+    folder, said = tmp_path_factory.mktemp("tour"), []
+    base = stages.stage("base", root=folder)
+    records = [{"step": i, "loss": 2.0 - 0.1 * i, "reward": 0.1 * i} for i in range(1, 9)]
+
+    def fake(name: str, preset: str, say) -> stages.Stage:
+        if name == "extended":
+            return stages.stage(name, preset, root=folder, say=say)
+        return dataclasses.replace(base, name=name, metrics=records)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tour, "stage", fake)
+        patch.setattr(tour, "load_rows", lambda path: load_rows(path)[::8])
+        page = tour.main(tour.TourConfig(output=str(folder / "page")), say=said.append)
+    return "\n".join(said), page
+
+
+def test_every_stage_has_its_column_and_every_question_its_answer(said_and_page) -> None:
+    said, page = said_and_page
+    text = (page.parent / "report.md").read_text(encoding="utf-8")
+    for title in tour.TITLES.values():
+        assert title in said and title in text
+    for question in tour.QUESTIONS:
+        assert f"You:   {question}" in said and question in text
+    assert page.name == "report.html" and page.stat().st_size > 20_000
+    assert len(list(page.parent.glob("*.png"))) == 4
+
+
+def test_equal_models_gain_nothing_and_the_bars_say_so(said_and_page) -> None:
+    said, _ = said_and_page
+    assert "DPO:  0 of 50 puzzles gained, 0 lost, sampled (p = 1)" in said
+    verdicts = {line.split("  ")[0]: line.rsplit(" ", 1)[1] for line in said.splitlines() if ": " in line}
+    assert verdicts["base: format kept in chat"] == "passed" and verdicts["RLOO: Countdown gained, sampled"] == "missed"
