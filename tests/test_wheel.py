@@ -17,7 +17,7 @@ RUN_NOTEBOOK = """
 import sys, nbformat
 from nbclient import NotebookClient
 notebook = nbformat.read(sys.argv[1], as_version=4)
-NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": "."}}).execute()
+NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": "."}}).execute()
 """
 
 
@@ -75,6 +75,7 @@ def test_installed_wheel_finds_the_data_from_an_empty_folder(installed: Path, tm
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_installed_wheel_runs_notebook_00(installed: Path, tmp_path: Path) -> None:
     notebooks = sorted((ROOT / "notebooks").glob("00*.ipynb"))
     assert notebooks, "notebooks/ has no notebook 00"
