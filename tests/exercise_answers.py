@@ -6,12 +6,16 @@ with words that the check must say about it.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from qftlab.core.rewards import extract_answer, parse_expression
 
 
 @dataclass(frozen=True)
@@ -960,5 +964,342 @@ ANSWERS |= {
             (merge_adapter_in_place, "changed in place"),
             (merge_adapter_swapped, "wrong way round"),
         ),
+    ),
+}
+
+
+# 07.1 ---------------------------------------------------------------------------------------------------------------
+def stub_dpo(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """The DPO loss of each pair (B,), from log-probabilities of whole answers (B,) in nats."""
+    ...
+
+
+def dpo_by_logsigmoid(chosen, rejected, ref_chosen, ref_rejected, beta):
+    gain = (chosen - ref_chosen) - (rejected - ref_rejected)
+    return -torch.nn.functional.logsigmoid(beta * gain)
+
+
+def dpo_by_softplus(chosen, rejected, ref_chosen, ref_rejected, beta):
+    policy, reference = chosen - rejected, ref_chosen - ref_rejected
+    return torch.nn.functional.softplus(-beta * (policy - reference))
+
+
+def dpo_that_underflows(chosen, rejected, ref_chosen, ref_rejected, beta):
+    return -torch.log(torch.sigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected))))
+
+
+def dpo_without_reference(chosen, rejected, ref_chosen, ref_rejected, beta):
+    return -torch.nn.functional.logsigmoid(beta * (chosen - rejected))
+
+
+def dpo_swapped(chosen, rejected, ref_chosen, ref_rejected, beta):
+    return -torch.nn.functional.logsigmoid(beta * ((rejected - ref_rejected) - (chosen - ref_chosen)))
+
+
+# 07.2 ---------------------------------------------------------------------------------------------------------------
+def stub_smoothed(score, epsilon):
+    """The loss of each pair (B,) whose label is the wrong way round with probability epsilon; score = beta · h."""
+    ...
+
+
+def smoothed_by_two_losses(score, epsilon):
+    log_sigmoid = torch.nn.functional.logsigmoid
+    return -(1 - epsilon) * log_sigmoid(score) - epsilon * log_sigmoid(-score)
+
+
+def smoothed_by_shift(score, epsilon):  # -log σ(-s) = -log σ(s) + s
+    return torch.nn.functional.softplus(-score) + epsilon * score
+
+
+def smoothed_not(score, epsilon):
+    return -torch.nn.functional.logsigmoid(score)
+
+
+def smoothed_inside_the_log(score, epsilon):
+    return -torch.log((1 - epsilon) * torch.sigmoid(score) + epsilon * torch.sigmoid(-score))
+
+
+# 07.3 ---------------------------------------------------------------------------------------------------------------
+def stub_preferred(margins):
+    """Share of the pairs whose margin (B,) is above 0; a tie counts half."""
+    ...
+
+
+def preferred_by_sign(margins):
+    return ((torch.sign(margins) + 1) / 2).mean().item()
+
+
+def preferred_by_loop(margins):
+    points = [1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins.tolist()]
+    return sum(points) / len(points)
+
+
+def preferred_strictly(margins):
+    return (margins > 0).float().mean().item()
+
+
+def preferred_weakly(margins):
+    return (margins >= 0).float().mean().item()
+
+
+# 07.4 ---------------------------------------------------------------------------------------------------------------
+def stub_implicit_reward(logprobs, ref_logprobs, mask, beta):
+    """The implicit reward of each answer (B,): beta times the gain of its trained tokens; all (B, T), mask bool."""
+    ...
+
+
+def implicit_reward_by_mask(logprobs, ref_logprobs, mask, beta):
+    return beta * ((logprobs - ref_logprobs) * mask).sum(1)
+
+
+def implicit_reward_by_row(logprobs, ref_logprobs, mask, beta):
+    return torch.stack([beta * (p[m].sum() - r[m].sum()) for p, r, m in zip(logprobs, ref_logprobs, mask, strict=True)])
+
+
+def implicit_reward_of_everything(logprobs, ref_logprobs, mask, beta):
+    return beta * (logprobs - ref_logprobs).sum(1)
+
+
+def implicit_reward_by_mean(logprobs, ref_logprobs, mask, beta):
+    return beta * ((logprobs - ref_logprobs) * mask).sum(1) / mask.sum(1)
+
+
+# 07.5 ---------------------------------------------------------------------------------------------------------------
+def stub_best_of(scores, values, n):
+    """The mean value of the best-scored of n answers, over all choices of n among them; no two scores are equal."""
+    ...
+
+
+def best_of_by_counting(scores, values, n):
+    order = sorted(range(len(scores)), key=lambda i: scores[i])
+    total = sum(math.comb(rank, n - 1) * values[i] for rank, i in enumerate(order))
+    return total / math.comb(len(scores), n)
+
+
+def best_of_by_enumeration(scores, values, n):
+    choices = list(itertools.combinations(range(len(scores)), n))
+    return sum(values[max(choice, key=lambda i: scores[i])] for choice in choices) / len(choices)
+
+
+def best_of_all(scores, values, n):
+    return float(values[max(range(len(scores)), key=lambda i: scores[i])])
+
+
+def best_of_highest_values(scores, values, n):
+    ranked = sorted(values)
+    return sum(math.comb(rank, n - 1) * value for rank, value in enumerate(ranked)) / math.comb(len(ranked), n)
+
+
+ANSWERS |= {
+    "07.1": Answers(
+        stub_dpo,
+        (dpo_by_logsigmoid, dpo_by_softplus),
+        (
+            (dpo_that_underflows, "underflows"),
+            (dpo_without_reference, "reference is missing"),
+            (dpo_swapped, "wrong way round"),
+        ),
+    ),
+    "07.2": Answers(
+        stub_smoothed,
+        (smoothed_by_two_losses, smoothed_by_shift),
+        ((smoothed_not, "not smoothed"), (smoothed_inside_the_log, "smooth the two losses")),
+    ),
+    "07.3": Answers(
+        stub_preferred,
+        (preferred_by_sign, preferred_by_loop),
+        ((preferred_strictly, "counts as wrong"), (preferred_weakly, "counts as right")),
+    ),
+    "07.4": Answers(
+        stub_implicit_reward,
+        (implicit_reward_by_mask, implicit_reward_by_row),
+        ((implicit_reward_of_everything, "apply the mask"), (implicit_reward_by_mean, "adds them up")),
+    ),
+    "07.5": Answers(
+        stub_best_of,
+        (best_of_by_counting, best_of_by_enumeration),
+        ((best_of_all, "drawn among them"), (best_of_highest_values, "the *score* chooses")),
+    ),
+}
+
+
+# 08.1 ---------------------------------------------------------------------------------------------------------------
+def stub_advantages(rewards):
+    """Each reward (P, G) minus the mean of the other answers' in its row."""
+    ...
+
+
+def advantages_from_sums(rewards):
+    others = rewards.sum(-1, keepdim=True) - rewards
+    return rewards - others / (rewards.shape[-1] - 1)
+
+
+def advantages_by_loop(rewards):
+    rows = []
+    for row in rewards.tolist():
+        rows.append([r - sum(row[:i] + row[i + 1 :]) / (len(row) - 1) for i, r in enumerate(row)])
+    return torch.tensor(rows)
+
+
+def advantages_with_itself(rewards):
+    return rewards - rewards.mean(-1, keepdim=True)
+
+
+def advantages_over_the_batch(rewards):
+    return rewards - rewards.mean()
+
+
+def advantages_by_spread(rewards):
+    return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)
+
+
+# 08.2 ---------------------------------------------------------------------------------------------------------------
+def stub_clipped(logprobs, old_logprobs, advantages, epsilon):
+    """The clipped loss of each answer (N,): -min(ratio · A, clipped ratio · A)."""
+    ...
+
+
+def clipped_by_minimum(logprobs, old_logprobs, advantages, epsilon):
+    ratio = torch.exp(logprobs - old_logprobs)
+    return -torch.minimum(ratio * advantages, torch.clamp(ratio, 1 - epsilon, 1 + epsilon) * advantages)
+
+
+def clipped_by_sign(logprobs, old_logprobs, advantages, epsilon):
+    ratio = torch.exp(logprobs - old_logprobs)
+    held = torch.where(advantages > 0, ratio.clamp(max=1 + epsilon), ratio.clamp(min=1 - epsilon))
+    return -held * advantages
+
+
+def clipped_not(logprobs, old_logprobs, advantages, epsilon):
+    return -torch.exp(logprobs - old_logprobs) * advantages
+
+
+def clipped_always(logprobs, old_logprobs, advantages, epsilon):
+    return -torch.exp(logprobs - old_logprobs).clamp(1 - epsilon, 1 + epsilon) * advantages
+
+
+# 08.3 ---------------------------------------------------------------------------------------------------------------
+def stub_k3(logprobs, ref_logprobs):
+    """The k3 estimate of KL(policy, reference) at each token (T,), from tokens that the policy sampled."""
+    ...
+
+
+def k3_by_exp(logprobs, ref_logprobs):
+    ratio = ref_logprobs - logprobs
+    return ratio.exp() - 1 - ratio
+
+
+def k3_by_probabilities(logprobs, ref_logprobs):
+    return ref_logprobs.exp() / logprobs.exp() - 1 + logprobs - ref_logprobs
+
+
+def k3_turned(logprobs, ref_logprobs):
+    ratio = logprobs - ref_logprobs
+    return ratio.exp() - 1 - ratio
+
+
+def k3_as_k1(logprobs, ref_logprobs):
+    return logprobs - ref_logprobs
+
+
+# 08.4 ---------------------------------------------------------------------------------------------------------------
+def stub_selection(prompts, answers, rewards, limit):
+    """(prompt, answer) of right answers: in order, none twice for a prompt, at most `limit` a prompt."""
+    ...
+
+
+def selection_by_loop(prompts, answers, rewards, limit):
+    kept = []
+    for prompt, texts, marks in zip(prompts, answers, rewards, strict=True):
+        mine = []
+        for text, mark in zip(texts, marks, strict=True):
+            if mark == 1 and text not in mine and len(mine) < limit:
+                mine.append(text)
+        kept += [(prompt, text) for text in mine]
+    return kept
+
+
+def selection_by_dict(prompts, answers, rewards, limit):
+    right = [{t: None for t, m in zip(ts, ms, strict=True) if m == 1} for ts, ms in zip(answers, rewards, strict=True)]
+    return [(prompt, text) for prompt, texts in zip(prompts, right, strict=True) for text in list(texts)[:limit]]
+
+
+def selection_of_paid(prompts, answers, rewards, limit):
+    right = [{t: None for t, m in zip(ts, ms, strict=True) if m} for ts, ms in zip(answers, rewards, strict=True)]
+    return [(prompt, text) for prompt, texts in zip(prompts, right, strict=True) for text in list(texts)[:limit]]
+
+
+def selection_with_doubles(prompts, answers, rewards, limit):
+    right = [[t for t, m in zip(ts, ms, strict=True) if m == 1] for ts, ms in zip(answers, rewards, strict=True)]
+    return [(prompt, text) for prompt, texts in zip(prompts, right, strict=True) for text in texts[:limit]]
+
+
+# 08.5 ---------------------------------------------------------------------------------------------------------------
+def stub_verifier(text, numbers, target):
+    """1.0 for an answer that keeps every rule, 0.1 for one that can be read but is wrong, 0.0 otherwise."""
+    ...
+
+
+def verifier_by_sorting(text, numbers, target):
+    answer = extract_answer(text)
+    expression = None if answer is None else parse_expression(answer)
+    if expression is None:
+        return 0.0
+    is_right = expression.value == target and sorted(expression.numbers) == sorted(numbers)
+    return 1.0 if is_right else 0.1
+
+
+def verifier_by_counting(text, numbers, target):
+    answer = extract_answer(text)
+    if answer is None or (expression := parse_expression(answer)) is None:
+        return 0.0
+    if Counter(expression.numbers) != Counter(numbers):
+        return 0.1
+    return 1.0 if expression.value == target else 0.1
+
+
+def verifier_of_values(text, numbers, target):
+    answer = extract_answer(text)
+    expression = None if answer is None else parse_expression(answer)
+    if expression is None:
+        return 0.0
+    return 1.0 if expression.value == target else 0.1
+
+
+def verifier_by_set(text, numbers, target):
+    answer = extract_answer(text)
+    expression = None if answer is None else parse_expression(answer)
+    if expression is None:
+        return 0.0
+    return 1.0 if expression.value == target and set(expression.numbers) == set(numbers) else 0.1
+
+
+ANSWERS |= {
+    "08.1": Answers(
+        stub_advantages,
+        (advantages_from_sums, advantages_by_loop),
+        (
+            (advantages_with_itself, "leave the answer itself out"),
+            (advantages_over_the_batch, "each row has its own"),
+            (advantages_by_spread, "as GRPO does"),
+        ),
+    ),
+    "08.2": Answers(
+        stub_clipped,
+        (clipped_by_minimum, clipped_by_sign),
+        ((clipped_not, "not clipped"), (clipped_always, "always clipped")),
+    ),
+    "08.3": Answers(
+        stub_k3, (k3_by_exp, k3_by_probabilities), ((k3_turned, "turned round"), (k3_as_k1, "may be negative"))
+    ),
+    "08.4": Answers(
+        stub_selection,
+        (selection_by_loop, selection_by_dict),
+        ((selection_of_paid, "they are wrong"), (selection_with_doubles, "kept twice")),
+    ),
+    "08.5": Answers(
+        stub_verifier,
+        (verifier_by_sorting, verifier_by_counting),
+        ((verifier_of_values, "shortcut is still paid"), (verifier_by_set, "a set forgets")),
     ),
 }

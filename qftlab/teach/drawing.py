@@ -24,7 +24,10 @@ MAX_CELLS = 60  # of text in one chip
 
 @dataclass(frozen=True)
 class Chip:
-    """One token as drawn: `text` over `below` (its id); `then` is what it predicts; `mark` None draws no underline."""
+    """One token as drawn: `text` over `below` (its id); `then` is what it predicts; `mark` None draws no underline.
+
+    `note` is a line under the id, in the place of `then`; `tint` colours the chip, blue up to 1 and orange down to −1.
+    """
 
     text: str
     below: str = ""
@@ -32,6 +35,8 @@ class Chip:
     mark: bool | None = None
     is_special: bool = False
     ends_line: bool = False
+    note: str = ""
+    tint: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ def svg_page(width: float, height: float, title: str, body: str) -> str:
 
 def chips_svg(strips: Sequence[Strip], *, title: str, legend: str = "") -> str:
     """Strips of chips, wrapped at 900 px and after each newline token."""
-    layers = {name: [] for name in ("plain", "trained", "dotted", "solid", "texts", "ids", "thens", "words")}
+    layers = {name: [] for name in ("plain", "trained", "tints", "dotted", "solid", "texts", "ids", "thens", "words")}
     y = float(MARGIN)
     for text in filter(None, (title, legend)):
         weight = "bold" if text == title else "normal"
@@ -77,7 +82,7 @@ def chips_svg(strips: Sequence[Strip], *, title: str, legend: str = "") -> str:
 def _lay_out(strip: Strip, y: float, layers: dict[str, list[str]]) -> float:
     """Draws the strip's chips from `y` down and returns where the next strip starts."""
     left = MARGIN + (GUTTER if strip.first is not None else 0)
-    has_then = any(chip.then is not None for chip in strip.chips)
+    has_then = any(chip.then is not None or chip.note for chip in strip.chips)
     height = 60 if has_then else 41
     step = height + (24 if any(chip.mark is not None for chip in strip.chips) else 10)
     x = float(left)
@@ -99,18 +104,25 @@ def _lay_out(strip: Strip, y: float, layers: dict[str, list[str]]) -> float:
 def _chip_width(chip: Chip) -> float:
     shown = min(cells(chip.text), MAX_CELLS) * CELL
     then = 0 if chip.then is None else (min(cells(chip.then), MAX_CELLS) + 2) * SMALL_CELL
-    return max(24, shown + 12, len(chip.below) * SMALL_CELL + 8, then + 8)
+    return max(24, shown + 12, max(len(chip.below), len(chip.note)) * SMALL_CELL + 8, then + 8)
 
 
 def _draw_chip(chip: Chip, x: float, y: float, width: float, height: float, layers: dict[str, list[str]]) -> None:
     middle = x + width / 2
-    layers["trained" if chip.mark else "plain"].append(f"M{x:.0f} {y:.0f}h{width:.0f}v{height}h-{width:.0f}z")
+    kind = "trained" if chip.mark and not chip.note else "plain"  # beside a tint, their blue would be read as one
+    layers[kind].append(f"M{x:.0f} {y:.0f}h{width:.0f}v{height}h-{width:.0f}z")
+    if chip.tint:
+        box = f'x="{x:.0f}" y="{y:.0f}" width="{width:.0f}" height="{height}"'
+        look = f'fill="{BLUE if chip.tint > 0 else ORANGE}" fill-opacity="{0.8 * min(1, abs(chip.tint)):.1f}"'
+        layers["tints"].append(f"<rect {box} {look}/>")
     weight = ' font-weight="bold"' if chip.is_special else ""
     layers["texts"].append(_text(middle, y + 19, shorten(chip.text, MAX_CELLS), weight))
     if chip.below:
         layers["ids"].append(_text(middle, y + 35, chip.below))
     if chip.then is not None:
         layers["thens"].append(_text(middle, y + 54, "→ " + shorten(chip.then, MAX_CELLS)))
+    if chip.note:
+        layers["thens"].append(_text(middle, y + 54, chip.note))
     if chip.mark is not None:
         layers["solid" if chip.mark else "dotted"].append(f"M{x:.0f} {y + height + 2:.0f}h{width:.0f}")
         size = 12 if chip.mark else 20  # the dot is small
@@ -131,7 +143,9 @@ def _joined(layers: dict[str, list[str]]) -> str:
     words = [("texts", MONO, 14, INK, "middle"), ("ids", MONO, 12, GREY, "middle"),
              ("thens", MONO, 12, INK, "middle"), ("words", SANS, 12, INK, "start")]  # fmt: skip
     drawn = [path.format("".join(layers[name]), *how) for name, *how in shapes if layers[name]]
-    return "".join(drawn + [group.format(*how, "".join(layers[name])) for name, *how in words if layers[name]])
+    return "".join(
+        drawn + layers["tints"] + [group.format(*how, "".join(layers[name])) for name, *how in words if layers[name]]
+    )
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class Token:
         is_trained: whether its own label counts in the loss; None where no mask was given.
         predicts: visible text of the next token, which this position learns to predict; None at the end.
         is_loss_here: whether that prediction counts in the loss, which is the mask shifted by one; None without mask.
+        gain: how much more likely one model finds it than another, in nats; None where nobody measured.
     """
 
     position: int
@@ -38,6 +39,7 @@ class Token:
     is_trained: bool | None
     predicts: str | None
     is_loss_here: bool | None
+    gain: float | None = None
 
 
 def visible(text: str | bytes, *, prose: bool = False) -> str:

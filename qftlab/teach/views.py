@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from io import BytesIO
 from textwrap import wrap
@@ -105,7 +105,9 @@ class TokenView:
     def _chip(self, token: Token) -> Chip:
         mark = token.is_loss_here if self.shift else token.is_trained
         then = (token.predicts or "(end)") if self.shift else None
-        return Chip(token.text, str(token.id), then, mark, token.is_special, ends_line="⏎" in token.text)
+        note = "" if token.gain is None else _signed(token.gain)
+        tint = 0.0 if token.gain is None else max(-1.0, min(1.0, round(token.gain) / 4))
+        return Chip(token.text, str(token.id), then, mark, token.is_special, "⏎" in token.text, note, tint)
 
     def _heading(self, number: int) -> str:
         parts = [f"row {number + 1} of {len(self.rows)}"] if len(self.rows) > 1 else []
@@ -118,6 +120,8 @@ class TokenView:
         return ", ".join(parts)
 
     def _legend(self) -> str:
+        if self._has_gains():
+            return "under the id: the gain of the policy over the reference in nats; blue is up, orange is down"
         if self.shift:
             marks = "; solid line and T: this prediction is trained; dotted and ·: it is not" if self.is_masked else ""
             return f"→ what the position learns to predict{marks}"
@@ -133,11 +137,15 @@ class TokenView:
 
     def _columns(self) -> list[str]:
         mark = ["loss here" if self.shift else "trained"] if self.is_masked else []
-        return ["position", "id", "token", *mark, "predicts"]
+        return ["position", "id", "token", *mark, *(["gain"] if self._has_gains() else []), "predicts"]
+
+    def _has_gains(self) -> bool:
+        return any(token.gain is not None for row in self.rows for token in row)
 
     def _cells(self, token: Token) -> list[str]:
         mark = ["T" if (token.is_loss_here if self.shift else token.is_trained) else "·"] if self.is_masked else []
-        return [str(token.position), str(token.id), token.text, *mark, token.predicts or "(end)"]
+        gain = ["" if token.gain is None else _signed(token.gain)] if self._has_gains() else []
+        return [str(token.position), str(token.id), token.text, *mark, *gain, token.predicts or "(end)"]
 
     def _table(self, number: int) -> str:
         head = "".join(f'<th scope="col">{name}</th>' for name in self._columns())
@@ -161,6 +169,11 @@ class TokenView:
     __repr__ = __str__
 
 
+def _signed(gain: float) -> str:
+    """A gain with one decimal and its sign; "0.0" for what rounds to it."""
+    return f"{gain:+.1f}".replace("-", "−") if round(gain, 1) else "0.0"
+
+
 def _trained_text(row: Sequence[Token]) -> str:
     """The trained stretches of a row, or all of it where nothing is masked, for the alt text."""
     if row and row[0].is_trained is None:
@@ -176,6 +189,7 @@ def _trained_text(row: Sequence[Token]) -> str:
 def token_view(
     tokenizer, ids: Sequence[int], mask: Sequence[bool] | None = None, *,
     title: str = "One box is one token", shift: bool = False, limit: int = 200,
+    gains: Sequence[float | None] | None = None,
 ) -> TokenView:  # fmt: skip
     """Every token with position, id and text, whether it is trained, and what it predicts.
 
@@ -186,11 +200,18 @@ def token_view(
         title: what the view shows.
         shift: put the marks under the position that makes the prediction.
         limit: tokens shown; the view says how many it left out.
+        gains: T numbers, how much more likely the policy finds each token than the reference (nats); None: no number.
 
     Raises:
-        ValueError: if mask and ids differ in length, or an id is negative.
+        ValueError: if mask or gains and ids differ in length, or an id is negative.
     """
-    return _view(tokenizer, [(ids, mask)], title, shift, limit)
+    view = _view(tokenizer, [(ids, mask)], title, shift, limit)
+    if gains is None:
+        return view
+    if len(gains) != len(ids):
+        raise ValueError(f"gains must have one value for each of the {len(ids)} ids, got {len(gains)}")
+    row = tuple(replace(token, gain=gain) for token, gain in zip(view.rows[0], gains, strict=False))
+    return replace(view, rows=(row,))
 
 
 def mask_view(

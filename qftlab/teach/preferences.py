@@ -1,0 +1,96 @@
+"""Helpers of notebook 07: answers and their verdicts, gains token by token, and an annotator who likes long answers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+from qftlab.core.rewards import countdown_reward
+from qftlab.core.sampling import SamplingParams
+from qftlab.data.batching import Example, pad
+from qftlab.generate.engine import generate
+from qftlab.model.modules import module_mode
+from qftlab.text.chat import row_to_messages
+from qftlab.train.step import Step, to_device
+
+Answer = tuple[list[dict], list[int], str, dict]  # prompt, completion ids, text, row: what a reward function takes
+
+
+def answers_to(
+    model, tokenizer, rows: Sequence[dict], *, number: int = 1, temperature: float = 0.0, seed: int = 0
+) -> list[Answer]:
+    """Countdown problems answered by a model: `number` answers to each row, one after the other.
+
+    Args:
+        model, tokenizer: as in `generate`.
+        rows: problems with "numbers" and "target".
+        number: of answers to each; more than one need a temperature.
+        temperature: 0 is greedy.
+        seed: of the sampling.
+    """
+    prompts = [row_to_messages(row)[:-1] for row in rows]
+    found = generate(model, tokenizer, prompts, max_new_tokens=32, seed=seed, num_generations=number, batch_size=400,
+                     params=SamplingParams(temperature=temperature))  # fmt: skip
+    return [(prompts[i // number], c.token_ids, c.text, rows[i // number]) for i, c in enumerate(found)]
+
+
+def is_right(answer: Answer) -> bool:
+    """Whether the verifier finds a Countdown answer right."""
+    _, _, text, row = answer
+    return countdown_reward(text, row["numbers"], row["target"]) == 1
+
+
+def share_right(answers: Sequence[Answer]) -> float:
+    """The share of Countdown answers that are right, in [0, 1]."""
+    return sum(map(is_right, answers)) / len(answers)
+
+
+def has_product(text: str) -> bool:
+    """Whether a Countdown answer multiplies or divides."""
+    return "*" in text or "/" in text.replace("</", "")
+
+
+def share_of_products(answers: Sequence[Answer]) -> float:
+    """The share of answers that multiply or divide, in [0, 1]."""
+    return sum(has_product(text) for _, _, text, _ in answers) / len(answers)
+
+
+@torch.no_grad()
+def token_gains(policy, reference, example: Example) -> list[float | None]:
+    """How much more likely the policy finds each trained token than the reference, in nats; None for the others.
+
+    Times β, and added up, it is the answer's implicit reward.
+
+    Args:
+        policy, reference: models with one tokenizer.
+        example: a prompt with its answer, as `encode_pairs` gives both of a pair.
+    """
+    found = []
+    for model in (policy, reference):
+        batch = to_device(pad([example], 0), next(model.parameters()).device)
+        with module_mode(model, False):
+            found.append(Step(model)(**batch, want="logprobs")[0].tolist())
+    gains = [a - b for a, b in zip(*found, strict=True)]  # of the token at i + 1
+    return [gain if is_trained else None for gain, is_trained in zip([0.0, *gains], example.loss_mask, strict=True)]
+
+
+def careless(rows: Sequence[dict], share: float, seed: int = 0) -> list[dict]:
+    """Preference rows as an annotator labels them who does not always check: now and then the longer answer wins.
+
+    Args:
+        rows: with "chosen" and "rejected", rightly labelled.
+        share: of the rows in which the longer text is chosen, whichever is right; equally long ones stay.
+        seed: decides which rows.
+
+    Returns:
+        New rows of "prompt", "chosen" and "rejected", without scores: they would tell.
+    """
+    chance, labelled = random.Random(f"careless {seed}"), []
+    for row in rows:
+        is_checked = chance.random() >= share
+        is_kept = is_checked or len(row["chosen"]) >= len(row["rejected"])
+        first, second = ("chosen", "rejected") if is_kept else ("rejected", "chosen")
+        labelled.append({"prompt": row["prompt"], "chosen": row[first], "rejected": row[second]})
+    return labelled
