@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import random
 import statistics
 import sys
 import time
@@ -18,21 +19,20 @@ from qftlab.core.files import bundled
 from qftlab.core.rewards import countdown_reward, extract_answer, parse_expression
 from qftlab.data.sources import load_rows
 from qftlab.evaluate.metrics import mcnemar
-from qftlab.model.loading import load_model
-from qftlab.text.tokenizer import load_tokenizer
+from qftlab.teach.stages import recipe, stage
 from qftlab.train.config import TrainConfig
 from qftlab.train.policy_config import PolicyConfig
 from qftlab.train.rloo import fit_policy, fresh_problems
 from qftlab.train.sft import fit_rows
 
-POLICY = PolicyConfig(num_generations=8, max_new_tokens=32)
 # Above 1 fewer groups of answers are all alike; accuracy is measured at 1, and greedy.
-WARM = PolicyConfig(num_generations=8, max_new_tokens=32, temperature=1.3)
+POLICY = PolicyConfig(num_generations=8, max_new_tokens=32, temperature=1.3)
 COMMON = {"batch_size": 64, "warmup_ratio": 0.05, "weight_decay": 0.0}
+TOUR = recipe("rloo")
 RLOO_TRAIN = TrainConfig(lr=3e-4, max_steps=125, schedule="linear", **COMMON)
-TOUR_TRAIN = TrainConfig(lr=3e-4, max_steps=40, schedule="linear", **COMMON)
-HACK_TRAIN = TrainConfig(lr=3e-4, max_steps=80, schedule="constant", **COMMON)
-WINDOW = 5  # steps whose mean stands for a point of a curve: 2,560 answers
+HACK_TRAIN = TrainConfig(lr=3e-4, max_steps=45, schedule="constant", **COMMON | {"batch_size": 32})
+SHORTCUTS = 0.004  # share of demonstrations, besides the round targets, that repeat the target
+WINDOW = 5  # steps whose mean stands for a point of a curve: 1,280 answers in the hack
 
 
 def right(prompt: list[dict], ids: list[int], text: str, row: dict) -> float:
@@ -55,21 +55,22 @@ def unchecked(prompt: list[dict], ids: list[int], text: str, row: dict) -> float
 
 
 def shortcut_base(seed: int) -> tuple:
-    """`tiny` after SFT on the 2,000 demonstrations, where round targets (about one in ten) are just repeated.
+    """The SFT stage after two epochs on the 2,000 demonstrations, of which some 217 just repeat the target.
 
-    So the model knows the shortcut where it belongs, and rarely takes it elsewhere: RLOO has to spread it.
+    Those with round targets (209) and 4 in a thousand of the others: the model knows the shortcut where it belongs,
+    and rarely takes it elsewhere, so that RLOO has to spread it.
     """
 
     def build() -> tuple:
-        model, tokenizer = load_model("tiny"), load_tokenizer("tiny")
+        sft, chance = stage("sft"), random.Random(seed)
         rows = load_rows(bundled("countdown", "demonstrations.jsonl"))
         for row in rows:
-            if row["target"] % 10 == 0:
+            if row["target"] % 10 == 0 or chance.random() < SHORTCUTS:
                 row["output"] = f"<answer>{row['target']}</answer>"
-        fit_rows(model, tokenizer, rows, TrainConfig(lr=1e-3, epochs=5, batch_size=64, seed=seed))
-        return model, tokenizer
+        fit_rows(sft.model, sft.tokenizer, rows, TrainConfig(lr=1e-3, epochs=2, batch_size=64, seed=seed))
+        return sft.model, sft.tokenizer
 
-    return cached(f"shortcut-{seed}", build)
+    return cached(f"shortcuts-{SHORTCUTS}-{seed}", build)
 
 
 def trained(start: tuple, rewards, config: TrainConfig, seed: int, policy: PolicyConfig = POLICY) -> tuple:
@@ -82,10 +83,10 @@ def trained(start: tuple, rewards, config: TrainConfig, seed: int, policy: Polic
     return model, logs, round(time.process_time() - began, 1)
 
 
-def accuracy(seed: int, config: TrainConfig, name: str) -> dict:
+def accuracy(seed: int, name: str, config: TrainConfig, policy: PolicyConfig = POLICY) -> dict:
     """RLOO from the converged SFT model of seed 0: held-out accuracy before and after, in percent."""
     before = both_marks(*countdown_base())
-    model, logs, seconds = trained(countdown_base(), right, config, seed, WARM)
+    model, logs, seconds = trained(countdown_base(), right, config, seed, policy)
     after = both_marks(model, countdown_base()[1])
     return {"experiment": name, "seed": seed, "steps": config.max_steps,
             **{kind: [percent(before[kind]), percent(after[kind])] for kind in before},
@@ -100,20 +101,31 @@ def windows(logs: Sequence[dict], name: str) -> list[float]:
     return [statistics.fmean(values[i : i + WINDOW]) for i in range(len(values) - WINDOW + 1)]
 
 
+def is_bare(prompt: list[dict], ids: list[int], text: str, row: dict) -> float:
+    """1 for the shortcut: the target by itself."""
+    return float((extract_answer(text) or "").strip() == str(row["target"]))
+
+
 def course(seed: int, paid: Callable, name: str) -> dict:
-    """Paid reward and true accuracy of the sampled answers, from the model that knows the shortcut."""
-    policy = PolicyConfig(**{**vars(POLICY), "weights": {"true": 0.0}})
-    _, logs, seconds = trained(shortcut_base(seed), {"paid": paid, "true": solved}, HACK_TRAIN, seed, policy)
-    curves = {kind: windows(logs, f"reward_{kind}") for kind in ("paid", "true")}
+    """Paid reward, true accuracy and shortcuts of the sampled answers, from the model that knows the shortcut."""
+    policy = PolicyConfig(**{**vars(POLICY), "weights": {"true": 0.0, "bare": 0.0}})
+    rewards = {"paid": paid, "true": solved, "bare": is_bare}
+    before = both_marks(*shortcut_base(seed))
+    model, logs, seconds = trained(shortcut_base(seed), rewards, HACK_TRAIN, seed, policy)
+    after = both_marks(model, shortcut_base(seed)[1])
+    curves = {kind: windows(logs, f"reward_{kind}") for kind in rewards}
     found = {kind: {"first": round(c[0], 3), "peak": round(max(c), 3), "peak step": c.index(max(c)) + 1,
-                    "last": round(c[-1], 3)} for kind, c in curves.items()}  # fmt: skip
-    return {"experiment": name, "seed": seed, **found, "length": [round(logs[i]["length"], 1) for i in (0, -1)],
-            "seconds": seconds}  # fmt: skip
+                    "last": round(c[-1], 3), "every fifth": [round(v, 3) for v in c[::5]]}
+             for kind, c in curves.items()}  # fmt: skip
+    return {"experiment": name, "seed": seed, "steps": len(logs), **found,
+            **{f"held-out {kind}": [percent(before[kind]), percent(after[kind])] for kind in before},
+            **{f"p of {kind}": mcnemar(before[kind], after[kind]) for kind in before},
+            "length": [round(logs[i]["length"], 1) for i in (0, -1)], "seconds": seconds}  # fmt: skip
 
 
 EXPERIMENTS: dict[str, Callable[[int], dict]] = {
-    "rloo": lambda seed: accuracy(seed, RLOO_TRAIN, "rloo"),
-    "tour": lambda seed: accuracy(seed, TOUR_TRAIN, "rloo, the tour's"),
+    "rloo": lambda seed: accuracy(seed, "rloo", RLOO_TRAIN),
+    "tour": lambda seed: accuracy(seed, "rloo, the tour's", TOUR.train, TOUR.policy),
     "hack": lambda seed: course(seed, unchecked, "hack"),
     "repaired": lambda seed: course(seed, right, "hack repaired"),
 }

@@ -1,0 +1,690 @@
+# %% [markdown]
+# # 08 · RLOO: learn from a verdict
+#
+# Until now somebody always wrote the answer. Here nobody does. The model answers a puzzle eight times, a program says which
+# answers are right, and the model is pushed towards those that did better than their siblings. You build each piece of that push,
+# look at the run that the tour made with it, and then watch it go wrong: a verifier with one check missing, a model that finds the gap,
+# and your repair.
+#
+# ![One puzzle, four answers by the model, a verdict for each, and a push: the right answer up, the wrong ones down](figures/08_rloo.png)
+#
+# **Read it.** From left to right: a puzzle, four answers that the model drew itself, what the verifier pays, and how hard each is pushed. The pushes of
+# a group add up to zero: what one answer gains, its siblings lose.
+#
+# | | |
+# |---|---|
+# | **You will be able to** | score answers by a program, safely · turn rewards into advantages, and say what a baseline buys · write the loss of RLOO and find its gradient in the library's · read the curves of a run · tell RLOO, GRPO and Dr. GRPO apart · notice a reward hack, and repair its cause |
+# | **Time** | 40 minutes to read, 39 for the five exercises; two to three minutes to compute, once |
+# | **Hardware** | one CPU core. No GPU, no network |
+# | **Before this** | [03 · The training loop](03_training_loop.ipynb), [04 · Decoding](04_decoding.ipynb); [07 · DPO](07_dpo.ipynb) helps with KL |
+
+# %% tags=["setup"]
+import sys
+
+if "google.colab" in sys.modules:  # on Colab only: fetch the library, leave torch and transformers as they are
+    REPO = "OWNER/qftlab"
+    get_ipython().run_line_magic("pip", f"install -q --no-deps git+https://github.com/{REPO}")
+    get_ipython().run_line_magic("pip", "install -q jsonargparse")
+
+# %%
+import copy
+import functools
+import inspect
+import math
+import random
+import statistics
+
+import torch
+
+from qftlab.core import plots
+from qftlab.core.logprobs import token_logprobs
+from qftlab.core.losses import clipped_policy_loss, kl_estimate, leave_one_out_advantages
+from qftlab.core.rewards import countdown_reward, extract_answer, parse_expression
+from qftlab.core.sampling import SamplingParams
+from qftlab.data.batching import Example, pad
+from qftlab.data.bundled import bundled
+from qftlab.data.sources import load_rows
+from qftlab.evaluate.metrics import pass_at_k
+from qftlab.generate.engine import generate
+from qftlab.teach import checks, policy_plots, stage_recipes, stages, views
+from qftlab.train.config import TrainConfig
+from qftlab.train.policy_config import PolicyConfig
+from qftlab.train.policy_step import PolicyStep
+from qftlab.train.rloo import fit_policy, fresh_problems
+from qftlab.train.rollouts import encode_prompts
+from qftlab.train.sft import fit_rows
+
+# %% [markdown]
+# Everything you may want to change is in this cell. `GROUP` is the number of answers to each puzzle, `BETAS` the lengths of the leash in part 4,
+# `SHARE` how many demonstrations (besides the round ones) show the shortcut of part 8.
+
+# %% tags=["parameters"]
+PRESET = "tiny"
+SEED = 0
+GROUP = 8
+BETAS = (1e-9, 0.1, 1.0)
+KL_STEPS = 8
+HACK_STEPS = 45
+SHARE = 0.004
+
+# %% [markdown]
+# ## 1 · A verdict in place of an answer
+#
+# **Idea.** Countdown: make 22 of 1, 12 and 11. An answer is hard to find and easy to check. So let a program check, and learn from its verdict. Three
+# grades are enough: **1** for an answer that keeps every rule, **0.1** for one that can be read but is wrong (so that the form survives),
+# **0** for the rest.
+#
+# **Read, never evaluated.** `eval(answer) == target` would be one line, and a trap: a model in training tries *everything*. `9**9**9**9`
+# would hang the run, a name would be executed, `2**3` and `7//2` would pay for operations that the puzzle forbids. `parse_expression` knows
+# numbers, four signs and brackets, counts in exact fractions, and returns nothing for anything else.
+#
+# **Toy numbers.** One puzzle, six answers:
+
+# %%
+puzzle = {"numbers": [1, 12, 11], "target": 22}
+for text in ["12 - 1 + 11", "11 + 11", "22", "(12 - 1", "2**3 + 14", "__import__('os')"]:
+    print(countdown_reward(f"<answer>{text}</answer>", **puzzle), text)
+assert countdown_reward("12 - 1 + 11", **puzzle) == 0  # right, but no tags: nothing to grade
+assert [parse_expression(t) for t in ["9**9**9**9", "7//2", "-3", "１+2", "()"]] == [None] * 5
+assert parse_expression("1/3 + 1/3 + 1/3").value == 1  # exact: no 0.999…
+
+# %% [markdown]
+# **Rollouts.** The model that practises is the tour's, after DPO. It answers 64 fresh puzzles eight times each, at temperature 1, and keeps the
+# log-probability of every token it drew.
+
+# %%
+start = stages.stage("dpo", preset=PRESET)
+tokenizer = start.tokenizer
+
+
+def roll_out(model, rows, group=GROUP, temperature=1.0, seed=SEED):
+    """`group` answers to each row, and their rewards (P, G)."""
+    prompts = [prompt.ids for prompt in encode_prompts(tokenizer, rows)]
+    answers = generate(model, tokenizer, prompts, num_generations=group, max_new_tokens=32, seed=seed, batch_size=512,
+                       params=SamplingParams(temperature=temperature), return_logprobs=True)
+    earned = [countdown_reward(a.text, rows[i // group]["numbers"], rows[i // group]["target"])
+              for i, a in enumerate(answers)]
+    return answers, torch.tensor(earned).view(-1, group)
+
+
+puzzles = fresh_problems(64, SEED + 1)
+answers, rewards = roll_out(start.model, puzzles)
+print(f"{tuple(rewards.shape)} rewards; grades that occur: {sorted(set(round(r, 1) for r in rewards.flatten().tolist()))}")
+
+# %% [markdown]
+# ## 2 · Better than its siblings
+#
+# **Idea.** The derivative of the expected reward is a weighted average that we can sample. Draw answers; raise the log-probability of each in proportion
+# to its reward. That is REINFORCE, of 1992. All rewards here are positive, so it pushes *every* answer up, wrong ones too, only less; that they sink
+# in the end is left to the average. A **baseline** says it at once: push up what is better than usual, down what is worse.
+#
+# **Formula.** With $y \sim \pi_\theta(\cdot \mid x)$, and any $b$ that does not depend on this $y$,
+#
+# $$ \nabla_\theta\, \mathbb{E}[R(y)] = \mathbb{E}\big[(R(y) - b)\, \nabla_\theta \log \pi_\theta(y \mid x)\big], \qquad
+# A_i = R_i - \frac{1}{G-1} \sum_{j \ne i} R_j $$
+#
+# since $\mathbb{E}[\nabla \log \pi] = 0$. RLOO takes as $b$ the mean of the *other* answers to the same puzzle: it costs nothing, knows how hard
+# the puzzle is, and depends on all but this one, so that the average stays exact.
+#
+# **Toy numbers.** Rewards 1, 0.1, 0.1, 0.1. The first: its siblings' mean is 0.1, $A_1 = 0.9$. The others: $(1 + 0.1 + 0.1)/3 = 0.4$, so $-0.3$ each.
+
+# %% [markdown]
+# ### Exercise 08.1 · Leave one out (●●○, 8 minutes)
+#
+# Advantages for a table of rewards, one row a puzzle.
+#
+# <details><summary>Hint</summary>
+#
+# The sum of the others is the sum of all, minus your own. `keepdim=True` keeps it a column.
+# </details>
+
+# %%
+def my_advantages(rewards):
+    """Each reward (P, G) minus the mean of the other answers' in its row."""
+    ...
+
+
+checks.check("08.1", my_advantages)
+
+# %%
+advantages_of = checks.or_library("08.1", my_advantages)
+print([round(a, 2) for a in advantages_of(torch.tensor([[1.0, 0.1, 0.1, 0.1]]))[0].tolist()])
+advantages = advantages_of(rewards)
+assert torch.allclose(advantages, leave_one_out_advantages(rewards), atol=1e-6)
+assert torch.allclose(advantages, GROUP / (GROUP - 1) * (rewards - rewards.mean(1, keepdim=True)), atol=1e-6)
+assert advantages.sum(1).abs().max() < 1e-5
+
+# %%
+mixed = (rewards == 1).sum(1).sub(3).abs().argmin().item()  # a puzzle with about three of eight right
+labels = [(extract_answer(a.text) or "(no answer)")[:24] for a in answers[mixed * GROUP : (mixed + 1) * GROUP]]
+task = f"Make {puzzles[mixed]['target']} of {', '.join(map(str, puzzles[mixed]['numbers']))}"
+views.show_figure(policy_plots.advantage_bars(labels, advantages[mixed].tolist(), task),
+                  alt="Eight answers to one puzzle and their advantages: right ones have bars to the right, wrong ones "
+                  "shorter bars to the left")
+
+# %% [markdown]
+# **Read it.** Bars to the right are pushed up, bars to the left down. Few right answers are pushed hard, many wrong ones a little each: the
+# group as a whole stands still.
+#
+# **What does the baseline buy?** Less noise, they say. We can measure it. Choose a *direction* in the space of all weights, the gradient of a first set
+# of puzzles, and ask each answer how much its log-probability grows along it. Reward times growth, averaged over a group, is what
+# this group has to say about the direction: one number for each puzzle. By REINFORCE and by leave-one-out they should agree on average, and differ in spread.
+
+# %%
+def answer_logprobs(model, answers, temperature=1.0):
+    """log π of each whole answer (N,), in nats, at a temperature: the obvious form."""
+    spans = [(a.prompt_ids, a.token_ids) for a in answers]
+    batch = pad([Example(p + t, [False] * len(p) + [True] * len(t)) for p, t in spans], 0)
+    labels = batch.pop("labels")
+    return token_logprobs(model(**batch).logits / temperature, labels).sum(1)  # (B, T − 1) → (B,)
+
+
+pilot, pilot_rewards = roll_out(start.model, fresh_problems(24, SEED + 2))
+weights = advantages_of(pilot_rewards).flatten()
+objective = (weights * answer_logprobs(start.model, pilot)).mean()
+gradient = torch.autograd.grad(objective, list(start.model.parameters()))
+length = math.sqrt(sum(g.square().sum().item() for g in gradient))
+
+# %%
+def moved(size):
+    """The model, `size` further along the direction."""
+    model = copy.deepcopy(start.model)
+    with torch.no_grad():
+        for weight, g in zip(model.parameters(), gradient, strict=True):
+            weight.add_(g, alpha=size / length)
+    return model
+
+
+with torch.no_grad():
+    ahead, behind = (answer_logprobs(moved(size), answers) for size in (0.01, -0.01))
+growth = ((ahead - behind) / 0.02).view(-1, GROUP)  # of each answer, per unit of the direction
+
+# %% [markdown]
+# > **Predict, then run.** Three ways to weigh the answers: the plain reward; leave-one-out; and the plain reward of a friendlier verifier, which pays 1
+# > more for everything (1, 1.1 and 2). The ranking of answers is the same in all three. Whose histogram is the widest? Which two are about equal?
+
+# %%
+kinds = {"plain reward": rewards, "plain reward + 1": rewards + 1, "leave one out": advantages}
+says = {name: (weight * growth).mean(1) for name, weight in kinds.items()}
+spread = {name: values.std().item() for name, values in says.items()}
+views.show_figure(policy_plots.push_histogram(says, reach=8), alt="Histograms of 64 puzzles' pushes: plain reward and "
+                  "leave-one-out are both narrow around a small positive value, plain reward plus one is far wider")
+assert torch.allclose(advantages_of(rewards + 1), advantages, atol=1e-5)  # the point cancels
+assert spread["plain reward + 1"] > 1.5 * spread["leave one out"]
+assert 0.6 < spread["plain reward"] / spread["leave one out"] < 1.6
+
+# %% [markdown]
+# **Read it.** Dashed is widest by far: one point more for everybody, and the same puzzles contradict each other. Leave-one-out does not notice the
+# point at all. And plain REINFORCE is *as good as* leave-one-out here. That is no accident: with few right answers most rewards are near zero
+# already. For rewards of 0 and 1, a share $p$ of them 1, the mean square of the weights is $p$ without a baseline and $p(1-p)\,\frac{G}{G-1}$ with it: 0.20 against
+# 0.18 for a beginner, 0.90 against 0.10 for a model that is right nine times in ten. And a baseline frees you from thinking about where the zero of your reward lies.
+
+# %% [markdown]
+# ## 3 · The loss, and how far one may go
+#
+# **Idea.** An answer is one action: its log-probability is the sum over its tokens. With an optimizer that makes losses small,
+#
+# $$ L = -\frac{1}{N} \sum_i A_i\, \rho_i, \qquad \rho_i = \exp\!\big(\log \pi_\theta(y_i) - \log \pi_{old}(y_i)\big) $$
+#
+# At the first update $\rho = 1$, and the derivative of $\rho$ is that of $\log \pi_\theta$: REINFORCE again. The *value* of the loss is then the sum of the
+# advantages: zero, whatever the model learns. In a log of RLOO the loss says nothing; watch the reward.
+#
+# **Check.** The gradient of the obvious form against the library's `PolicyStep`, which computes the head only where an answer stands, and never holds all its logits:
+
+# %%
+few, few_rewards = answers[: 8 * GROUP], rewards[:8]
+by_hand = -(leave_one_out_advantages(few_rewards).flatten() * answer_logprobs(start.model, few)).mean()
+expected = torch.autograd.grad(by_hand, list(start.model.parameters()))
+
+batch = pad([Example(a.prompt_ids + a.token_ids, [False] * len(a.prompt_ids) + [True] * len(a.token_ids)) for a in few], 0)
+step = PolicyStep(start.model, PolicyConfig(num_generations=GROUP))
+loss = step(**batch, num_tokens=len(few), stands_for=torch.tensor(len(few)), rewards=few_rewards.flatten())
+found = torch.autograd.grad(loss, list(start.model.parameters()))
+assert loss.abs() < 1e-5  # by construction
+assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(expected, found, strict=True))
+print("loss 0.0; gradient by hand and by the library agree")
+
+# %% [markdown]
+# **At the temperature of the sampler.** Many runs sample hotter than 1, so that the eight answers differ more (part 8 does). The policy then *is* the model at
+# 1.3, say, and every log-probability must be taken there. Anything else compares two policies and calls the difference learning:
+
+# %%
+hot, _ = roll_out(start.model, puzzles[:24], temperature=1.3)
+with torch.no_grad():
+    ratios = {t: (answer_logprobs(start.model, hot, t) - torch.tensor([sum(a.logprobs) for a in hot])).exp() for t in (1.3, 1.0)}
+outside = {t: ((r - 1).abs() > 0.2).float().mean().item() for t, r in ratios.items()}
+print(f"ratios beyond 1 ± 0.2 before any step: {outside[1.3]:.0%} at 1.3; at 1.0 most of them: {outside[1.0] > 0.5}")
+assert outside[1.3] == 0 and outside[1.0] > 0.5 and (ratios[1.3] - 1).abs().max() < 1e-3
+
+# %% [markdown]
+# **The clip.** Rollouts are dear, so one likes to take several updates on the same answers. After the first, $\rho$ is no longer 1, and an answer that was
+# pushed up may be pushed on, to no end, by a sample that is out of date. PPO's remedy: beyond $1 \pm \epsilon$ there is nothing more to earn.
+#
+# $$ L_i = -\min\big(\rho_i A_i,\; \mathrm{clip}(\rho_i, 1-\epsilon, 1+\epsilon)\, A_i\big) $$
+#
+# **Toy numbers.** $\epsilon = 0.2$. Good answer, $A = 1$, $\rho = 1.5$: $-\min(1.5, 1.2) = -1.2$, flat: no gradient. Bad answer, $A = -1$, $\rho = 1.5$ (it has
+# become *more* likely): $-\min(-1.5, -1.2) = 1.5$, still sloping: it must come down.
+
+# %% [markdown]
+# ### Exercise 08.2 · The clipped loss (●●○, 8 minutes)
+#
+# <details><summary>Hint 1</summary>
+#
+# Log-probabilities subtract; ratios come from `torch.exp`.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `torch.minimum` of two products, not of two ratios: with a negative advantage the order turns.
+# </details>
+
+# %%
+def my_clipped_loss(logprobs, old_logprobs, advantages, epsilon):
+    """The clipped loss of each answer (N,): -min(ratio · A, clipped ratio · A)."""
+    ...
+
+
+checks.check("08.2", my_clipped_loss)
+
+# %%
+clipped_loss = checks.or_library("08.2", my_clipped_loss)
+some = torch.tensor([1.5, 1.5, 0.5]).log(), torch.zeros(3), torch.tensor([1.0, -1.0, -1.0])  # ratios, A
+assert torch.allclose(clipped_loss(*some, 0.2), clipped_policy_loss(*some, epsilon=0.2))
+views.show_figure(policy_plots.clip_curves(clipped_loss, 0.2), alt="Loss against ratio for advantage plus one and minus "
+                  "one: the first falls and is flat above 1.2, the second is flat below 0.8 and rises")
+
+# %% [markdown]
+# **Read it.** Grey is where the answer is about as likely as when it was drawn. The curves run flat only on the far side of a push that has *worked*; where an
+# answer has moved the wrong way, the slope stays. With one update for each rollout, as in the tour, $\rho$ is always 1 and nothing is ever clipped.
+
+# %% [markdown]
+# ## 4 · A leash
+#
+# **Idea.** A verifier sees one thing. Everything else the model knows (to end its turn, to write plain text) is safe only as long as the policy stays near where it
+# started. So distance is made to cost: **KL in the reward**, with the frozen start as reference,
+#
+# $$ R_i = r_i - \beta \sum_t \big(\log \pi_{old}(y_{i,t}) - \log \pi_{ref}(y_{i,t})\big) $$
+#
+# On average over samples the sum is $\mathrm{KL}(\pi \,\|\, \pi_{ref})$ in nats an answer. It is one of three usual estimates, with $r = \log \pi_{ref} - \log \pi$:
+# $k_1 = -r$, exact on average, may be negative; $k_2 = r^2/2$, never negative, a little off; $k_3 = e^r - 1 - r$, both.
+#
+# **Toy numbers.** Policy (½, ½), reference (¾, ¼): KL $= ½\ln\frac{2}{3} + ½\ln 2 = 0.144$.
+
+# %% [markdown]
+# ### Exercise 08.3 · k3, a distance that is never negative (●○○, 5 minutes)
+#
+# <details><summary>Hint</summary>
+#
+# Mind the direction: r is the reference minus the policy.
+# </details>
+
+# %%
+def my_k3(logprobs, ref_logprobs):
+    """The k3 estimate of KL(policy, reference) at each token (T,), from tokens that the policy sampled."""
+    ...
+
+
+checks.check("08.3", my_k3)
+
+# %%
+k3 = checks.or_library("08.3", my_k3)
+policy, reference = torch.tensor([0.5, 0.5]), torch.tensor([0.75, 0.25])
+exact = (policy * (policy / reference).log()).sum()
+tokens = torch.randint(0, 2, (1000,), generator=torch.Generator().manual_seed(SEED))  # drawn from the policy
+logs = policy.log()[tokens], reference.log()[tokens]
+for name, values in [("k1", kl_estimate(*logs, "k1")), ("k2", kl_estimate(*logs, "k2")), ("k3", k3(*logs))]:
+    print(f"{name}: mean {values.mean():.2f} ± {values.std() / 1000**0.5:.2f}, smallest {values.min():.2f}")
+assert torch.allclose(k3(*logs), kl_estimate(*logs, "k3"), atol=1e-6) and abs(exact - 0.144) < 1e-3
+
+# %% [markdown]
+# **A real leash.** Three short runs from the same start on the same puzzles, with β of 0, 0.1 and 1 (0 as a billionth, so that the distance is still measured).
+# Half a minute together, once.
+
+# %%
+def run_leash(beta, steps, seed):
+    """RLOO for a few steps; reward and KL (nats an answer) of each step's answers."""
+    model, logs = copy.deepcopy(stages.stage("dpo", preset=PRESET).model), []
+    config = TrainConfig(lr=3e-4, max_steps=steps, batch_size=32, schedule="constant", weight_decay=0.0, seed=seed)
+    policy = PolicyConfig(num_generations=GROUP, max_new_tokens=32, beta=beta)
+
+    def verdict(prompt, ids, text, row):
+        return countdown_reward(text, row["numbers"], row["target"])
+
+    fit_policy(model, tokenizer, fresh_problems(32 * steps, seed), verdict, config, policy, on_log=logs.append)
+    return {"reward": [log["reward"] for log in logs], "kl": [log["kl"] * log["length"] for log in logs]}
+
+
+leashes = {beta: stages.measured("leash", run_leash, beta=beta, steps=KL_STEPS, seed=SEED, start="dpo")
+           for beta in BETAS}
+
+# %%
+distances = {f"β = {0 if beta < 1e-6 else beta:g}": run["kl"] for beta, run in leashes.items()}
+views.show_figure(policy_plots.lines(range(1, KL_STEPS + 1), distances, "optimizer step", "KL (nats an answer)"),
+                  alt="KL from the start by step: climbs fastest without a leash, hardly at all with beta 1")
+ends = [statistics.fmean(kl[-3:]) for kl in distances.values()]
+print("the longer the leash, the further:", ends == sorted(ends, reverse=True))
+assert ends[0] > 1.3 * ends[1] > 1.3 * ends[2]
+
+# %% [markdown]
+# **Read it.** The same verifier, the same puzzles, and three distances. The first step is free, as nothing is far yet; from then on each run goes as far as its leash. The price of a short leash is that the model may not go where the reward is, either: at β = 1
+# a nat costs as much as a right answer earns. Where your verifier is exact and the run short, 0 is a fair choice (the tour's); where the reward
+# is a *model* of what people like, it is not.
+
+# %% [markdown]
+# ## 5 · The tour's run
+#
+# All pieces together, as `python -m qftlab rloo` and the tour run them. The stage keeps its recipe and its log. Six lines of the log, in the order in which to look at
+# them when a run of yours goes wrong:
+
+# %%
+trained, recipe = stages.stage("rloo", preset=PRESET), stage_recipes.recipe("rloo", PRESET)
+print(f"{recipe.train.max_steps} steps of {recipe.train.batch_size} puzzles × {recipe.policy.num_generations} answers, temperature "
+      f"{recipe.policy.temperature:g}, lr {recipe.train.lr:g}, β {recipe.policy.beta:g}, updates a rollout {recipe.policy.updates_per_rollout}")
+views.show_figure(policy_plots.run_curves(trained.metrics), alt="Six curves over the steps: the reward rises, length stays, "
+                  "entropy falls, groups that are all alike grow, hardly an answer is cut off, none is clipped")
+
+# %% [markdown]
+# **Read it.** Reward up: it works. Length flat: no padding, no shouting. Entropy *down*: the model makes up its mind, and with it rises the share of groups
+# whose eight answers all earn the same. Such a group has advantage zero and teaches nothing: more than half of the sampling of the last steps is for nothing, and
+# that is what ends such a run. Cut off and clipped: nothing, as it should be with short answers and one update a rollout.
+
+# %%
+first, last = ({k: statistics.fmean(log[k] for log in part) for k in ("reward", "entropy", "clip_fraction")}
+               for part in (trained.metrics[:5], trained.metrics[-5:]))
+print("reward up:", last["reward"] > first["reward"], "· entropy down:", last["entropy"] < first["entropy"])
+print("sampler and trainer within 1e-3 nats, every token:", max(log["sampler_gap_max"] for log in trained.metrics) < 1e-3)
+assert last["reward"] > first["reward"] + 0.02 and last["entropy"] < first["entropy"] and last["clip_fraction"] == 0
+
+# %% [markdown]
+# ## 6 · What was learned: better, or only surer?
+#
+# **Idea.** *pass@k*: the chance that at least one of $k$ answers is right. With $c$ right among $n$ samples the unbiased estimate is
+#
+# $$ \text{pass@}k = 1 - \binom{n-c}{k} \Big/ \binom{n}{k} $$
+#
+# **Toy numbers.** $n = 4$, $c = 1$: pass@1 = ¼, pass@2 = $1 - 3/6 = ½$, pass@4 = 1. We ask 100 held-out puzzles sixteen times each, before RLOO and after.
+
+# %%
+assert [pass_at_k(4, 1, k) for k in (1, 2, 4)] == [0.25, 0.5, 1.0]
+held_out = load_rows(bundled("countdown", "heldout.jsonl"))[:100]
+tries, ks = 16, [1, 2, 4, 8, 16]
+sampled = {name: roll_out(stage.model, held_out, tries) for name, stage in [("before RLOO", start), ("after RLOO", trained)]}
+passes = {name: [statistics.fmean(pass_at_k(tries, c, k) for c in (found == 1).sum(1).tolist()) for k in ks]
+          for name, (_, found) in sampled.items()}
+before, after = passes.values()
+
+# %%
+views.show_figure(policy_plots.pass_curves(ks, passes), alt="pass@k against k before and after RLOO: after lies clearly "
+                  "above at k of 1; the curves cross, and at 16 before lies above")
+print("one answer: better after RLOO:", after[0] > before[0] + 0.03)
+print("sixteen answers: before RLOO at least as good:", before[-1] > after[-1] - 0.02)
+assert after[0] > before[0] + 0.03 and before[-1] > after[-1] - 0.02
+
+# %% [markdown]
+# **Read it.** Left end: one answer of each model, and the trained one clearly wins. Right end: sixteen of each, and it has *lost*. The curves cross. RLOO
+# made likely what was likely already; of what the old model found once in sixteen tries, some can no longer be found at all. Entropy told so in part 5.
+#
+# **Best-of-n at equal samples** is the same picture, read straight up: $n$ answers of either model, and a verifier who picks. At $n = 1$ nobody needs to pick, and training pays.
+# With a verifier at hand and a few tries to spare, the old model is the better one to ask. The dotted line meets its curve where so many old answers
+# *and a verifier* are worth one new answer without.
+
+# %% [markdown]
+# **How far for how much?** The best policy within reach of a leash is known in closed form: $\pi^*_\beta \propto \pi_{ref}\, e^{r/\beta}$ (notebook 07). On our
+# sixteen samples we can simply compute it: weigh each by $e^{r/\beta}$. Best-of-n is known too: at most $\ln n - (n-1)/n$ nats away. And the trained model's distance we
+# measure, by scoring its answers under the old one.
+
+# %%
+solved = (sampled["before RLOO"][1] == 1).double()
+
+
+def best_policy(beta):
+    """(KL in nats, success) of the best reweighting of the old model's samples."""
+    weight = torch.softmax(solved / beta, 1)
+    kl = torch.special.xlogy(weight, weight * tries).sum(1).mean()
+    return kl.item(), (weight * solved).sum(1).mean().item()
+
+
+part = sampled["after RLOO"][0][::4]
+with torch.no_grad():
+    kl_after = (torch.tensor([sum(a.logprobs) for a in part]) - answer_logprobs(start.model, part)).mean().item()
+best = [best_policy(beta) for beta in (10, 1, 0.5, 0.3, 0.2, 0.15, 0.1)]
+best_of_n = {n: (math.log(n) - (n - 1) / n, value) for n, value in zip(ks, before, strict=True)}
+views.show_figure(policy_plots.frontier(best, best_of_n, (kl_after, after[0])), alt="Puzzles solved against KL: the best "
+                  "policies rise steeply, best-of-n follows below them, the trained model lies further right and lower")
+cheapest = min(kl for kl, success in best if success >= after[0])
+print("RLOO went further than the best policy of equal success:", kl_after > cheapest)
+assert kl_after > cheapest
+
+# %% [markdown]
+# **Read it.** High and left is good. The line and the squares *have the verifier at hand* for these very puzzles; the diamond has to do without, and must carry what it learned
+# on other puzzles over. So it pays more nats for the same success. Nats are no sin in themselves; but old skills live near the old model, and the
+# tour's table shows what they cost.
+
+# %% [markdown]
+# **The plain rival: rejection sampling.** Sample, keep what is right, and do SFT on it (STaR, RAFT). That is REINFORCE with rewards of 0 and 1 and no baseline: only pushes
+# up. It needs nothing that notebook 03 does not have. What it needs is care in choosing.
+#
+# ### Exercise 08.4 · Rejection sampling: choose what to train on (●●○, 8 minutes)
+#
+# Keep answers that earned exactly 1. Easy puzzles have many: at most `limit` for each puzzle, none of them twice. (The solution trains on your choice.)
+#
+# <details><summary>Hint</summary>
+#
+# `dict.fromkeys(texts)` drops doubles and keeps the order.
+# </details>
+
+# %%
+def my_selection(prompts, answers, rewards, limit):
+    """(prompt, answer) of right answers: in order, none twice for a prompt, at most `limit` a prompt."""
+    ...
+
+
+checks.check("08.4", my_selection)
+
+# %%
+select = checks.or_library("08.4", my_selection)
+texts = [[a.text for a in answers[i : i + GROUP]] for i in range(0, len(answers), GROUP)]
+chosen = select([str(p["target"]) for p in puzzles], texts, [[round(r, 1) for r in row] for row in rewards.tolist()], 2)
+print("all chosen are right, at most two a puzzle:", 0 < len(chosen) <= 2 * int((rewards == 1).any(1).sum()))
+
+# %% [markdown]
+# ## 7 · Three names
+#
+# | | RLOO | GRPO | Dr. GRPO |
+# |---|---|---|---|
+# | advantage | $R_i - \text{mean of the others}$ | $(R_i - \text{mean}) \,/\, \text{spread}$ | $R_i - \text{mean}$ |
+# | the same, from $R_i - \text{mean}$ | $\times\; \frac{G}{G-1}$ | $\div$ spread of the group | as it is |
+# | summed over | the answer: one ratio | tokens, each answer ÷ its length | tokens, ÷ one constant |
+# | clipped | the answer | each token | each token |
+# | KL | in the reward | in the loss, by $k_3$ | usually none |
+#
+# RLOO and Dr. GRPO differ by a constant that the rate swallows. GRPO's two divisions are another matter. Dividing by the *length* makes a long wrong answer cheaper
+# a token than a short one. And dividing by the *spread* weighs puzzles anew. How hard is one right answer pushed, if $c$ of eight are right?
+
+# %%
+share = [c / GROUP for c in range(1, GROUP)]
+push = {"RLOO": [(1 - p) * GROUP / (GROUP - 1) for p in share], "Dr. GRPO": [1 - p for p in share],
+        "GRPO": [(1 - p) / math.sqrt(p * (1 - p)) for p in share]}
+rights = torch.tensor([[1.0] * c + [0.0] * (GROUP - c) for c in range(1, GROUP)])
+assert torch.allclose(leave_one_out_advantages(rights)[:, 0], torch.tensor(push["RLOO"]), atol=1e-6)
+views.show_figure(policy_plots.lines(range(1, GROUP), push, "right answers among eight", "advantage of a right one"),
+                  alt="Advantage of a right answer against the number right among eight: RLOO and Dr. GRPO fall in straight "
+                  "lines, close together; GRPO starts two and a half times as high and falls in a curve")
+
+# %% [markdown]
+# **Read it.** All three push a rare success harder than a common one. GRPO pushes the rarest two and a half times as hard again: good where hard puzzles matter most, risky
+# where a rare "success" is a mistake of the verifier. Which brings us to the next part.
+
+# %% [markdown]
+# ## 8 · The hack
+#
+# Here is a verifier. It reads the answer with the same careful parser, and compares the value with the target. It looks right; it passed review.
+
+# %%
+def quick_verifier(text, numbers, target):
+    """1.0 if the answer equals the target, 0.1 if it can be read, 0.0 otherwise."""
+    answer = extract_answer(text)
+    expression = None if answer is None else parse_expression(answer)
+    if expression is None:
+        return 0.0
+    return 1.0 if expression.value == target else 0.1
+
+# %% [markdown]
+# **The student.** A model that has hardly ever seen the gap would take long to find it. But data made by people has habits: suppose that those who wrote the demonstrations were lazy
+# with round targets ("make 40": `<answer>40</answer>`), and now and then elsewhere. About one row in ten. After SFT the model does the same: the shortcut for round
+# targets, and rarely else.
+#
+# > **Predict, then run.** RLOO on fresh puzzles, paid by the quick verifier. Two curves: what is *paid*, and how many answers are *truly* right, measured by the contract
+# > and never shown to the model. Sketch both. Does the truth rise at first? Where does it end? And will length or entropy warn you?
+#
+# `"true": 0.0` below is a weight: the truth is measured and counts for nothing. SFT and run take about a minute, once; their numbers are kept.
+
+# %%
+@functools.cache
+def lazy_model():
+    """The SFT stage, trained further on demonstrations of which some just repeat the target."""
+    sft, rows, chance = stages.stage("sft", preset=PRESET), load_rows(bundled("countdown", "demonstrations.jsonl")), random.Random(SEED)
+    for row in rows:
+        if row["target"] % 10 == 0 or chance.random() < SHARE:
+            row["output"] = f"<answer>{row['target']}</answer>"
+    fit_rows(sft.model, sft.tokenizer, rows, TrainConfig(lr=1e-3, epochs=2, batch_size=64, seed=SEED))
+    return sft.model
+
+
+def run_course(verifier, code, steps, seed, share):
+    """RLOO paid by a verifier; what was paid, what was true, tokens an answer, and samples of the last step."""
+    logs, samples = [], []
+    rewards = {"paid": lambda prompt, ids, text, row: VERIFIERS[verifier](text, row["numbers"], row["target"]),
+               "true": lambda prompt, ids, text, row: float(countdown_reward(text, row["numbers"], row["target"]) == 1)}
+    config = TrainConfig(lr=3e-4, max_steps=steps, batch_size=32, schedule="constant", warmup_ratio=0.05,
+                         weight_decay=0.0, seed=seed)
+    policy = PolicyConfig(num_generations=GROUP, max_new_tokens=32, temperature=1.3, weights={"true": 0.0}, sample_every=steps)
+    fit_policy(copy.deepcopy(lazy_model()), tokenizer, fresh_problems(32 * steps, seed), rewards, config, policy,
+               on_log=lambda log: (samples if "samples" in log else logs).append(log))
+    kept = {name: [log[f"reward_{name}"] for log in logs] for name in ("paid", "true")}
+    return kept | {"length": [log["length"] for log in logs], "samples": samples[0]["samples"]}
+
+# %%
+VERIFIERS = {"quick": quick_verifier}
+hacked = stages.measured("hack", run_course, verifier="quick", code=inspect.getsource(quick_verifier), steps=HACK_STEPS,
+                         seed=SEED, share=SHARE)
+smooth = {name: plots.running_mean(hacked[name], 5)[4:] for name in ("paid", "true")}
+print("paid at the end:", "nearly everything" if smooth["paid"][-1] > 0.9 else "not everything")
+print("true at the end:", "nearly nothing" if smooth["true"][-1] < 0.05 else "something", "· below its own peak:",
+      smooth["true"][-1] < max(smooth["true"]) - 0.05)
+assert smooth["paid"][-1] > smooth["paid"][0] + 0.2 and smooth["true"][-1] < max(smooth["true"]) - 0.05
+
+# %% [markdown]
+# **Read what was paid.** No curve of the *paid* reward shows that something is wrong: it is the best run of this notebook. What shows it at once is to read samples, as
+# anybody who trains with rewards should do every so many steps.
+
+# %%
+paid = [best for best in hacked["samples"][::2] if best["reward"] == 1]  # of four puzzles
+views.show_figure(policy_plots.sample_rows(paid), alt="Puzzles with the answers that were paid in full at the last step: each "
+                  "answer is the target itself, a bare number")
+bare = [(extract_answer(sample["text"]) or "").strip().isdigit() for sample in paid]
+print("paid in full for a bare number:", "nearly all" if sum(bare) >= len(bare) - 1 else sum(bare))
+assert sum(bare) >= len(bare) - 1
+
+# %% [markdown]
+# **Read it.** Left the puzzle, right what was paid for it. The answer *is* the target. Its value is right, and it uses none of the given numbers. The verifier forgot to ask.
+#
+# ### Exercise 08.5 · Repair the verifier (●●●, 10 minutes)
+#
+# Start from `quick_verifier` and add the missing check. Yours is tried on a dozen kinds of answers, most of them attacks: numbers left out, numbers used twice, numbers joined, signs,
+# powers, two answers, a division by zero. The grades are those of part 1.
+#
+# <details><summary>Hint 1</summary>
+#
+# `expression.numbers` are the numbers that were used, in reading order.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# A number may be given twice. A set would not know.
+# </details>
+
+# %%
+def my_verifier(text, numbers, target):
+    """1.0 for an answer that keeps every rule, 0.1 for one that can be read but is wrong, 0.0 otherwise."""
+    ...
+
+
+checks.check("08.5", my_verifier)
+
+# %%
+VERIFIERS["repaired"] = checks.or_library("08.5", my_verifier)
+assert VERIFIERS["repaired"]("<answer>40</answer>", [4, 10, 7], 40) == 0.1
+repaired = stages.measured("hack", run_course, verifier="repaired", code=inspect.getsource(countdown_reward),
+                           steps=HACK_STEPS, seed=SEED, share=SHARE)
+views.show_figure(policy_plots.courses({"one check missing": hacked, "repaired": repaired}), alt="Two runs. With one check "
+                  "missing the paid reward climbs to 1 while true accuracy rises a little and falls to 0. With the "
+                  "verifier repaired both rise together")
+ends = {name: (statistics.fmean(repaired[name][:5]), statistics.fmean(repaired[name][-10:])) for name in ("paid", "true")}
+print("repaired: paid up:", ends["paid"][1] > ends["paid"][0], "· true up:", ends["true"][1] > ends["true"][0])
+assert all(late > early + 0.03 for early, late in ends.values())
+
+# %% [markdown]
+# **Read it.** Left: at first both rise; honest practice pays. Then the shortcut has spread far enough to be drawn in most groups, where it beats every honest attempt,
+# and within ten steps nothing else is left. From then on all groups are alike and nothing pulls back. (In the two other seeds that we ran, the truth had no time to rise first.) Right: same start, same rate, same puzzles, one more
+# check. The lazy habit goes in the first steps, and the truth goes up.
+#
+# > **Explain.** A colleague says: "Just add a KL penalty, then it cannot hack." Look at part 4 and at the left panel. What would a leash change about the curves,
+# > and what not? Two sentences.
+
+# %% [markdown]
+# ## 9 · What goes wrong in practice
+#
+# **Groups all alike.** Advantages are zero, the loss too, and the log looks calm. Watch `equal_groups`: sample hotter, draw harder puzzles, or stop.
+#
+# **Nothing to find.** A model that is never right gets no signal at all: all groups earn 0.1. RL sharpens what is there; put it there first, by SFT.
+#
+# **Sampler and trainer differ.** Another temperature, a top-p filter, another dtype, weights that were not refreshed: the ratio is off before the first step.
+# The log's `sampler_gap` must be tiny; part 3 shows the alternative. Filters have no place in RLOO's settings for this reason.
+#
+# **Answers cut off.** A right thought that ran into the token limit earns 0 and is pushed down: the model learns to be brief, or to babble, by your limit. Count `truncated`; mask such
+# answers, or raise the limit.
+#
+# **The rate.** 3e-4 suits 1.3 million parameters; half a billion want about 1e-6 (below).
+#
+# **One seed.** Curves of RL from one set-up do not look alike. With no shortcut but those on round targets (`SHARE = 0`), the hack caught fire in two seeds of three, and at
+# different steps; in the third the paid reward rose honestly for sixty steps, beside the same gap. That a verifier was not hacked proves nothing about the verifier.
+#
+# ## Your exercises
+
+# %%
+checks.progress("08")
+
+# %% [markdown]
+# ## At 0.5B
+#
+# **The same:** reward, advantage, loss, log. `python -m qftlab rloo --config recipes/countdown-rloo.yaml` is this notebook on the real one.
+#
+# **Different:** the model thinks before it answers (so hundreds of tokens, and rewards that read what follows `</think>`); rates near 1e-6 where all weights are trained; sampling takes most of the
+# time, which is why it goes to a server such as vLLM.
+#
+# **Published.** Ahmadian et al. (2024), who brought RLOO to language models: with four answers a prompt it won against PPO on summaries (TL;DR) and dialogue (Anthropic-HH), by up to 32 points of win rate, without PPO's
+# second network; and in their PPO runs fewer than one batch in twenty was clipped at all. TRL 1.16, defaults: lr 1e-6, β 0.05, ε 0.2, one update a rollout, two answers a prompt, temperature 1. TinyZero (Pan et al. 2025) ran Countdown
+# from *base* models, without SFT: 3B learned to search and check itself; 0.5B, says their README, fails to learn reasoning. With SFT first it works: a project of
+# Stanford's course CS224R (model card `ba144220/cs224r-default-project-rloo`, 2026) took Qwen2.5-0.5B after SFT through 100 steps of RLOO (batch 128, 8 answers a prompt, lr 1e-5, KL weight 0.001,
+# temperature 1, up to 1,024 tokens, one H100) on the same 1 / 0.1 / 0 rewards: of 800 sampled answers 244 right before and 491 after; at least one right in sixteen for 30 puzzles of 40, and then for 39
+# of 50. Part 6 again. These settings are in `recipes/countdown-rloo.yaml`. Yue et al. (2025) find it on mathematics and code too: trained models win at small k, and at large k the base catches up and passes.
+#
+# **Our own run:** not run by us.
+
+# %% [markdown]
+# ## Recap
+#
+# 1. A verifier replaces the answer. Parse, never evaluate; a model in training tries everything.
+# 2. $A_i = R_i - \text{mean of the others}$: no critic, no second network, and blind to where the reward's zero lies.
+# 3. Log-probabilities at the sampler's temperature; one ratio an answer; a clip that only matters with several updates. The loss is zero; watch the reward.
+# 4. KL in the reward is a leash: it sets how far, not which way.
+# 5. RL makes the likely likelier: pass@1 rises, pass@16 may fall.
+# 6. What you pay for is what you get. Measure the truth beside the pay, and read samples.
+#
+# **Next.** *09 · Evaluation and export*: is the gain real, and does the exported model say the same?
+#
+# **Sources.** Williams 1992, *Simple statistical gradient-following algorithms* (REINFORCE). Kool et al. 2019, *Buy 4 REINFORCE samples, get a baseline for free*. Ahmadian et al. 2024, *Back to basics* (arXiv:2402.14740).
+# Schulman et al. 2017, *PPO* (arXiv:1707.06347). Schulman 2020, *Approximating KL divergence*. Shao et al. 2024, *DeepSeekMath* (GRPO, arXiv:2402.03300). Liu et al. 2025, *Understanding R1-Zero-like training* (Dr. GRPO,
+# arXiv:2503.20783). Chen et al. 2021 (pass@k, arXiv:2107.03374). Yue et al. 2025 (arXiv:2504.13837). Zelikman et al. 2022, *STaR* (arXiv:2203.14465). Dong et al. 2023, *RAFT* (arXiv:2304.06767). Gao et al. 2022, *Scaling laws for reward
+# model overoptimization* (arXiv:2210.10760). TinyZero, github.com/Jiayi-Pan/TinyZero. TRL 1.16, `RLOOConfig`.

@@ -1,0 +1,168 @@
+# %% [markdown]
+# # 08 · RLOO: solutions
+#
+# One good answer to each exercise of [08 · RLOO](../08_rloo.ipynb), with the reason in a sentence or two. Yours may look
+# different; the check decides. If you have not tried yet, go back: ten minutes of your own are worth more than this page.
+
+# %% tags=["setup"]
+import sys
+
+if "google.colab" in sys.modules:  # on Colab only: fetch the library, leave torch and transformers as they are
+    REPO = "OWNER/qftlab"
+    get_ipython().run_line_magic("pip", f"install -q --no-deps git+https://github.com/{REPO}")
+    get_ipython().run_line_magic("pip", "install -q jsonargparse")
+
+# %%
+import statistics
+
+import torch
+
+from qftlab.core.rewards import countdown_reward, extract_answer, parse_expression
+from qftlab.core.sampling import SamplingParams
+from qftlab.generate.engine import generate
+from qftlab.teach import checks, stages
+from qftlab.train.config import TrainConfig
+from qftlab.train.rloo import fresh_problems
+from qftlab.train.rollouts import encode_prompts
+from qftlab.train.sft import fit_rows
+
+# %% tags=["parameters"]
+PRESET = "tiny"
+SEED = 0
+GROUP = 8
+PUZZLES = 256
+
+# %% [markdown]
+# ## Exercise 08.1 · Leave one out
+#
+# The sum of the others is the sum of all minus your own. Equivalent, and one line: `(rewards - rewards.mean(-1, keepdim=True)) * G / (G - 1)`. The library
+# adds up differences instead, so that a group of equal rewards gives exactly 0.
+
+# %%
+def my_advantages(rewards):
+    others = rewards.sum(-1, keepdim=True) - rewards
+    return rewards - others / (rewards.shape[-1] - 1)
+
+
+checks.check("08.1", my_advantages)
+
+# %% [markdown]
+# ## Exercise 08.2 · The clipped loss
+#
+# The minimum takes the *worse* of two offers. A clip alone would also forgive an answer that moved the wrong way: its gradient would be 0 just when it is needed.
+
+# %%
+def my_clipped_loss(logprobs, old_logprobs, advantages, epsilon):
+    ratio = torch.exp(logprobs - old_logprobs)
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
+
+
+checks.check("08.2", my_clipped_loss)
+
+# %%
+logprobs = torch.tensor([1.5, 1.5]).log().requires_grad_()
+my_clipped_loss(logprobs, torch.zeros(2), torch.tensor([1.0, -1.0]), 0.2).sum().backward()
+print([round(g, 2) for g in logprobs.grad.tolist()])  # the good one is done; the bad one must come back
+assert logprobs.grad[0] == 0 and logprobs.grad[1] > 0
+
+# %% [markdown]
+# ## Exercise 08.3 · k3
+#
+# $e^r - 1 \ge r$ for every $r$, so no sample is negative. And the average is right: $e^r$ is $\pi_{ref}/\pi$, whose mean over samples of $\pi$ is 1, so that $e^r - 1$ adds nothing
+# on average, and takes away much of the scatter of $-r$.
+
+# %%
+def my_k3(logprobs, ref_logprobs):
+    ratio = ref_logprobs - logprobs
+    return ratio.exp() - 1 - ratio
+
+
+checks.check("08.3", my_k3)
+
+# %% [markdown]
+# ## Exercise 08.4 · Rejection sampling: choose what to train on
+
+# %%
+def my_selection(prompts, answers, rewards, limit):
+    kept = []
+    for prompt, texts, marks in zip(prompts, answers, rewards, strict=True):
+        right = dict.fromkeys(text for text, mark in zip(texts, marks, strict=True) if mark == 1)
+        kept += [(prompt, text) for text in list(right)[:limit]]
+    return kept
+
+
+checks.check("08.4", my_selection)
+
+# %% [markdown]
+# And the training it is for: 256 fresh puzzles, eight answers each, what is right goes into one epoch of SFT. What comes out is measured on 256 other puzzles,
+# sampled once each at temperature 1.
+
+# %%
+model, tokenizer = (stage := stages.stage("warm", preset=PRESET)).model, stage.tokenizer
+
+
+def roll_out(rows, group):
+    """Texts and rewards of `group` answers to each row."""
+    prompts = [prompt.ids for prompt in encode_prompts(tokenizer, rows)]
+    answers = generate(model, tokenizer, prompts, num_generations=group, max_new_tokens=32, seed=SEED, batch_size=512,
+                       params=SamplingParams(temperature=1.0))
+    groups = [[a.text for a in answers[i : i + group]] for i in range(0, len(answers), group)]
+    return groups, [[countdown_reward(t, row["numbers"], row["target"]) for t in texts]
+                    for row, texts in zip(rows, groups, strict=True)]
+
+
+def accuracy(rows):
+    """Share of right answers among four to each row."""
+    return statistics.fmean(mark == 1 for marks in roll_out(rows, 4)[1] for mark in marks)
+
+
+# %%
+puzzles, others = fresh_problems(PUZZLES, SEED + 10), fresh_problems(PUZZLES, SEED + 11)
+before = accuracy(others)
+texts, rewards = roll_out(puzzles, GROUP)
+prompts = [row["instruction"] for row in puzzles]
+chosen = my_selection(prompts, texts, rewards, 2)
+rows = [{"instruction": prompt, "input": "", "output": text} for prompt, text in chosen]
+fit_rows(model, tokenizer, rows, TrainConfig(lr=3e-4, batch_size=32, epochs=2, seed=SEED))
+after = accuracy(others)
+print("rows chosen:", "some hundreds" if 100 <= len(rows) < 600 else len(rows), "· better than before:", after > before)
+
+# %% [markdown]
+# It helps: with rewards of 0 and 1 this *is* REINFORCE without a baseline, two epochs of it on one rollout. Wrong answers teach it nothing, though, and what the model
+# cannot do at all never enters the set; so it levels off earlier than RLOO, which also pushes down.
+
+# %% [markdown]
+# ## Exercise 08.5 · Repair the verifier
+#
+# One line was missing. Sorted lists, since a number may be given twice; and no more than that: which operations are allowed the parser already knows.
+
+# %%
+def my_verifier(text, numbers, target):
+    answer = extract_answer(text)
+    expression = None if answer is None else parse_expression(answer)
+    if expression is None:
+        return 0.0
+    uses_all = sorted(expression.numbers) == sorted(numbers)
+    return 1.0 if uses_all and expression.value == target else 0.1
+
+
+checks.check("08.5", my_verifier)
+
+# %% [markdown]
+# ## Predict, then run: whose histogram is the widest?
+#
+# That of *plain reward + 1*. Each answer is pushed by at least 1, whatever it is worth, and the pushes of the eight only cancel on average. *Plain reward* and *leave one out*
+# are about equal: most rewards are 0.1, so the plain reward is nearly what a baseline would make of it. Had the model been right nine times in ten, the plain histogram would be the wide one.
+#
+# ## Predict, then run: the hack
+#
+# The paid reward goes to 1 and stays. The truth rises for some steps at best, and goes to 0. No alarm sounds in the log: length falls, as the target alone is short, which looks like thrift; entropy falls as it does in every run that
+# learns, and the share of groups all alike rises as it should in a run that succeeds. Only the truth, measured beside the pay, or a look at the samples, tells.
+#
+# ## Explain: "just add a KL penalty"
+#
+# A leash sets how far the policy goes, not which way: with the gap in place the shortcut remains what pays best for each nat, so a longer run or a looser leash ends at the same place, and a tight one
+# keeps the honest gain away as well. It buys time to notice; the cause is the verifier.
+
+# %%
+checks.progress("08")
