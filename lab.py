@@ -224,7 +224,7 @@ def lab_command(python: Path, arguments: list[str]) -> list[str]:
 def workers() -> list[str]:
     """pytest-xdist's options: a process for each core, four at most, and a file is one process's work."""
     count = min(4, os.cpu_count() or 1)
-    return ["-n", str(count), "--dist", "loadfile"] if count > 1 else []
+    return ["-n", str(count), "--dist", "loadfile", "--no-loadscope-reorder"] if count > 1 else []
 
 
 def test_command(python: Path, arguments: list[str]) -> list[str]:

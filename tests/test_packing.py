@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qftlab.data.batching import Example, first_fit_decreasing, group_by_length, pack, pad
-from qftlab.model import attention
+from qftlab.model import attention, blocked
 from qftlab.train import sft
 from qftlab.train.config import TrainConfig
 from qftlab.train.step import Step, count_trained_tokens
@@ -132,6 +133,64 @@ def test_a_token_budget_changes_nothing_in_training(packing: bool) -> None:
     assert a == pytest.approx(b, abs=1e-6)
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
+
+
+# --- attention, block by block ----------------------------------------------------------------------------------------
+
+
+def random_rows(tokens: int, heads: tuple[int, int], dtype=torch.float64) -> list[torch.Tensor]:
+    """q, k, v as transformers hands them to attention, and a slope of the output."""
+    g = torch.Generator().manual_seed(0)
+    shapes = [(1, h, tokens, 8) for h in (heads[0], heads[1], heads[1])] + [(1, tokens, heads[0], 8)]
+    return [torch.randn(shape, generator=g, dtype=dtype) for shape in shapes]
+
+
+def attended(bounds: torch.Tensor, q, k, v, slope) -> list[torch.Tensor]:
+    """Attention's output, and the gradients of all three."""
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out, _ = attention.packed_attention(torch.nn.Module(), *leaves, None, cu_seq_lens_q=bounds)
+    return [out.detach(), *torch.autograd.grad(out, leaves, slope)]
+
+
+def test_queries_of_zero_average_the_values_of_their_document() -> None:
+    """All weights alike: [1, 2 | 3, 4, 8] gives 1, 1.5 and 3, 3.5, 5; each value's slope is Σ 1/(keys seen)."""
+    v = torch.tensor([1.0, 2, 3, 4, 8]).view(1, 1, 5, 1)
+    bounds, zeros = torch.tensor([0, 2, 5], dtype=torch.int32), torch.zeros(1, 1, 5, 1)
+    out, _, _, dv = attended(bounds, zeros, zeros, v, torch.ones(1, 5, 1, 1))
+    torch.testing.assert_close(out.flatten(), torch.tensor([1, 1.5, 3, 3.5, 5]))
+    torch.testing.assert_close(dv.flatten(), torch.tensor([1.5, 0.5, 11 / 6, 5 / 6, 1 / 3]))
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=str)
+@pytest.mark.parametrize("is_shared", [False, True], ids=["apart", "shared"])
+def test_blocks_equal_torchs_attention(heads: tuple[int, int], is_shared: bool, monkeypatch) -> None:
+    """Output and gradients to 1e-12 in fp64, at lengths on both sides of a block's end; "shared" documents have their
+    first 70 tokens in common."""
+    ends = torch.tensor([0, 1, 64, 129, 330, 335])
+    documents = [torch.arange(a, b) for a, b in pairwise(ends.tolist())]
+    if is_shared:
+        documents[2:] = [documents[3][:70], *(torch.cat([documents[3][:70], d[-5:]]) for d in documents[2:])]
+        documents[0] = torch.arange(335)  # every token stands somewhere
+    assert {len(d) for d in documents} & {63, 64, 65, 70, 75} and any(len(d) > 2 * blocked.QUERIES for d in documents)
+    found = []
+    for longest in (1024, 0):
+        monkeypatch.setattr(attention, "LONGEST_BLOCKED", longest)
+        bounds = ends.int()
+        attention.keep_plan_(bounds, documents)
+        found.append(attended(bounds, *random_rows(335, heads)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_what_is_not_attended_block_by_block_is_said_once(caplog) -> None:
+    attention._say_once_slower.cache_clear()
+    bounds = torch.tensor([0, 1025], dtype=torch.int32)
+    with caplog.at_level(logging.INFO, "qftlab.model.attention"):
+        for _ in range(2):
+            attended(bounds, *random_rows(1025, (1, 1)))
+            attended(torch.tensor([0, 9], dtype=torch.int32), *random_rows(9, (1, 1), torch.bfloat16))
+    assert caplog.text.count("a document has 1025 tokens, more than 1024") == 1
+    assert caplog.text.count("it takes whole precision") == 1
 
 
 # --- TRL --------------------------------------------------------------------------------------------------------------

@@ -136,6 +136,45 @@ def test_step_computes_the_head_at_trained_positions_only() -> None:
     assert seen == [(count_trained_tokens(batch), V)]
 
 
+@pytest.mark.parametrize("collate", [pack, lambda examples: pad(examples, pad_id=0)], ids=["packed", "padded"])
+@pytest.mark.parametrize("want", ["loss", "logprobs"])
+def test_the_last_mlp_sees_what_the_head_reads_and_nothing_changes(want: str, collate, monkeypatch) -> None:
+    """Loss, log-probabilities and gradients with it on those tokens and on all, to 1e-6; its hooks are gone after."""
+    model, batch, seen, found = small_model(), collate(random_examples()), [], []
+    watch = model.model.layers[-1].mlp.gate_proj.register_forward_hook(lambda m, args, out: seen.append(out.numel()))
+    for share in (0.9, 0.0):
+        monkeypatch.setattr("qftlab.train.step.MOST_ROWS", share)
+        model.zero_grad()
+        out = Step(model)(**batch, want=want, num_tokens=7)
+        out.square().sum().backward()
+        found.append(({"out": out.detach()}, {n: p.grad.clone() for n, p in model.named_parameters()}))
+    watch.remove()
+    assert seen == [48 * count_trained_tokens(batch), 48 * batch["input_ids"].numel()]
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs, atol=1e-6 * max(t.abs().max().item() for t in theirs.values()))
+    mlp = model.model.layers[-1].mlp
+    assert not mlp._forward_hooks and not mlp._forward_pre_hooks
+
+
+def test_where_the_last_mlp_runs_on_all_tokens_it_is_said_once(caplog) -> None:
+    """Under gradient checkpointing, and for a family whose layers may be built otherwise."""
+    from qftlab.train import step as module
+
+    module._say_whole.cache_clear()
+    model, batch = small_model(), pack(random_examples())
+    expected = gradients(Step(model), batch, 5)
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    with caplog.at_level("INFO", "qftlab.train.step"):
+        for _ in range(2):
+            found = gradients(Step(model), batch, 5)
+        model.eval().config.model_type = "other"
+        gradients(Step(model), batch, 5)
+    assert found[0] == pytest.approx(expected[0], abs=1e-6)
+    assert_close(found[1], expected[1], atol=1e-6)
+    assert caplog.text.count("the last MLP runs on all tokens") == 2
+    assert "gradient checkpointing" in caplog.text and "this is other" in caplog.text
+
+
 def test_step_refuses_a_model_that_changes_its_logits() -> None:
     model = small_model()
     model.config.final_logit_softcapping = 30.0

@@ -2,8 +2,9 @@
 
 Registered with transformers under the name "packed". A batch that carries `cu_seq_lens_q` (the cumulative document
 lengths, the keyword transformers hands to FlashAttention) is attended document by document: by torch's `varlen_attn` on
-CUDA, otherwise by `scaled_dot_product_attention` on groups of documents of about one length. A batch without it takes
-transformers' own `sdpa` path, so one loaded model serves training, scoring and generation.
+CUDA, otherwise on groups of documents of about one length, in blocks (`model/blocked.py`) on the CPU and else by
+`scaled_dot_product_attention`. A batch without it takes transformers' own `sdpa` path, so one loaded model serves
+training, scoring and generation.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qftlab.model.blocked import BlockedAttention, Plan
+
 log = logging.getLogger(__name__)
 NAME = "packed"
 # Documents are grouped with others of about their length: a group is closed when padding it would waste this share.
 MAX_WASTE = 0.3
+LONGEST_BLOCKED = 1024  # tokens of a document whose attention weights may be kept, see model/blocked.py
 
 
 def register_packed_attention() -> str:
@@ -81,18 +85,21 @@ def packed_attention(
 
 
 def _by_document(q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, scale: float, dropout: float) -> Tensor:
-    """(T, H, d) from q, k, v of (T, H or H_kv, d): one call of sdpa for each group of documents."""
-    groups = q.shape[1] // k.shape[1]
-    tables, back = _plan(cu_seq_lens, q.device)
-    pieces = []
-    for rows in tables:
-        qs, ks, vs = (x[rows.clamp(min=0)].transpose(1, 2) for x in (q, k, v))  # (n, H, t, d)
+    """(T, H, d) from q, k, v of (T, H or H_kv, d): one group of documents after the other."""
+    plan = _plan(cu_seq_lens, q.device)
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        if (reason := _why_not_blocked(q.dtype, dropout, plan)) is None:
+            return BlockedAttention.apply(q, k, v, plan, scale)
+        _say_once_slower(reason)
+    groups, outs = q.shape[1] // k.shape[1], []
+    for pieces in zip(*map(plan.rectangles, (q, k, v)), strict=True):
+        qs, ks, vs = (x.transpose(1, 2) for x in pieces)  # (n, H, t, d)
         if groups > 1:
             ks, vs = (x.repeat_interleave(groups, dim=1) for x in (ks, vs))
         # Right padding under a causal mask: a real query never looks at a padded key, so no mask is needed.
         y = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, scale=scale, dropout_p=dropout)
-        pieces.append(y.transpose(1, 2)[rows >= 0])
-    return torch.cat(pieces)[back]
+        outs.append(y.transpose(1, 2))
+    return plan.joined(outs)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, longest: int, scale: float) -> Tensor:
@@ -142,12 +149,28 @@ def _why_not_varlen(dtype: torch.dtype, width: int, dropout: float, device: torc
     return None
 
 
+def _why_not_blocked(dtype: torch.dtype, dropout: float, plan: Plan) -> str | None:
+    """What keeps attention on the CPU from going block by block, or None."""
+    if dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
+        return "it takes whole precision"
+    if dropout:
+        return "it knows no dropout"
+    if (longest := max(t for _, t in plan.shapes)) > LONGEST_BLOCKED:
+        return f"a document has {longest} tokens, more than {LONGEST_BLOCKED}"
+    return None
+
+
+@cache
+def _say_once_slower(reason: str) -> None:
+    log.info("packed attention runs by torch's kernel for the CPU, not block by block: %s", reason)
+
+
 @cache
 def _say_once(reason: str) -> None:
     log.info("packed attention runs document by document, without torch's varlen kernel: %s", reason)
 
 
-def _plan(cu_seq_lens: Tensor, device: torch.device) -> tuple[list[Tensor], Tensor]:
+def _plan(cu_seq_lens: Tensor, device: torch.device) -> Plan:
     """The plan kept on the bounds of a row; made there at first, so that the layers of one pass share it."""
     plan = getattr(cu_seq_lens, "_packed_plan", None)
     if plan is None:
@@ -156,18 +179,13 @@ def _plan(cu_seq_lens: Tensor, device: torch.device) -> tuple[list[Tensor], Tens
     return plan
 
 
-def keep_plan_(
-    cu_seq_lens: Tensor, documents: Sequence[Tensor], device: torch.device | str = "cpu"
-) -> tuple[list[Tensor], Tensor]:
+def keep_plan_(cu_seq_lens: Tensor, documents: Sequence[Tensor], device: torch.device | str = "cpu") -> Plan:
     """Groups documents of about one length, and keeps the plan on the row's bounds, where attention looks for it.
 
     Args:
         cu_seq_lens: the bounds that the batch carries.
         documents: where each document's tokens stand in the row, int64; documents may share tokens.
         device: of the plan.
-
-    Returns:
-        (n, t) tables of token positions, -1 where padded; and (T,) where in the joined tables each token is first.
     """
     documents, tables, group, used = sorted(documents, key=len), [], [], 0
     for i, document in enumerate(documents):
@@ -177,8 +195,11 @@ def keep_plan_(
         if not longest or used < (1 - MAX_WASTE) * longest * len(group):
             tables.append(pad_sequence(group, batch_first=True, padding_value=-1))
             group, used = [], 0
-    tokens = torch.cat([t[t >= 0] for t in tables])
-    back = torch.full((int(tokens.max()) + 1,), len(tokens))
-    back = back.scatter_reduce(0, tokens, torch.arange(len(tokens)), "amin")
-    plan = cu_seq_lens._packed_plan = [t.to(device) for t in tables], back.to(device)
+    places = torch.cat([table.flatten() for table in tables])
+    (real,) = torch.nonzero(places >= 0, as_tuple=True)
+    tokens = places[real]
+    back = torch.full((int(tokens.max()) + 1,), len(places)).scatter_reduce(0, tokens, real, "amin")
+    shapes = tuple(tuple(table.shape) for table in tables)
+    plan = Plan(shapes, places.clamp(min=0).to(device), back.to(device), is_shared=len(back) < len(tokens))
+    cu_seq_lens._packed_plan = plan
     return plan

@@ -16,9 +16,9 @@ from qftlab.train.preference_config import PreferenceLoss
 
 # What decides the weights of a stage, besides its recipe and the stage it starts from.
 CODE = ("core/chunks.py", "core/logprobs.py", "core/losses.py", "data/batching.py", "data/sources.py",
-        "model/attention.py", "model/head.py", "model/loading.py", "model/lora.py", "model/modules.py",
-        "model/vocabulary.py", "text/chat.py", "text/tokenizer.py", "train/config.py", "train/loop.py",
-        "train/optim.py", "train/precision.py", "train/rows.py", "train/sft.py", "train/step.py",
+        "model/attention.py", "model/blocked.py", "model/head.py", "model/loading.py", "model/lora.py",
+        "model/modules.py", "model/vocabulary.py", "text/chat.py", "text/tokenizer.py", "train/config.py",
+        "train/loop.py", "train/optim.py", "train/precision.py", "train/rows.py", "train/sft.py", "train/step.py",
         "train/update.py")  # fmt: skip
 SAMPLING = ("core/draws.py", "core/filters.py", "core/rewards.py", "core/sampling.py", "data/countdown.py",
             "generate/attend.py", "generate/batch.py", "generate/cache.py", "generate/decoder.py",

@@ -7,9 +7,13 @@ Only `Step` is prepared, wrapped or sharded, and only it is called: losses and l
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qftlab.core.checks import check_choice
 from qftlab.core.chunks import chunk_tokens
@@ -21,13 +25,15 @@ log = logging.getLogger(__name__)
 IGNORED = -100
 # Some families scale or squash their logits after the head; a loss that skips that would be another model's loss.
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+FAMILIES = ("qwen2", "qwen3", "llama")  # whose MLP takes each token by itself, and is followed by a norm alone
+MOST_ROWS = 0.9  # of the tokens: with more, gathering them costs about what it saves
 
 
 class Step(nn.Module):
     """Loss or log-probabilities (nats, fp32) of a batch.
 
-    The head is computed only at positions whose next token is trained, a chunk at a time: nothing of size (B, T, V) and
-    nothing of size (trained tokens, V) exists.
+    The head and the MLP of the last layer are computed only at positions whose next token is trained, as nothing else
+    reads them; the head a chunk at a time: nothing of size (B, T, V) and nothing of size (trained tokens, V) exists.
 
     Args:
         model: a causal transformers model (Qwen2, Qwen3, Llama), or one wrapped by peft.
@@ -80,9 +86,11 @@ class Step(nn.Module):
                 "a loss must have num_tokens and temperature 1, got "
                 f'{num_tokens} and {temperature}: pass count_trained_tokens(batch), or want="logprobs"'
             )
-        hidden = causal_model(self.model).get_decoder()(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
         targets = labels[:, 1:]
         keep = targets != IGNORED  # (B, T - 1)
+        decoder = causal_model(self.model).get_decoder()
+        with last_mlp_on(decoder, F.pad(keep, (0, 1))):
+            hidden = decoder(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
         x, y = hidden[:, :-1][keep], targets[keep]  # (N, D), (N,)
         if want == "loss":
             return self._sum_nll(x, y) / num_tokens
@@ -112,6 +120,56 @@ class Step(nn.Module):
             self._said_called = True
         size = chunk_tokens(causal_model(self.model).config.vocab_size, x.device)
         return module_logprobs(head, x, y, chunk=size, **options)
+
+
+@contextmanager
+def last_mlp_on(decoder: nn.Module, keep: Tensor) -> Iterator[None]:
+    """Inside, the MLP of the decoder's last layer runs on some tokens only, and gives zeros at the others.
+
+    Attention of that layer needs every token, what comes after it only those that the head reads: the hidden states
+    there, the loss and all gradients are what they would be. Where it cannot be done it is left out, and logged.
+
+    Args:
+        decoder: of a transformers model.
+        keep: (B, T) bool, the tokens that the head reads.
+    """
+    rows = keep.flatten().nonzero().squeeze(-1)
+    if not 0 < len(rows) < MOST_ROWS * keep.numel() or torch.compiler.is_compiling():
+        yield
+        return
+    if (reason := _why_whole(decoder)) is not None:
+        _say_whole(reason)
+        yield
+        return
+
+    def gather(_, inputs: tuple[Tensor]) -> Tensor:
+        return inputs[0].flatten(0, 1)[rows].unsqueeze(0)
+
+    def spread(_, inputs, output: Tensor) -> Tensor:
+        zeros = output.new_zeros(keep.numel(), output.shape[-1])
+        return zeros.index_copy(0, rows, output[0]).unflatten(0, keep.shape)
+
+    mlp = decoder.layers[-1].mlp
+    handles = [mlp.register_forward_pre_hook(gather), mlp.register_forward_hook(spread)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _why_whole(decoder: nn.Module) -> str | None:
+    """What keeps the last MLP from running on some tokens only, or None."""
+    if decoder.config.model_type not in FAMILIES:
+        return f"it is known to be possible for {', '.join(FAMILIES)}, and this is {decoder.config.model_type}"
+    if decoder.training and getattr(decoder.layers[-1], "gradient_checkpointing", False):
+        return "gradient checkpointing computes the layer again later"
+    return None
+
+
+@cache
+def _say_whole(reason: str) -> None:
+    log.info("the last MLP runs on all tokens, not only where the next one is trained: %s", reason)
 
 
 def count_trained_tokens(batch: dict[str, Tensor]) -> int:

@@ -1,0 +1,129 @@
+"""Causal attention of documents on the CPU: forward and backward, a block of queries at a time.
+
+torch's fused kernel for the CPU multiplies small tiles and computes the weights a second time in backward. Here a block
+of queries meets all keys up to its own end in one batched product, and the weights are kept: T²/2 numbers a head and
+document, which is why long documents are left to the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+QUERIES = 64  # of a block: with more, too many products fall above the diagonal; with fewer, they are too small
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the documents of a packed row are laid out as rectangles, each of documents of about one length.
+
+    Args:
+        shapes: (documents, tokens) of each rectangle.
+        places: (P,) the token of each place of all rectangles, token 0 where padded.
+        back: (T,) the first place of each token.
+        is_shared: whether a token stands at several places.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    places: Tensor
+    back: Tensor
+    is_shared: bool
+
+    def rectangles(self, x: Tensor) -> list[Tensor]:
+        """(T, H, d) → each (n, t, H, d)."""
+        return self._cut(x[self.places])
+
+    def spread(self, gradient: Tensor) -> list[Tensor]:
+        """`rectangles` with zeros where a token is padding, or stands once more."""
+        places = gradient.new_zeros(len(self.places), *gradient.shape[1:])
+        places[self.back] = gradient
+        return self._cut(places)
+
+    def joined(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Rectangles → (T, H, d), each token from its first place."""
+        return torch.cat([piece.flatten(0, 1) for piece in pieces])[self.back]
+
+    def summed(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Rectangles with zeros where padded → (T, H, d), each token the sum over its places."""
+        if not self.is_shared:
+            return self.joined(pieces)
+        places = torch.cat([piece.flatten(0, 1) for piece in pieces])
+        return places.new_zeros(len(self.back), *places.shape[1:]).index_add_(0, self.places, places)
+
+    def _cut(self, places: Tensor) -> list[Tensor]:
+        pieces = places.split([n * t for n, t in self.shapes])
+        return [piece.unflatten(0, shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+
+class BlockedAttention(torch.autograd.Function):
+    """(T, H, d) from q (T, H, d), k and v (T, H_kv, d), a plan, and the scale of the scores."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
+        """Keeps the weights of each block where there will be a backward."""
+        heads, outs, kept = k.shape[1], [], []
+        for (n, t), *pieces in zip(plan.shapes, *map(plan.rectangles, (q, k, v)), strict=True):
+            qs, ks, vs = (_folded(x, heads) for x in pieces)
+            out = torch.empty_like(qs)
+            weights = []
+            for rows, end in _blocks(t, qs.shape[1] // t):
+                w = _weights(qs[:, rows], ks[:, :end], scale)
+                out[:, rows] = torch.bmm(w, vs[:, :end])
+                weights += [w] if any(ctx.needs_input_grad) else []
+            kept += [qs, ks, vs, out, *weights] if weights else []
+            outs.append(_unfolded(out, n, t, heads))
+        ctx.save_for_backward(*kept)
+        ctx.plan, ctx.scale, ctx.heads = plan, scale, heads
+        return plan.joined(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor):
+        """With P the weights and dP = dO Vᵀ, the scores' gradient is P (dP − Σ dO · O) (Dao et al. 2022, B.2)."""
+        plan, heads, kept, found = ctx.plan, ctx.heads, iter(ctx.saved_tensors), []
+        for (n, t), piece in zip(plan.shapes, plan.spread(upstream), strict=True):
+            qs, ks, vs, out = (next(kept) for _ in range(4))
+            slopes = _folded(piece, heads)
+            dq, dk, dv = torch.empty_like(qs), torch.zeros_like(ks), torch.zeros_like(vs)
+            means = (slopes * out).sum(-1, keepdim=True)
+            for rows, end in _blocks(t, qs.shape[1] // t):
+                w, ds = next(kept), torch.bmm(slopes[:, rows], vs[:, :end].transpose(1, 2))
+                ds.sub_(means[:, rows]).mul_(w).mul_(ctx.scale)
+                dq[:, rows] = torch.bmm(ds, ks[:, :end])
+                dk[:, :end].baddbmm_(ds.transpose(1, 2), qs[:, rows])
+                dv[:, :end].baddbmm_(w.transpose(1, 2), slopes[:, rows])
+            found.append([_unfolded(x, n, t, heads) for x in (dq, dk, dv)])
+        dq, dk, dv = zip(*found, strict=True)
+        return plan.joined(dq), plan.summed(dk), plan.summed(dv), None, None
+
+
+def _folded(x: Tensor, heads: int) -> Tensor:
+    """(n, t, H, d) → (n · heads, t · H / heads, d): the queries that share a key head become rows of one matrix."""
+    n, t, _, d = x.shape
+    return x.reshape(n, t, heads, -1).transpose(1, 2).reshape(n * heads, -1, d)
+
+
+def _unfolded(x: Tensor, n: int, t: int, heads: int) -> Tensor:
+    """`_folded` undone."""
+    return x.view(n, heads, t, -1).transpose(1, 2).reshape(n, t, -1, x.shape[-1])
+
+
+def _blocks(t: int, groups: int) -> Iterator[tuple[slice, int]]:
+    """The folded rows of each block of queries, and where the last key that they see ends."""
+    for start in range(0, t, QUERIES):
+        end = min(t, start + QUERIES)
+        yield slice(start * groups, end * groups), end
+
+
+def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """softmax of the scaled scores of a block of folded queries, whose last token stands at the last key."""
+    scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scale)
+    end = k.shape[1]
+    tokens = (end - 1) % QUERIES + 1
+    future = scores.new_full((tokens, tokens), -torch.inf).triu_(1)
+    scores.view(len(q), tokens, -1, end)[..., end - tokens :] += future.unsqueeze(1)
+    return scores.softmax(-1)
