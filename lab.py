@@ -27,7 +27,7 @@ DOWNLOAD_GB, DISK_GB, WANTED_GB = 1.0, 1.8, 3.0  # the download, what stays on d
 FAST = "not slow and not gpu and not browser and not distributed"  # and no notebooks; one of the tests runs ruff
 
 HELP = """commands:
-  tour       the whole way in minutes: a small Qwen learns two tokens, to chat and to answer
+  tour       the whole way in minutes: a small Qwen learns two tokens, to answer, to prefer and to practise
   lab        open JupyterLab at notebook 00, in my/, your own copy of the notebooks
   test       all tests and all notebooks (strict nbval); arguments go to pytest
   check      the fast part of the tests, and ruff over the code; arguments go to pytest

@@ -210,7 +210,7 @@ class Command:
 
 
 COMMANDS = {
-    "tour": Command("the whole way in minutes: two new tokens, fine-tuning, a page of results",
+    "tour": Command("the whole way in minutes: two new tokens, SFT, DPO, RLOO, a page of results",
                     "tour", "qftlab.teach.tour:TourConfig", run_tour),
     "sft": Command("supervised fine-tuning on files of rows",
                    "sft --data data/instructions/train.jsonl --train.epochs 1 --output runs/sft",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -202,6 +203,8 @@ def test_sft_and_then_generate_from_latest(capsys, tmp_path) -> None:
         ("export --model SCORER", "is a reward model: it scores answers"),
         ("rloo --problems 3 --reward_model x", "add it, as in --rewards [countdown,model]"),
         ("rloo --data PAIRS", "rewards countdown wants numbers and target in each row, got prompt"),
+        ("rloo --data PAIRS --rewards exact", "rewards exact wants output in each row, got prompt"),
+        ("rloo --problems 4 --rewards mode", "in row 1 of data: add it, or name another of --rewards"),
         ("sft --data ROWS --lora.rank 2 --lora.tokens [nonsense]", "lora.tokens must be tokens of the tokenizer"),
     ],
 )
@@ -214,6 +217,8 @@ def test_a_newcomers_slips_get_one_clear_line(arguments: str, message: str, tmp_
         (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
         arguments = arguments.replace(name.upper(), str(tmp_path / f"{name}.jsonl"))
     monkeypatch.chdir(tmp_path)
+    # The handler of transformers may hold the stream of an earlier test, which is closed.
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [])
     if "nowhere" in arguments:
         (tmp_path / "x.jsonl").write_text(row, encoding="utf-8")
     if "SCORER" in arguments:

@@ -44,4 +44,5 @@ def test_equal_models_gain_nothing_and_the_bars_say_so(said_and_page) -> None:
     said, _ = said_and_page
     assert "DPO:  0 of 50 puzzles gained, 0 lost, sampled (p = 1)" in said
     verdicts = {line.split("  ")[0]: line.rsplit(" ", 1)[1] for line in said.splitlines() if ": " in line}
-    assert verdicts["base: format kept in chat"] == "passed" and verdicts["RLOO: Countdown gained, sampled"] == "missed"
+    assert verdicts["base: format kept in chat"] == "passed"
+    assert verdicts["RLOO: Countdown gained since more SFT, sampled"] == "missed"

@@ -619,3 +619,22 @@ def test_a_folder_of_runs_stands_for_its_last_one(tmp_path):
     (run / "metrics.jsonl").write_text("")
     (tmp_path / "latest").symlink_to(run.name)
     assert resolve_model(tmp_path).endswith("model") and resolve_model(tmp_path) == resolve_model(tmp_path / "latest")
+
+
+@pytest.mark.parametrize(
+    ("record", "title"),
+    [
+        ({}, "Loss falls"),
+        ({"reward": 0.5}, "The reward"),
+        ({"chosen_logprob": -3.0, "rejected_logprob": -5.0}, "The margin"),
+    ],
+)
+def test_the_curve_is_what_a_run_is_judged_by(tmp_path, monkeypatch, record: dict, title: str) -> None:
+    seen = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: seen.extend(figure.axes))
+    runs.draw_curves(tmp_path / "curves.png", [0.5, 0.4], records=[{"step": i, "loss": 0.5} | record for i in (1, 2)])
+    [ax] = seen
+    drawn = [y for line in ax.lines for y in line.get_ydata()]
+    assert ax.get_title(loc="left").startswith(title) and set(drawn) == set(record.values() or [0.5, 0.4])
+    low, high = ax.get_ylim()
+    assert low <= min(drawn) and max(drawn) <= high

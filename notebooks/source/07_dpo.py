@@ -340,8 +340,8 @@ assert all(point["preference_accuracy"] > 0.52 for point in lasts)
 print("first loss log 2, first accuracy ½, last accuracy above ½ in every run")
 
 # %% [markdown]
-# **Read it.** The log of a good experiment, four times over: margins on held-out pairs rise, and all four policies prefer the right answer more often
-# than not. (The margin is $\beta h$, so β 0.5 draws the same $h$ five times as high.) This is the picture that goes into the report.
+# **Read it.** It looks like a good experiment, four times over: margins on held-out pairs rise, and all four policies prefer the right answer more often
+# than not, if not by much on 64 pairs. (The margin is $\beta h$, so β 0.5 draws the same $h$ five times as high.) This is the picture that goes into the report.
 #
 # > **Predict, then run.** Before training, the model solved a third of 400 held-out problems greedily, and a fifth when sampled. Which of the four solves
 # > most now, and which fewest? The picture above is all you may use. Say a number for each.

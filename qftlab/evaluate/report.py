@@ -93,7 +93,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> pandas.DataFrame:
     import pandas
 
     lines = [
-        {"what": v.name, "measured": v.value, "bar": f"{'at most' if v.at_most else 'at least'} {format_cell(v.bar)}",
+        {"what": v.name, "measured": v.value, "bar": f"{'at most' if v.at_most else 'at least'} {v.bar:g}",
          "verdict": "passed" if v.passed else "missed"} for v in verdicts
     ]  # fmt: skip
     return pandas.DataFrame(lines).set_index("what")

@@ -176,7 +176,7 @@ def general_suspect(got: Any, wanted: Any) -> str | None:
     if torch.allclose(a, -b):
         return "the sign is flipped"
     factor = _factor(a, b)
-    if factor is not None:
+    if factor is not None and a.numel() > 1:  # of one number anything is a multiple
         return f"it is {_number(factor)} times the wanted value everywhere: is it divided by the right count?"
     if a.numel() > 1 and torch.allclose(a.sort().values, b.sort().values):
         return "the values are right, their order is not"

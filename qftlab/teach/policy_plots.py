@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qftlab.core.plots import DASHES, FONT_SIZE, HATCHES, MARKERS, PALETTE, TOKEN_FONT, new_axes, running_mean
+from qftlab.core.plots import DASHES, FONT_SIZE, HATCHES, MARKERS, PALETTE, TOKEN_FONT, finish, new_axes, running_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ def advantage_bars(labels: Sequence[str], advantages: Sequence[float], title: st
     ax.set_yticks(range(len(labels)), labels, family=TOKEN_FONT)
     ax.invert_yaxis()
     ax.axvline(0, color="black", linewidth=1)
-    return _finish(ax, "advantage (reward above that of the siblings)", "", title)
+    return finish(ax, "advantage (reward above that of the siblings)", "", title)
 
 
 def push_histogram(pushes: Mapping[str, Tensor], reach: float, ax: Axes | None = None) -> Axes:
@@ -40,7 +40,7 @@ def push_histogram(pushes: Mapping[str, Tensor], reach: float, ax: Axes | None =
         ax.hist(values.clamp(-reach, reach).tolist(), bins=bins, histtype="step", linewidth=2.2, label=name,
                 color=PALETTE[i], linestyle=DASHES[i])  # fmt: skip
     ax.legend(fontsize=FONT_SIZE, frameon=False)
-    return _finish(ax, "what one puzzle says about the direction", "puzzles", "")
+    return finish(ax, "what one puzzle says about the direction", "puzzles", "")
 
 
 def clip_curves(loss: Callable[..., Tensor], epsilon: float, ax: Axes | None = None) -> Axes:
@@ -51,7 +51,7 @@ def clip_curves(loss: Callable[..., Tensor], epsilon: float, ax: Axes | None = N
         ax.plot(ratio, curve, DASHES[i], color=PALETTE[i], linewidth=2.2, label=f"advantage {sign:+.0f}")
     ax.axvspan(1 - epsilon, 1 + epsilon, color="grey", alpha=0.2)
     ax.legend(fontsize=FONT_SIZE, frameon=False, loc="center left")
-    return _finish(ax, "ratio ρ: how much likelier the answer has become", "loss", "")
+    return finish(ax, "ratio ρ: how much likelier the answer has become", "loss", "")
 
 
 def lines(
@@ -64,7 +64,7 @@ def lines(
         ax.plot(x, values, label=name, **style)
     ax.set_ylim(bottom=0)
     ax.legend(fontsize=FONT_SIZE, frameon=False)
-    return _finish(ax, xlabel, ylabel, "")
+    return finish(ax, xlabel, ylabel, "")
 
 
 def run_curves(metrics: Sequence[Mapping[str, float]]):
@@ -77,7 +77,7 @@ def run_curves(metrics: Sequence[Mapping[str, float]]):
         ax.plot(range(1, len(values) + 1), values, color=PALETTE[0], alpha=0.3)
         ax.plot(range(1, len(values) + 1), running_mean(values, 5), color=PALETTE[0], linewidth=2)
         ax.set_ylim(0, max(1.25 * max(values), 0.05))
-        _finish(ax, "step" if ax in axes[1] else "", "", title)
+        finish(ax, "step" if ax in axes[1] else "", "", title)
     return axes
 
 
@@ -111,7 +111,7 @@ def frontier(
     ax.plot(*trained, "D", color=PALETTE[3], markersize=10, label="RLOO, one answer")
     ax.set_ylim(0, 1)
     ax.legend(fontsize=FONT_SIZE, frameon=False, loc="lower right")
-    return _finish(ax, "KL from the old model (nats an answer)", "puzzles solved", "")
+    return finish(ax, "KL from the old model (nats an answer)", "puzzles solved", "")
 
 
 def courses(runs: Mapping[str, Mapping[str, Sequence[float]]]):
@@ -125,7 +125,7 @@ def courses(runs: Mapping[str, Mapping[str, Sequence[float]]]):
             ax.plot(steps, run[name], color=PALETTE[color], alpha=0.25)
             ax.plot(steps, running_mean(run[name], 5), dash, color=PALETTE[color], linewidth=2.4, label=label)
         ax.set_ylim(0, 1.02)
-        _finish(ax, "optimizer step", "", title)
+        finish(ax, "optimizer step", "", title)
     axes[0].legend(fontsize=FONT_SIZE, frameon=False, loc="center right")
     return axes
 
@@ -146,12 +146,3 @@ def sample_rows(samples: Sequence[Mapping], ax: Axes | None = None) -> Axes:
 
 def _shortened(prompt: str, width: int = 54) -> str:
     return prompt if len(prompt) <= width else prompt[: width - 1] + "…"
-
-
-def _finish(ax: Axes, xlabel: str, ylabel: str, title: str) -> Axes:
-    ax.set_xlabel(xlabel, fontsize=FONT_SIZE)
-    ax.set_ylabel(ylabel, fontsize=FONT_SIZE)
-    ax.set_title(title, fontsize=FONT_SIZE + 1, loc="left")
-    ax.tick_params(labelsize=FONT_SIZE)
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax

@@ -75,15 +75,14 @@ class Scores:
     stages: Mapping[str, Marks]
     base_shots: Evaluation
 
-    def countdown_change(self, before: str, after: str, *, sampled: bool = True) -> Comparison:
-        """Problems gained and lost between two stages, sampled at temperature 1 or greedy."""
-        pair = (self.stages[name] for name in (before, after))
-        return compare_marks(*([s.correct for s in (m.sampled if sampled else m.countdown).scores] for m in pair))
+    def countdown_change(self, before: str, after: str) -> Comparison:
+        """Problems gained and lost between two stages, one answer to each at temperature 1."""
+        pair = (self.stages[name].sampled.scores for name in (before, after))
+        return compare_marks(*([score.correct for score in scores] for scores in pair))
 
-    def gain(self, before: str, after: str, *, sampled: bool = True) -> float:
-        """Share of the Countdown problems that a stage added."""
-        a, b = (self.stages[name].sampled if sampled else self.stages[name].countdown for name in (before, after))
-        return b.countdown.accuracy - a.countdown.accuracy
+    def gain(self, before: str, after: str) -> float:
+        """Share of the Countdown problems, sampled, that lies between two stages."""
+        return self.stages[after].sampled.countdown.accuracy - self.stages[before].sampled.countdown.accuracy
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -96,8 +95,7 @@ class Scores:
             Verdict("SFT: instructions right, in format", sft.chat.in_format.accuracy, 0.75),
             Verdict("SFT: AGENT/EDIT choice right", sft.bugs.mode.accuracy, 0.95),
             Verdict("DPO: Countdown gained, sampled", self.gain("warm", "dpo"), 0.03),
-            Verdict("RLOO: Countdown gained, sampled", self.gain("dpo", "rloo"), 0.075),
-            Verdict("RLOO: Countdown gained since SFT, greedy", self.gain("warm", "rloo", sampled=False), 0.05),
+            Verdict("RLOO: Countdown gained since more SFT, sampled", self.gain("warm", "rloo"), 0.075),
             Verdict("RLOO: instructions right, in format", last.chat.in_format.accuracy, 0.75),
         ]
 
@@ -225,11 +223,13 @@ def main(config: TourConfig, say: Callable[[str], None] = print) -> Path:
     say(scores.table().map(lambda x: "–" if x != x else f"{x:.0%}").to_string())
     say("* with three solved examples in the prompt, and read leniently\n")
     change = compare(scores.stages["base"].chat, scores.stages["sft"].chat)
-    say(f"SFT:  {change.gained} questions gained, {change.lost} lost (exact McNemar p = {change.p_value:.1g})")
+    say(f"SFT:  {change.gained} of {change.before.n} questions gained, {change.lost} lost, the form aside "
+        f"(exact McNemar p = {change.p_value:.1g})")  # fmt: skip
     for name, before in (("dpo", "warm"), ("rloo", "dpo")):
         change = scores.countdown_change(before, name)
         say(f"{TITLES[name] + ':':5} {change.gained} of {change.before.n} puzzles gained, {change.lost} lost, sampled "
             f"(p = {change.p_value:.1g})")  # fmt: skip
+    say("\nThe three questions, after SFT:")
     for question, answer in said["SFT"].items():
         say(f"\nYou:   {question}\nModel: {answer}")
     say(f"\nOne puzzle through all stages: {solved.index[0]}")
@@ -251,13 +251,13 @@ def write_page(
         Section("Stage by stage", "Rates on questions that were never trained on. *With three solved examples in the "
                 "prompt, read leniently.", scores.table(),
                 (Picture(stages_picture(scores), "Five rates on held-out questions over five stages, base to RLOO"),)),
-        Section("The three questions", table=said),
-        Section("One puzzle through all stages", table=solved),
+        Section("The three questions", "Greedy, but for the joke. The right sum is 5050, and the year 1896.", said),
+        Section("One puzzle through all stages", "The first held-out puzzle that RLOO solves and SFT did not.", solved),
         Section("Training", "Left to right: the mean surprise of the trained tokens during SFT, in nats, and the mean "
                 "reward during RLOO.",
                 pictures=(Picture(loss, "Training loss over optimizer steps"),
                           Picture(reward_picture(stages["rloo"]), "Mean reward over optimizer steps of RLOO"))),
-        Section("By skill", "The base model is shown three solved examples, and read leniently.",
+        Section("By skill, after SFT", "The base model is shown three solved examples, and read leniently.",
                 scores.stages["sft"].chat.to_frame(),
                 (Picture(skills_picture(scores),
                          "Accuracy by skill: base model with three examples, and after SFT"),)),

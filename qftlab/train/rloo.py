@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,11 @@ from qftlab.train.rollouts import ModelSampler, Prompt, Reward, Sampler, encode_
 from qftlab.train.sft import best_device, context_length, load_extended, open_run, sft_identity
 
 log = logging.getLogger(__name__)
+
+# Columns of a row that a named reward reads.
+WANTED = {
+    "countdown": ("numbers", "target"), "reasoned": ("numbers", "target"), "exact": ("output",), "mode": ("mode",),
+}  # fmt: skip
 
 
 def fit_policy(
@@ -242,11 +247,11 @@ def rloo(config: RLOOConfig, *, progress: bool = False) -> Path:
 def _rloo(config: RLOOConfig, progress: bool) -> Path:
     rows = load(list(config.data)).rows if config.data else fresh_problems(config.problems, config.train.seed)
     held_out_rows = load(list(config.held_out)).rows if config.held_out else []
-    for name in {"countdown", "reasoned"}.intersection(config.rewards):
-        for number, row in enumerate([*rows, *held_out_rows], 1):
-            if not {"numbers", "target"} <= row.keys():
-                raise ValueError(f"rewards {name} wants numbers and target in each row, got {', '.join(row)} in row "
-                                 f"{number}: name another reward, as --rewards exact")  # fmt: skip
+    for name in config.rewards:
+        for place, number, row in _placed(rows, held_out_rows):
+            if missing := [column for column in WANTED.get(name, ()) if column not in row]:
+                raise ValueError(f"rewards {name} wants {' and '.join(missing)} in each row, got {', '.join(row)} in "
+                                 f"row {number} of {place}: add it, or name another of --rewards")  # fmt: skip
     model, tokenizer = load_extended(config)
     prompts, held_out = prompts_for(model, tokenizer, config.policy, config.max_length, rows, held_out_rows)
     rewards = named_rewards(config.rewards, tokenizer, config.reward_model, config.device)
@@ -273,6 +278,12 @@ def _rloo(config: RLOOConfig, progress: bool) -> Path:
     run.put_model(run.model_path, lambda folder: save_model(model, tokenizer, folder))
     run.finish(result.losses, result.held_out)
     return run.path
+
+
+def _placed(rows: Sequence[dict], held_out_rows: Sequence[dict]) -> Iterator[tuple[str, int, dict]]:
+    """Each row with what it belongs to and its number there, from 1."""
+    for place, found in (("data", rows), ("held_out", held_out_rows)):
+        yield from ((place, number, row) for number, row in enumerate(found, 1))
 
 
 def fresh_problems(count: int, seed: int) -> list[dict]:

@@ -16,6 +16,12 @@ log = logging.getLogger(__name__)
 METRICS, MODEL, CHECKPOINTS = "metrics.jsonl", "model", "checkpoints"
 LATEST, FINAL = "latest", "final"  # pointers: to the last run that ended, and to its model
 
+# Where the loss says little: what records hold in its place, the axis, and the title.
+TELLING = (
+    (("reward",), "mean reward of an answer", "The reward of the sampled answers"),
+    (("chosen_logprob", "rejected_logprob"), "log-probability (nats an answer)", "The margin grows; look where to"),
+)
+
 
 class RunFolder:
     """The folder `<parent>/<date>-<time>` holding config.json, and in time metrics.jsonl, model/ and more.
@@ -100,7 +106,8 @@ class RunFolder:
             return
         self._metrics.close()
         if losses:
-            draw_curves(self.path / "curves.png", losses, held_out)
+            records = [json.loads(line) for line in _whole_lines(self.path / METRICS)]
+            draw_curves(self.path / "curves.png", losses, held_out, records)
         if self.checkpoints.is_dir():
             point(self.checkpoints / FINAL, f"../{MODEL}")
         point(self.path.parent / LATEST, self.path.name)
@@ -147,15 +154,31 @@ def _whole_lines(path: Path) -> list[str]:
     return [line for line in lines if line.endswith("}")]
 
 
-def draw_curves(path: Path, losses: Sequence[float], held_out: Sequence[tuple[int, float]] = ()) -> None:
-    """Writes the loss curve as a PNG; no window system is touched."""
+def draw_curves(
+    path: Path,
+    losses: Sequence[float],
+    held_out: Sequence[tuple[int, float]] = (),
+    records: Sequence[dict] = (),
+) -> None:
+    """Writes what a run is judged by as a PNG: its rewards, both log-probabilities of pairs, or else its losses."""
     from matplotlib.figure import Figure
 
-    from qftlab.core.plots import loss_curve
+    from qftlab.core.plots import finish, loss_curve
 
     figure = Figure(figsize=(7, 4), layout="constrained")
-    measured = tuple(zip(*held_out, strict=True)) if held_out else None
-    loss_curve(range(1, len(losses) + 1), losses, held_out=measured, ax=figure.subplots())
+    ax = figure.subplots()
+    for names, ylabel, title in TELLING:
+        found = [record for record in records if names[0] in record]
+        if found:
+            curves = {name: [record[name] for record in found] for name in names}
+            loss_curve([record["step"] for record in found], curves, ax=ax)
+            values = [value for curve in curves.values() for value in curve]
+            ax.set_ylim(min(0.0, 1.05 * min(values)), max(0.0, 1.05 * max(values)))
+            finish(ax, "optimizer step", ylabel, title)
+            break
+    else:
+        measured = tuple(zip(*held_out, strict=True)) if held_out else None
+        loss_curve(range(1, len(losses) + 1), losses, held_out=measured, ax=ax)
     figure.savefig(path, dpi=120)
 
 
