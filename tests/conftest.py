@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,9 @@ from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What a shell starts in the background ignores Ctrl-C; some tests send it to themselves.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # No deadline: the cores of a shared machine stall for longer than any sensible one. Derandomised: a red run repeats.
 settings.register_profile("qftlab", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("qftlab")

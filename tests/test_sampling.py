@@ -44,10 +44,11 @@ def make_logits(kind: str, seed: int, rows: int, vocab: int) -> Tensor:
 
 
 def by_the_book(logits: Tensor, params: SamplingParams, u: Tensor, **options) -> Tensor:
-    """The reference: filter, weigh, one running sum, its inverse."""
-    scores = filter_logits(logits, params, **options)
+    """The reference: filter, weigh, one running sum, its inverse; greedy takes no filter, as in transformers."""
     if params.temperature == 0:
-        return scores.argmax(-1)
+        plain = SamplingParams(temperature=0.0, repetition_penalty=params.repetition_penalty)
+        return filter_logits(logits, plain, **options).argmax(-1)
+    scores = filter_logits(logits, params, **options)
     ends = weigh(scores).cumsum(-1)
     target = (u.unsqueeze(1) * ends[:, -1:]).long()
     return torch.searchsorted(ends, target, right=True).squeeze(1)
