@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -74,16 +75,23 @@ def stage(name: str, preset: str = "tiny", root: str | Path | None = None, *, sa
     if name == "base":
         folder = resolve(wanted.preset.model)
         return Stage(name, Path(folder), _load(folder, wanted.preset), load_tokenizer(folder))
-    root = default_root() if root is None else Path(root)
-    path = root / f"{name}-{preset}-{fingerprint(name, wanted)}"
+    path = _made(name, wanted, default_root() if root is None else Path(root), say or (lambda line: None))
+    record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    return Stage(name, path, _load(path, wanted.preset), load_tokenizer(path), record["metrics"])
+
+
+def _made(name: str, wanted: Recipe, root: Path, say: Say) -> Path:
+    """The folder of a stage, made there if need be, and before it those it starts from; nothing is loaded for that."""
+    if name == "base":
+        return Path(resolve(wanted.preset.model))
+    path = root / f"{name}-{wanted.preset.name}-{fingerprint(name, wanted)}"
     if not is_whole(path):
         (root / LOCKS).mkdir(parents=True, exist_ok=True)
         with FileLock(root / LOCKS / path.name):  # another notebook may be making it: wait, and take that
             if not is_whole(path):
-                start = stage(wanted.start, preset, root, say=say).path
-                _build(name, wanted, start, path, say or (lambda line: None))
-    record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-    return Stage(name, path, _load(path, wanted.preset), load_tokenizer(path), record["metrics"])
+                start = _made(wanted.start, recipe(wanted.start, wanted.preset.name), root, say)
+                _build(name, wanted, start, path, say)
+    return path
 
 
 def measured(
@@ -143,8 +151,17 @@ def fingerprint(name: str, wanted: Recipe) -> str:
             digest.update(bundled(*part.split("/")).read_text(encoding="utf-8").encode())
     package = Path(__file__).resolve().parent.parent
     for part in (*CODE, *MORE_CODE.get(name, ())):
-        digest.update(ast.dump(ast.parse((package / part).read_text(encoding="utf-8"))).encode())
+        digest.update(_code(package / part, (package / part).stat().st_mtime_ns))
     return digest.hexdigest()[:12]
+
+
+@cache
+def _code(file: Path, changed: int) -> bytes:
+    """A file of code without comments and line breaks; kept, as each stage asks for those of all before it.
+
+    `changed` is its time of change, so that an edited file is read anew.
+    """
+    return ast.dump(ast.parse(file.read_text(encoding="utf-8"))).encode()
 
 
 def _starting_files(preset: Preset) -> list[Path]:
