@@ -73,8 +73,8 @@ def differences(text: Path, target: Path) -> list[str]:
 
 def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
     """Run all cells in folder, then take out what must not be kept: widget state, times, the machine's Python."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "QFTLAB_LAYOUT": "plain"}.items():
+        os.environ.setdefault(name, value)  # as the tests pin them, in conftest.py
     where = {"metadata": {"path": str(folder)}}
     NotebookClient(notebook, timeout=900, kernel_name="python3", resources=where, record_timing=False).execute()
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})

@@ -1,4 +1,4 @@
-"""What all tests share: one thread, repeatable property tests, and the folder of real data where there is one."""
+"""What all tests share: repeatable property tests, small models, and the folder of real data where there is one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What a shell starts in the background ignores Ctrl-C; some tests send it to themselves.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)

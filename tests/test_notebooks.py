@@ -9,8 +9,12 @@ That strict nbval compares the outputs is `python lab.py test`'s own work, not t
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shutil
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -175,3 +179,34 @@ def test_building_is_deterministic_and_only_when_needed(build: ModuleType, tmp_p
     assert len({cell["id"] for cell in read(target).cells}) == 3
     text.write_text(text.read_text(encoding="utf-8") + "\n# %%\n2 + 2\n", encoding="utf-8")
     assert build.differences(text, target) == ["its cells are not those of the text form"]
+
+
+def pytest_in(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """A pytest of its own, without the options and layout that this one was given."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "QFTLAB_LAYOUT"))}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+def test_plain_nbval_at_the_root_collects_every_notebook() -> None:
+    done = pytest_in(ROOT, "--nbval", "--collect-only", "--ignore-glob=tests/test_*.py")
+    names = set(re.findall(r"^(\S+\.ipynb)::", done.stdout, re.MULTILINE))
+    assert names == {path.relative_to(ROOT).as_posix() for path in LESSONS + SOLUTIONS}, done.stdout[-2000:]
+
+
+def test_plain_nbval_compares_sanitised_from_any_folder_and_leaves_copies_alone(tmp_path: Path) -> None:
+    """On a small repository with our settings: times differ, the layout is pinned, and only real notebooks are run."""
+    for name in ("pyproject.toml", "conftest.py", "notebooks/sanitize.cfg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    code = 'import os, time\nprint(f"{time.perf_counter():.3f} s in runs/{os.getpid()}", os.environ["QFTLAB_LAYOUT"])'
+    outputs = {"notebooks/00": "1.2 s in runs/a plain", "notebooks/01": "1.2 s in runs/a other"}
+    for name, shown in outputs.items() | dict.fromkeys(["my/00", "runs/00", "notebooks/source/00"], "a copy").items():
+        place = tmp_path / f"{name}.ipynb"
+        output = nbformat.v4.new_output("stream", text=shown + "\n")
+        cells = [nbformat.v4.new_code_cell(code, outputs=[output], execution_count=1)]
+        place.parent.mkdir(exist_ok=True)
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), place)
+    done = pytest_in(tmp_path / "notebooks", "--nbval", "..")
+    assert re.search(r"\n1 failed, 1 passed", done.stdout), done.stdout[-3000:]
+    assert "01.ipynb::Cell 0" in done.stdout.partition("short test summary")[2]
