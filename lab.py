@@ -1,4 +1,4 @@
-"""The lab's one door: python lab.py tour | lab | test | check | notebooks | bench | badges | doctor.
+"""The lab's one door: python lab.py tour | lab | test | check | notebooks | bench | anywhere | badges | doctor.
 
 It uses the standard library only. It makes .venv beside this file if that is missing, installs what pyproject.toml
 and constraints.txt say, and does so again only when one of them has changed. Linux, macOS and Windows.
@@ -24,6 +24,7 @@ OLDEST_PYTHON = (3, 10)
 PINNED_PYTHON = (3, 11)  # constraints.txt names versions that need it
 DOWNLOAD_GB, DISK_GB, WANTED_GB = 1.0, 1.8, 3.0  # the download, what stays on disk, what pip needs while it works
 
+PINNED = {"tour", "test", "check", "notebooks", "anywhere"}  # run in the decoder's plain layout, the same on every CPU
 FAST = "not slow and not gpu and not browser and not distributed"  # and no notebooks; one of the tests runs ruff
 
 HELP = """commands:
@@ -33,6 +34,7 @@ HELP = """commands:
   check      the fast part of the tests, and ruff over the code; arguments go to pytest
   notebooks  build and run notebooks/*.ipynb from their text form: [NAME ...] [--force]
   bench      the side-by-side benchmarks
+  anywhere   tour, tests and training lessons in four numerics and four seeds, in fresh clones; three hours, resumable
   badges     write the Colab badges for whoever hosts the repository: OWNER/NAME
   doctor     what this machine has, and what to do about what it lacks
 
@@ -190,37 +192,6 @@ def ready_python() -> Path:
     return python
 
 
-def copy_notebooks(source: Path, target: Path) -> tuple[list[str], list[str]]:
-    """Copy notebooks, solutions and figures from source to target, and return (copied, kept) relative names.
-
-    What is there already is a student's work: it is kept as it is, never overwritten.
-    """
-    copied, kept = [], []
-    wanted = [*source.glob("*.ipynb"), *source.glob("solutions/*.ipynb"), *source.glob("figures/*")]
-    for path in sorted(path for path in wanted if path.is_file()):
-        name = path.relative_to(source)
-        place = target / name
-        if place.exists():
-            kept.append(name.as_posix())
-            continue
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(str(path), str(place))
-        copied.append(name.as_posix())
-    return copied, kept
-
-
-def lab_command(python: Path, arguments: list[str]) -> list[str]:
-    """Copy the notebooks to my/ and return the command that opens the first of them in JupyterLab."""
-    mine = ROOT / "my"
-    copied, kept = copy_notebooks(ROOT / "notebooks", mine)
-    say(f"my/ is your own copy of the notebooks: {len(copied)} copied, {len(kept)} kept as you left them.")
-    first = sorted(mine.glob("00*.ipynb"))
-    if not first:
-        raise LabError("no notebook 00 in notebooks/; build it with `python lab.py notebooks`")
-    root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-    return [str(python), "-m", "jupyterlab", f"--ServerApp.root_dir={mine}", *root, *arguments, str(first[0])]
-
-
 def workers() -> list[str]:
     """pytest-xdist's options: a process for each core, four at most, and a file is one process's work."""
     count = min(4, os.cpu_count() or 1)
@@ -228,27 +199,23 @@ def workers() -> list[str]:
 
 
 def test_command(python: Path, arguments: list[str]) -> list[str]:
-    """One pytest run: every notebook, strictly compared (first: it trains the stages), and tests/; or named paths."""
+    """One pytest run: all that pyproject.toml names, notebooks strictly compared, in parallel; or named paths."""
     named = any(not word.startswith("-") and Path(word.split("::")[0]).exists() for word in arguments)
-    paths = [] if named else [*workers(), "notebooks", "tests"]
-    nbval = ["--nbval", "--nbval-cell-timeout=900", "--nbval-sanitize-with=notebooks/sanitize.cfg"]
-    return [str(python), "-m", "pytest", *nbval, *arguments, *paths]
+    return [str(python), "-m", "pytest", "--nbval", *([] if named else workers()), *arguments]
 
 
 def command_line(command: str, python: Path, arguments: list[str]) -> list[str]:
     """The process that carries out a command."""
-    if command == "lab":
-        return lab_command(python, arguments)
     if command == "test":
         return test_command(python, arguments)
-    if command == "bench" and not (ROOT / "benchmarks" / "run.py").is_file():
-        raise LabError("there is no benchmarks/run.py in this version")
     words = {
         "tour": ["-m", "qftlab", "tour"],
+        "lab": ["notebooks/mine.py"],
         "check": ["-m", "pytest", *workers(), "-q", "-m", FAST, "tests"],
         "notebooks": ["notebooks/build.py"],
         "badges": ["notebooks/build.py", "--badges"],
         "bench": ["-m", "benchmarks.run"],
+        "anywhere": ["-m", "benchmarks.anywhere"],
     }[command]
     return [str(python), *words, *arguments]
 
@@ -323,12 +290,23 @@ def doctor(python: Path) -> int:
     return 1 if fatal else 0
 
 
+def carry_out(command: list[str], env: dict[str, str]) -> int:
+    """Run a command in ROOT and return its exit status; where there is exec, it takes this process's place.
+
+    So a signal to this process, SIGTERM too, reaches the command: nothing is left running.
+    """
+    if os.name == "nt":
+        return subprocess.run(command, cwd=str(ROOT), env=env).returncode
+    os.chdir(str(ROOT))
+    os.execve(command[0], command, env)
+
+
 def main(words: list[str]) -> int:
     """Carry out one command and return its exit status."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python lab.py", epilog=HELP, formatter_class=formatter)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    choices = ["tour", "lab", "test", "check", "notebooks", "bench", "badges", "doctor"]
+    choices = ["tour", "lab", "test", "check", "notebooks", "bench", "anywhere", "badges", "doctor"]
     parser.add_argument("command", choices=choices)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="go to the command")
     args = parser.parse_args(words or ["--help"])
@@ -340,7 +318,10 @@ def main(words: list[str]) -> int:
     except LabError as error:
         print(f"lab.py: {error}.", file=sys.stderr)
         return 1
-    return subprocess.run(command, cwd=str(ROOT), env=lab_env(None if args.here else VENV)).returncode
+    env = lab_env(None if args.here else VENV)
+    if args.command in PINNED:
+        env.setdefault("QFTLAB_LAYOUT", "plain")
+    return carry_out(command, env)
 
 
 if __name__ == "__main__":

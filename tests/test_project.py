@@ -1,4 +1,4 @@
-"""The house: imports run one way, sizes stay small, and lab.py, environment.yml and the badges keep their word."""
+"""The house: imports run one way, sizes stay small, and environment.yml and the badges keep their word."""
 
 from __future__ import annotations
 
@@ -102,11 +102,6 @@ def test_the_library_never_prints() -> None:
         assert not prints, f"{path.relative_to(ROOT)} prints on lines {prints}; log or return instead"
 
 
-def test_lab_imports_only_the_standard_library() -> None:
-    roots = {name.split(".")[0] for name in imported(ROOT / "lab.py")}
-    assert roots <= set(sys.stdlib_module_names), roots - set(sys.stdlib_module_names)
-
-
 def test_environment_yml_is_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
@@ -140,69 +135,6 @@ def test_no_registry_host_and_no_path_of_a_machine() -> None:
 def test_ruff_is_clean() -> None:
     done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
-
-
-def test_lab_copies_notebooks_and_never_overwrites(tmp_path: Path) -> None:
-    lab, source, mine = load("lab.py"), tmp_path / "notebooks", tmp_path / "my"
-    (source / "solutions").mkdir(parents=True)
-    (source / "00_tour.ipynb").write_text("ours")
-    (source / "solutions" / "00_tour.ipynb").write_text("answers")
-    (source / "build.py").write_text("not for students")
-    names = ["00_tour.ipynb", "solutions/00_tour.ipynb"]
-    assert lab.copy_notebooks(source, mine) == (names, [])
-    (mine / "00_tour.ipynb").write_text("the student's answer")
-    (source / "01_next.ipynb").write_text("new")
-    assert lab.copy_notebooks(source, mine) == (["01_next.ipynb"], names)
-    assert (mine / "00_tour.ipynb").read_text() == "the student's answer"
-    assert not (mine / "build.py").exists()
-
-
-def test_lab_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    lab = load("lab.py")
-    monkeypatch.setattr(lab.shutil, "which", lambda name: None)
-    with pytest.raises(lab.LabError, match=r"3\.10 or newer, got 3\.8; install"):
-        lab.require_python((3, 8))
-    with pytest.raises(lab.LabError, match=r"3 GB free to install, got 0\.5 GB"):
-        lab.require_disk(500_000_000)
-    monkeypatch.setattr(lab, "has_module", lambda name: name == "venv")
-    with pytest.raises(lab.LabError, match="sudo apt install python3-venv"):
-        lab.venv_commands()
-    monkeypatch.setattr(lab, "has_module", lambda name: name in ("venv", "pip"))
-    assert "--without-pip" in lab.venv_commands()[0] and "--python" in lab.venv_commands()[1]
-
-
-def test_lab_keeps_the_callers_thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    lab = load("lab.py")
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert lab.lab_env()["OMP_NUM_THREADS"] == "1"
-    monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert lab.lab_env()["OMP_NUM_THREADS"] == "4"
-
-
-def test_lab_test_runs_tests_and_notebooks_in_one_pytest() -> None:
-    lab = load("lab.py")
-    assert lab.test_command(Path("py"), ["-x"])[-2:] == ["notebooks", "tests"]
-    assert "-x" in lab.test_command(Path("py"), ["-x"])
-    assert "--nbval" in lab.test_command(Path("py"), [])
-    here = str(Path(__file__))
-    assert lab.test_command(Path("py"), ["-q", here])[-1] == here
-
-
-@pytest.mark.parametrize(("cores", "options"), [(1, []), (2, ["-n", "2"]), (64, ["-n", "4"])])
-def test_a_process_for_each_core_four_at_most(monkeypatch, cores: int, options: list[str]) -> None:
-    lab = load("lab.py")
-    monkeypatch.setattr(lab.os, "cpu_count", lambda: cores)
-    assert lab.workers()[:2] == options
-    command = lab.command_line("check", Path("py"), ["-x"])
-    assert command[-2:] == ["tests", "-x"] and "--nbval" not in command
-
-
-def test_lab_doctor_runs() -> None:
-    command = [sys.executable, str(ROOT / "lab.py"), "--here", "doctor"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for word in ("python", "disk", "data", "environment", "threads", "GPU"):
-        assert re.search(rf"^{word} ", done.stdout, re.MULTILINE), done.stdout
 
 
 def test_badges_are_written_once(tmp_path: Path) -> None:
