@@ -18,6 +18,15 @@ settings.register_profile("qftlab", deadline=None, derandomize=True, max_example
 settings.load_profile("qftlab")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    """Where .ci/run has installed a browser (QFTLAB_BROWSER=required), a browser test that is skipped has failed."""
+    report = yield
+    if report.skipped and item.get_closest_marker("browser") and os.environ.get("QFTLAB_BROWSER") == "required":
+        report.outcome, report.longrepr = "failed", f"QFTLAB_BROWSER=required, but it was skipped: {report.longrepr[2]}"
+    return report
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real tokenizers and data that QFTLAB_REAL_DATA names; without it the test is skipped."""

@@ -1,4 +1,4 @@
-"""`python lab.py anywhere`: cells run in clones of their own, are resumed one by one, and leave nothing if cut short."""
+"""`python lab.py anywhere`: cells run in clones of their own, are resumed one by one, and leave nothing cut short."""
 
 from __future__ import annotations
 

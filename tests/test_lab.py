@@ -15,6 +15,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from test_notebooks import pytest_in
 from test_project import imported
 
 import lab
@@ -150,3 +151,16 @@ def test_lab_doctor_runs() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for word in ("python", "disk", "data", "environment", "threads", "GPU"):
         assert re.search(rf"^{word} ", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_where_a_browser_is_required_a_skip_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As .ci/run asks for it; before, the browser tests were skipped in CI and nobody saw."""
+    for name in ("pyproject.toml", "conftest.py", "tests/conftest.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    skipped = '@pytest.mark.{mark}\ndef test_{mark}():\n    pytest.importorskip("no_such_browser")\n'
+    tests = "\n".join(skipped.format(mark=mark) for mark in ("browser", "distributed"))
+    (tmp_path / "tests" / "test_a.py").write_text(f"import pytest\n\n{tests}")
+    monkeypatch.setenv("QFTLAB_BROWSER", "required")
+    done = pytest_in(tmp_path, "tests")
+    assert "1 failed, 1 skipped" in done.stdout and "could not import 'no_such_browser'" in done.stdout, done.stdout
