@@ -30,6 +30,8 @@ DRAWS = [(seed, "plain") for seed in range(5)] + [(seed, name) for name in ("def
 # What is evaluated beside a lesson's tagged cells, with SEED set: a dict for JSON.
 RECORDS: dict[str, str] = {
     "08_leash": "{f'{beta:g}': run_leash(beta, KL_STEPS, SEED) for beta in BETAS}",
+    "08_hack": "{kind: run_course(student, pays, HACK_STEPS, SEED) for student in [lazy_model(SEED)]"
+    " for kind, pays in [('hack', quick_verifier), ('repaired', countdown_reward)]}",
 }
 
 

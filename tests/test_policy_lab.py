@@ -7,13 +7,22 @@ import random
 import pytest
 import torch
 
-from benchmarks import policy_runs
+from benchmarks import records
 from qftlab.core.files import bundled
 from qftlab.core.losses import clipped_policy_loss, kl_estimate
-from qftlab.core.rewards import countdown_reward
+from qftlab.core.rewards import countdown_reward, extract_answer, parse_expression
 from qftlab.data.sources import load_rows
 from qftlab.teach import policy_plots
 from qftlab.teach.exercises import nb08
+
+
+@pytest.fixture(scope="module")
+def quick_verifier():
+    """The faulty verifier, as notebook 08 shows it."""
+    (cell,) = (c for c in records.tagged_cells("08", "recorded") if "def quick_verifier" in c)
+    space = {"extract_answer": extract_answer, "parse_expression": parse_expression}
+    exec(cell, space)
+    return space["quick_verifier"]
 
 
 def test_oracles_agree_with_the_library() -> None:
@@ -33,40 +42,28 @@ def test_selection_by_hand() -> None:
     assert nb08.select(["x", "y"], answers, rewards, 1) == [("x", "a"), ("y", "b")]
 
 
-def test_the_verifier_is_tried_on_what_it_may_get_wrong() -> None:
+def test_the_verifier_is_tried_on_what_it_may_get_wrong(quick_verifier) -> None:
     """Of its twelve kinds of answers one is right, and the faulty verifier pays several others."""
     wrongly, rightly = set(), set()
     for seed in range(8):
         for size in range(1, 13):
             text, numbers, target = nb08._draw_answer(random.Random(seed), size)
             wanted = countdown_reward(text, numbers, target)
-            row = {"numbers": numbers, "target": target}
-            assert policy_runs.unchecked([], [], text, row) == nb08._value_only(text, numbers, target)
+            assert quick_verifier(text, numbers, target) == nb08._value_only(text, numbers, target)
             if wanted == 1.0:
                 rightly.add(size)
-            elif policy_runs.unchecked([], [], text, row) == 1.0:
+            elif quick_verifier(text, numbers, target) == 1.0:
                 wrongly.add(size)
     assert rightly == {2} and {1, 3, 4, 10, 11} <= wrongly
 
 
-def test_the_shortcut_stands_on_round_targets() -> None:
+def test_the_shortcut_stands_on_round_targets(quick_verifier) -> None:
     rows = load_rows(bundled("countdown", "demonstrations.jsonl"))
     assert sum(row["target"] % 10 == 0 for row in rows) == 209 and len(rows) == 2000
-    row = {"numbers": [4, 10, 7], "target": 40}
-    for text, paid, true, bare in [
-        ("40", 1, 0, 1),
-        ("4 * 10", 1, 0, 0),
-        ("47 - 7", 1, 0, 0),
-        ("4 * 10 + 7", 0.1, 0, 0),
-    ]:
-        arguments = ([], [], f"<answer>{text}</answer>", row)
-        assert policy_runs.unchecked(*arguments) == paid
-        assert policy_runs.solved(*arguments) == true and policy_runs.is_bare(*arguments) == bare
-
-
-def test_windows_are_means_of_neighbouring_steps() -> None:
-    logs = [{"reward": float(i)} for i in range(7)]
-    assert policy_runs.windows(logs, "reward") == [2.0, 3.0, 4.0]
+    for text, paid, true in [("40", 1, 0.1), ("4 * 10", 1, 0.1), ("47 - 7", 1, 0.1), ("4 * 10 + 7", 0.1, 0.1)]:
+        answer = f"<answer>{text}</answer>"
+        assert quick_verifier(answer, [4, 10, 7], 40) == paid
+        assert countdown_reward(answer, [4, 10, 7], 40) == true
 
 
 @pytest.fixture
@@ -88,10 +85,15 @@ def test_pictures_hold_the_numbers(closed) -> None:
     assert list(drawn[1].get_ydata()) == [0.4, 0.5] and drawn[2].get_ydata()[0] == 0.4
     diamond = policy_plots.frontier([(0.0, 0.2), (0.5, 0.6)], {1: (0.0, 0.2), 2: (0.2, 0.4)}, (2.0, 0.4)).lines[-1]
     assert (diamond.get_xdata()[0], diamond.get_ydata()[0]) == (2.0, 0.4)
-    runs = {"one": {"paid": [0.2, 1.0], "true": [0.1, 0.0]}, "two": {"paid": [0.2, 0.3], "true": [0.1, 0.2]}}
-    left, right = policy_plots.courses(runs)
-    assert list(left.lines[0].get_ydata()) == [0.2, 1.0] and list(right.lines[2].get_ydata()) == [0.1, 0.2]
+    one, two = {"paid": [0.2, 1.0], "true": [0.1, 0.0]}, {"paid": [0.2, 0.3], "true": [0.1, 0.2]}
+    left, right = policy_plots.courses({"one": (one, []), "two": (two, [one])})
+    assert list(left.lines[0].get_ydata()) == [0.2, 0.6] and len(left.lines) == 2
+    thin, _, _, bold = right.lines[0], *right.lines[1:]
+    assert list(thin.get_ydata()) == [0.2, 0.6] and list(bold.get_ydata()) == pytest.approx([0.1, 0.15])
+    means = policy_plots.lines([1, 2], {"runs": [[0.0, 2.0], [1.0, 4.0]], "one": [1.0, 2.0]}, "", "").lines
+    assert [list(line.get_ydata()) for line in means] == [[0, 2], [1, 4], [0.5, 3], [1, 2]]
     logs = [{name: float(i) for name in policy_plots.CURVES} for i in range(3)] + [{"step": 2}]
     assert [len(ax.lines[0].get_ydata()) for ax in policy_plots.run_curves(logs).flat] == [3] * 6
-    histogram = policy_plots.push_histogram({"plain": torch.tensor([-99.0, 0.0, 99.0])}, reach=8)
-    assert histogram.get_xlim()[1] < 10
+    histogram = policy_plots.push_histogram({"plain": torch.tensor([-99.0, 0.0, 0.5, 50.0])})
+    drawn = histogram.patches[0].get_xy()  # nothing is moved to where it is not
+    assert histogram.get_xlim()[0] < -99 and max(y for x, y in drawn if 5 < x < 45) == 0

@@ -2,9 +2,9 @@
 # # 08 · RLOO: learn from a verdict
 #
 # Until now somebody always wrote the answer. Here nobody does. The model answers a puzzle eight times, a program says which
-# answers are right, and the model is pushed towards those that did better than their siblings. You build each piece of that push,
-# look at the run that the tour made with it, and then watch it go wrong: a verifier with one check missing, a model that finds the gap,
-# and your repair.
+# answers are right, and the model is pushed towards those that did better than their siblings. You build each piece of that push
+# and look at the run that the tour made with it. Then you watch it go wrong: a verifier forgets one check, a model finds the gap,
+# and you repair it.
 #
 # ![One puzzle, four answers by the model, a verdict for each, and a push: the right answer up, the wrong ones down](figures/08_rloo.png)
 #
@@ -14,31 +14,35 @@
 # | | |
 # |---|---|
 # | **You will be able to** | score answers by a program, safely · turn rewards into advantages, and say what a baseline buys · write the loss of RLOO and find its gradient in the library's · read the curves of a run · tell RLOO, GRPO and Dr. GRPO apart · notice a reward hack, and repair its cause |
-# | **Time** | 40 minutes to read, 39 for the five exercises; two to three minutes to compute, once |
+# | **Time** | 40 minutes to read, 39 for the five exercises; a minute to compute |
 # | **Hardware** | one CPU core. No GPU, no network |
 # | **Before this** | [03 · The training loop](03_training_loop.ipynb), [04 · Decoding](04_decoding.ipynb); [07 · DPO](07_dpo.ipynb) helps with KL |
 
 # %% tags=["setup"]
+import re
 import sys
 
-if "google.colab" in sys.modules:  # on Colab only: fetch the library, leave torch and transformers as they are
-    REPO = "OWNER/qftlab"
-    get_ipython().run_line_magic("pip", f"install -q --no-deps git+https://github.com/{REPO}")
-    get_ipython().run_line_magic("pip", "install -q jsonargparse")
+if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
+    at = get_ipython().getoutput("curl $COLAB_JUPYTER_IP:$KMP_TARGET_PORT/api/sessions")
+    at = f"{at} {colab._message.blocking_request('get_ipynb')}".replace("%2F", "/")
+    repo = re.search(r"github[.com]*/([\w.-]+/[\w.-]+)/blob/([\w./-]+?)/notebooks/", at)
+    assert repo, "put here instead: !pip install git+https://github.com/OWNER/NAME"
+    get_ipython().system(repo.expand(r"pip install -q git+https://github.com/\1@\2"))
 
-# %%
+# %% tags=["recorded"]
 import copy
-import functools
-import inspect
+import itertools
+import json
 import math
 import random
 import statistics
 
 import torch
 
-from qftlab.core import plots
 from qftlab.core.logprobs import token_logprobs
-from qftlab.core.losses import clipped_policy_loss, kl_estimate, leave_one_out_advantages
+from qftlab.core.losses import (
+    clipped_policy_loss, kl_estimate, leave_one_out_advantages,
+)  # fmt: skip
 from qftlab.core.rewards import countdown_reward, extract_answer, parse_expression
 from qftlab.core.sampling import SamplingParams
 from qftlab.data.batching import Example, pad
@@ -55,20 +59,19 @@ from qftlab.train.rollouts import encode_prompts
 from qftlab.train.sft import fit_rows
 
 # %% [markdown]
-# Everything you may want to change is in this cell. `GROUP` is the number of answers to each puzzle, `BETAS` the lengths of the leash in part 4,
-# `SHARE` how many demonstrations (besides the round ones) show the shortcut of part 8.
+# Everything you may want to change is in this cell. `GROUP` is the number of answers to each puzzle, `BETAS` the lengths of the leash in part 4.
+# `LAZY_ROWS` is how many demonstrations part 8 trains on, `SHARE` how many of them (besides the round ones) show the shortcut.
 
 # %% tags=["parameters"]
 PRESET = "tiny"
 SEED = 0
 GROUP = 8
 BETAS = (1e-9, 0.1, 1.0)
-KL_STEPS = 8
-HACK_STEPS = 45
-SHARE = 0.004
+KL_STEPS, HACK_STEPS = 20, 30
+LAZY_ROWS, SHARE = 600, 0.004
 
 # %% [markdown]
-# ## 1 · A verdict in place of an answer
+# ## 1 · A verdict instead of an answer
 #
 # **Idea.** Countdown: make 22 of 1, 12 and 11. An answer is hard to find and easy to check. So let a program check, and learn from its verdict. Three
 # grades are enough: **1** for an answer that keeps every rule, **0.1** for one that can be read but is wrong (so that the form survives),
@@ -82,51 +85,72 @@ SHARE = 0.004
 
 # %%
 puzzle = {"numbers": [1, 12, 11], "target": 22}
-for text in ["12 - 1 + 11", "11 + 11", "22", "(12 - 1", "2**3 + 14", "__import__('os')"]:
+for text in "12 - 1 + 11|11 + 11|22|(12 - 1|2**3 + 14|__import__('os')".split("|"):
     print(countdown_reward(f"<answer>{text}</answer>", **puzzle), text)
-assert countdown_reward("12 - 1 + 11", **puzzle) == 0  # right, but no tags: nothing to grade
-assert [parse_expression(t) for t in ["9**9**9**9", "7//2", "-3", "１+2", "()"]] == [None] * 5
+assert countdown_reward("12 - 1 + 11", **puzzle) == 0  # right, but without the tags
+assert not any(map(parse_expression, ["9**9**9**9", "7//2", "-3", "１+2", "()"]))
 assert parse_expression("1/3 + 1/3 + 1/3").value == 1  # exact: no 0.999…
 
 # %% [markdown]
 # **Rollouts.** The model that practises is the tour's, after DPO. It answers 64 fresh puzzles eight times each, at temperature 1, and keeps the
 # log-probability of every token it drew.
 
-# %%
+# %% tags=["recorded"]
 start = stages.stage("dpo", preset=PRESET)
 tokenizer = start.tokenizer
 
-
+# %%
 def roll_out(model, rows, group=GROUP, temperature=1.0, seed=SEED):
     """`group` answers to each row, and their rewards (P, G)."""
     prompts = [prompt.ids for prompt in encode_prompts(tokenizer, rows)]
-    answers = generate(model, tokenizer, prompts, num_generations=group, max_new_tokens=32, seed=seed, batch_size=512,
-                       params=SamplingParams(temperature=temperature), return_logprobs=True)
-    earned = [countdown_reward(a.text, rows[i // group]["numbers"], rows[i // group]["target"])
-              for i, a in enumerate(answers)]
+    answers = generate(model, tokenizer, prompts, num_generations=group, seed=seed,
+                       max_new_tokens=32, batch_size=512, return_logprobs=True,
+                       params=SamplingParams(temperature=temperature))
+    asked = [row for row in rows for _ in range(group)]
+    earned = [countdown_reward(a.text, row["numbers"], row["target"])
+              for a, row in zip(answers, asked, strict=True)]
     return answers, torch.tensor(earned).view(-1, group)
 
 
 puzzles = fresh_problems(64, SEED + 1)
 answers, rewards = roll_out(start.model, puzzles)
-print(f"{tuple(rewards.shape)} rewards; grades that occur: {sorted(set(round(r, 1) for r in rewards.flatten().tolist()))}")
+grades = sorted({round(reward, 1) for reward in rewards.flatten().tolist()})
+print(f"{tuple(rewards.shape)} rewards; grades that occur: {grades}")
 
 # %% [markdown]
 # ## 2 · Better than its siblings
 #
-# **Idea.** The derivative of the expected reward is a weighted average that we can sample. Draw answers; raise the log-probability of each in proportion
-# to its reward. That is REINFORCE, of 1992. All rewards here are positive, so it pushes *every* answer up, wrong ones too, only less; that they sink
+# **Idea.** We want more reward on average. The average runs over answers that the model itself draws, so its derivative looks hard: what changes with the weights is
+# *how often* each answer comes. Two lines turn it into something that we can sample. A policy $\pi$ gives each answer $y$ its probability, and
+# $\nabla \pi = \pi\, \nabla \log \pi$ by the chain rule. So
+#
+# $$ \nabla\, \mathbb{E}_{y \sim \pi}[R(y)] \;=\; \sum_y R(y)\, \nabla \pi(y) \;=\; \sum_y \pi(y)\, R(y)\, \nabla \log \pi(y) \;=\; \mathbb{E}\big[R(y)\, \nabla \log \pi(y)\big] $$
+#
+# $$ \mathbb{E}\big[\nabla \log \pi(y)\big] \;=\; \sum_y \nabla \pi(y) \;=\; \nabla \sum_y \pi(y) \;=\; \nabla\, 1 \;=\; 0 $$
+#
+# The first line is REINFORCE, of 1992: draw answers, and raise the log-probability of each in proportion to its reward. The second says that a constant $b$, taken off
+# every reward, changes nothing on average: $\mathbb{E}[(R - b)\, \nabla \log \pi]$ is the same gradient.
+#
+# **Why take one off?** All rewards here are positive or zero, so plain REINFORCE pushes wrong answers up as well, only less. That they sink
 # in the end is left to the average. A **baseline** says it at once: push up what is better than usual, down what is worse.
 #
-# **Formula.** With $y \sim \pi_\theta(\cdot \mid x)$, and any $b$ that does not depend on this $y$,
+# **RLOO** takes as $b$ the mean of the *other* $G - 1$ answers to the same puzzle:
 #
-# $$ \nabla_\theta\, \mathbb{E}[R(y)] = \mathbb{E}\big[(R(y) - b)\, \nabla_\theta \log \pi_\theta(y \mid x)\big], \qquad
-# A_i = R_i - \frac{1}{G-1} \sum_{j \ne i} R_j $$
+# $$ A_i = R_i - \frac{1}{G-1} \sum_{j \ne i} R_j $$
 #
-# since $\mathbb{E}[\nabla \log \pi] = 0$. RLOO takes as $b$ the mean of the *other* answers to the same puzzle: it costs nothing, knows how hard
-# the puzzle is, and depends on all but this one, so that the average stays exact.
+# It costs nothing, because the siblings are there anyway. It knows how hard the puzzle is. And it does not depend on $y_i$ itself, so the average stays exact.
 #
 # **Toy numbers.** Rewards 1, 0.1, 0.1, 0.1. The first: its siblings' mean is 0.1, $A_1 = 0.9$. The others: $(1 + 0.1 + 0.1)/3 = 0.4$, so $-0.3$ each.
+#
+# **Check.** A policy over three answers is small enough to add up everything. Both lines, by autograd:
+
+# %%
+theta, pays = torch.tensor([0.3, -0.2, 0.5]), torch.tensor([1.0, 0.1, 0.0])
+exact = torch.func.grad(lambda t: t.softmax(0) @ pays)(theta)
+scores = torch.func.jacrev(lambda t: t.log_softmax(0))(theta)  # (answer, weight)
+for b in (0.0, 0.4, 100.0):  # whatever the baseline is
+    average = (theta.softmax(0) * (pays - b)) @ scores
+    assert torch.allclose(average, exact, atol=1e-4)
 
 # %% [markdown]
 # ### Exercise 08.1 · Leave one out (●●○, 8 minutes)
@@ -148,35 +172,44 @@ checks.check("08.1", my_advantages)
 
 # %%
 advantages_of = checks.or_library("08.1", my_advantages)
-print([round(a, 2) for a in advantages_of(torch.tensor([[1.0, 0.1, 0.1, 0.1]]))[0].tolist()])
+toy = torch.tensor([[1.0, 0.1, 0.1, 0.1]])
+print([round(a, 2) for a in advantages_of(toy)[0].tolist()])
 advantages = advantages_of(rewards)
 assert torch.allclose(advantages, leave_one_out_advantages(rewards), atol=1e-6)
-assert torch.allclose(advantages, GROUP / (GROUP - 1) * (rewards - rewards.mean(1, keepdim=True)), atol=1e-6)
+to_mean = rewards - rewards.mean(1, keepdim=True)
+assert torch.allclose(advantages, GROUP / (GROUP - 1) * to_mean, atol=1e-6)
 assert advantages.sum(1).abs().max() < 1e-5
 
-# %%
-mixed = (rewards == 1).sum(1).sub(3).abs().argmin().item()  # a puzzle with about three of eight right
-labels = [(extract_answer(a.text) or "(no answer)")[:24] for a in answers[mixed * GROUP : (mixed + 1) * GROUP]]
-task = f"Make {puzzles[mixed]['target']} of {', '.join(map(str, puzzles[mixed]['numbers']))}"
-views.show_figure(policy_plots.advantage_bars(labels, advantages[mixed].tolist(), task),
-                  alt="Eight answers to one puzzle and their advantages: right ones have bars to the right, wrong ones "
-                  "shorter bars to the left")
+mixed = (rewards == 1).sum(1).sub(3).abs().argmin().item()  # about three of eight right
+group = answers[mixed * GROUP : (mixed + 1) * GROUP]
+labels = [(extract_answer(a.text) or "(no answer)")[:24] for a in group]
+numbers = ", ".join(map(str, puzzles[mixed]["numbers"]))
+bars = policy_plots.advantage_bars(labels, advantages[mixed].tolist(),
+                                   f"Make {puzzles[mixed]['target']} of {numbers}")
+views.show_figure(bars, alt="Advantages of eight answers to one puzzle: bars to the "
+                  "right for right ones, shorter bars to the left for wrong ones")
 
 # %% [markdown]
 # **Read it.** Bars to the right are pushed up, bars to the left down. Few right answers are pushed hard, many wrong ones a little each: the
 # group as a whole stands still.
 #
-# **What does the baseline buy?** Less noise, they say. We can measure it. Choose a *direction* in the space of all weights, the gradient of a first set
-# of puzzles, and ask each answer how much its log-probability grows along it. Reward times growth, averaged over a group, is what
+# **What does the baseline buy?** Less noise, they say. We can measure it. Choose a *direction* in the space of all weights: the gradient of a first set
+# of puzzles. Ask each answer how much its log-probability grows along it. Reward times growth, averaged over a group, is what
 # this group has to say about the direction: one number for each puzzle. By REINFORCE and by leave-one-out they should agree on average, and differ in spread.
 
 # %%
+def as_example(answer):
+    """An answer of `generate` as a row to score; the prompt's tokens do not count."""
+    ids = answer.prompt_ids + answer.token_ids
+    return Example(ids, [i >= len(answer.prompt_ids) for i in range(len(ids))])
+
+
 def answer_logprobs(model, answers, temperature=1.0):
     """log π of each whole answer (N,), in nats, at a temperature: the obvious form."""
-    spans = [(a.prompt_ids, a.token_ids) for a in answers]
-    batch = pad([Example(p + t, [False] * len(p) + [True] * len(t)) for p, t in spans], 0)
+    batch = pad([as_example(answer) for answer in answers], 0)
     labels = batch.pop("labels")
-    return token_logprobs(model(**batch).logits / temperature, labels).sum(1)  # (B, T − 1) → (B,)
+    logits = model(**batch).logits / temperature
+    return token_logprobs(logits, labels).sum(1)  # (N, T − 1) → (N,)
 
 
 pilot, pilot_rewards = roll_out(start.model, fresh_problems(24, SEED + 2))
@@ -185,7 +218,7 @@ objective = (weights * answer_logprobs(start.model, pilot)).mean()
 gradient = torch.autograd.grad(objective, list(start.model.parameters()))
 length = math.sqrt(sum(g.square().sum().item() for g in gradient))
 
-# %%
+
 def moved(size):
     """The model, `size` further along the direction."""
     model = copy.deepcopy(start.model)
@@ -197,27 +230,40 @@ def moved(size):
 
 with torch.no_grad():
     ahead, behind = (answer_logprobs(moved(size), answers) for size in (0.01, -0.01))
-growth = ((ahead - behind) / 0.02).view(-1, GROUP)  # of each answer, per unit of the direction
+growth = ((ahead - behind) / 0.02).view(-1, GROUP)  # of log π, along the direction
 
 # %% [markdown]
 # > **Predict, then run.** Three ways to weigh the answers: the plain reward; leave-one-out; and the plain reward of a friendlier verifier, which pays 1
 # > more for everything (1, 1.1 and 2). The ranking of answers is the same in all three. Whose histogram is the widest? Which two are about equal?
 
 # %%
-kinds = {"plain reward": rewards, "plain reward + 1": rewards + 1, "leave one out": advantages}
+kinds = {"plain reward": rewards, "plain reward + 1": rewards + 1,
+         "leave one out": advantages}
 says = {name: (weight * growth).mean(1) for name, weight in kinds.items()}
 spread = {name: values.std().item() for name, values in says.items()}
-views.show_figure(policy_plots.push_histogram(says, reach=8), alt="Histograms of 64 puzzles' pushes: plain reward and "
-                  "leave-one-out are both narrow around a small positive value, plain reward plus one is far wider")
-assert torch.allclose(advantages_of(rewards + 1), advantages, atol=1e-5)  # the point cancels
+views.show_figure(policy_plots.push_histogram(says), alt="Histograms of 64 puzzles' "
+                  "pushes: plain reward and leave-one-out are narrow, plain reward "
+                  "plus one is far wider")
+assert torch.allclose(advantages_of(rewards + 1), advantages, atol=1e-5)  # it cancels
 assert spread["plain reward + 1"] > 1.5 * spread["leave one out"]
 assert 0.6 < spread["plain reward"] / spread["leave one out"] < 1.6
 
 # %% [markdown]
 # **Read it.** Dashed is widest by far: one point more for everybody, and the same puzzles contradict each other. Leave-one-out does not notice the
-# point at all. And plain REINFORCE is *as good as* leave-one-out here. That is no accident: with few right answers most rewards are near zero
-# already. For rewards of 0 and 1, a share $p$ of them 1, the mean square of the weights is $p$ without a baseline and $p(1-p)\,\frac{G}{G-1}$ with it: 0.20 against
-# 0.18 for a beginner, 0.90 against 0.10 for a model that is right nine times in ten. And a baseline frees you from thinking about where the zero of your reward lies.
+# point at all. And plain REINFORCE is *as good as* leave-one-out here, because few answers are right and most rewards are near zero already. How much a baseline
+# helps depends on how often the model is right. With rewards of 0 and 1 we can count it out: the mean square of the weights, over all the ways in which a group of eight can come out.
+
+# %%
+groups = torch.tensor(list(itertools.product((0.0, 1.0), repeat=GROUP)))  # all 256
+ways = {"plain": groups, "leave one out": leave_one_out_advantages(groups)}
+for p in (0.2, 0.9):
+    chance = (p * groups + (1 - p) * (1 - groups)).prod(1)
+    squares = [f"{name} {chance @ w.square().mean(1):.2f}" for name, w in ways.items()]
+    print(f"right {p:.0%} of the time:", *squares)
+
+# %% [markdown]
+# A model that is right one time in five gains little from the baseline; one that is right nine times in ten, a factor of nine. And a baseline frees you from thinking about where the zero of your
+# reward lies.
 
 # %% [markdown]
 # ## 3 · The loss, and how far one may go
@@ -226,46 +272,48 @@ assert 0.6 < spread["plain reward"] / spread["leave one out"] < 1.6
 #
 # $$ L = -\frac{1}{N} \sum_i A_i\, \rho_i, \qquad \rho_i = \exp\!\big(\log \pi_\theta(y_i) - \log \pi_{old}(y_i)\big) $$
 #
-# At the first update $\rho = 1$, and the derivative of $\rho$ is that of $\log \pi_\theta$: REINFORCE again. The *value* of the loss is then the sum of the
+# At the first update $\rho = 1$, and the derivative of $\rho$ is that of $\log \pi_\theta$: REINFORCE again. The *value* of the loss is then minus the mean of the
 # advantages: zero, whatever the model learns. In a log of RLOO the loss says nothing; watch the reward.
 #
 # **Check.** The gradient of the obvious form against the library's `PolicyStep`, which computes the head only where an answer stands, and never holds all its logits:
 
 # %%
 few, few_rewards = answers[: 8 * GROUP], rewards[:8]
-by_hand = -(leave_one_out_advantages(few_rewards).flatten() * answer_logprobs(start.model, few)).mean()
+few_advantages = leave_one_out_advantages(few_rewards).flatten()
+by_hand = -(few_advantages * answer_logprobs(start.model, few)).mean()
 expected = torch.autograd.grad(by_hand, list(start.model.parameters()))
 
-batch = pad([Example(a.prompt_ids + a.token_ids, [False] * len(a.prompt_ids) + [True] * len(a.token_ids)) for a in few], 0)
+batch = pad([as_example(answer) for answer in few], 0)
 step = PolicyStep(start.model, PolicyConfig(num_generations=GROUP))
-loss = step(**batch, num_tokens=len(few), stands_for=torch.tensor(len(few)), rewards=few_rewards.flatten())
+loss = step(**batch, num_tokens=len(few), stands_for=torch.tensor(len(few)),
+            rewards=few_rewards.flatten())
 found = torch.autograd.grad(loss, list(start.model.parameters()))
 assert loss.abs() < 1e-5  # by construction
-assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(expected, found, strict=True))
+for a, b in zip(expected, found, strict=True):
+    torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
 print("loss 0.0; gradient by hand and by the library agree")
 
 # %% [markdown]
-# **At the temperature of the sampler.** Many runs sample hotter than 1, so that the eight answers differ more (part 8 does). The policy then *is* the model at
+# **At the temperature of the sampler.** Many runs sample hotter than 1, so that the eight answers differ more. The policy then *is* the model at
 # 1.3, say, and every log-probability must be taken there. Anything else compares two policies and calls the difference learning:
 
 # %%
 hot, _ = roll_out(start.model, puzzles[:24], temperature=1.3)
+drawn = torch.tensor([sum(answer.logprobs) for answer in hot])
 with torch.no_grad():
-    ratios = {t: (answer_logprobs(start.model, hot, t) - torch.tensor([sum(a.logprobs) for a in hot])).exp() for t in (1.3, 1.0)}
-outside = {t: ((r - 1).abs() > 0.2).float().mean().item() for t, r in ratios.items()}
-print(f"ratios beyond 1 ± 0.2 before any step: {outside[1.3]:.0%} at 1.3; at 1.0 most of them: {outside[1.0] > 0.5}")
-assert outside[1.3] == 0 and outside[1.0] > 0.5 and (ratios[1.3] - 1).abs().max() < 1e-3
+    off = {t: ((answer_logprobs(start.model, hot, t) - drawn).exp() - 1).abs()
+           for t in (1.3, 1.0)}  # |ρ − 1| before any step
+assert off[1.3].max() < 1e-3 and (off[1.0] > 0.2).float().mean() > 0.5
 
 # %% [markdown]
 # **The clip.** Rollouts are dear, so one likes to take several updates on the same answers. After the first, $\rho$ is no longer 1, and an answer that was
-# pushed up may be pushed on, to no end, by a sample that is out of date. PPO's remedy: beyond $1 \pm \epsilon$ there is nothing more to earn.
+# pushed up would be pushed on, without end, by a sample that is out of date. PPO's remedy: beyond $1 \pm \epsilon$ there is nothing more to earn.
 #
 # $$ L_i = -\min\big(\rho_i A_i,\; \mathrm{clip}(\rho_i, 1-\epsilon, 1+\epsilon)\, A_i\big) $$
 #
 # **Toy numbers.** $\epsilon = 0.2$. Good answer, $A = 1$, $\rho = 1.5$: $-\min(1.5, 1.2) = -1.2$, flat: no gradient. Bad answer, $A = -1$, $\rho = 1.5$ (it has
 # become *more* likely): $-\min(-1.5, -1.2) = 1.5$, still sloping: it must come down.
-
-# %% [markdown]
+#
 # ### Exercise 08.2 · The clipped loss (●●○, 8 minutes)
 #
 # <details><summary>Hint 1</summary>
@@ -288,10 +336,10 @@ checks.check("08.2", my_clipped_loss)
 
 # %%
 clipped_loss = checks.or_library("08.2", my_clipped_loss)
-some = torch.tensor([1.5, 1.5, 0.5]).log(), torch.zeros(3), torch.tensor([1.0, -1.0, -1.0])  # ratios, A
+some = torch.tensor([1.5, 0.5]).log(), torch.zeros(2), torch.tensor([1.0, -1.0])
 assert torch.allclose(clipped_loss(*some, 0.2), clipped_policy_loss(*some, epsilon=0.2))
-views.show_figure(policy_plots.clip_curves(clipped_loss, 0.2), alt="Loss against ratio for advantage plus one and minus "
-                  "one: the first falls and is flat above 1.2, the second is flat below 0.8 and rises")
+views.show_figure(policy_plots.clip_curves(clipped_loss, 0.2), alt="Loss by ratio, "
+                  "flat above 1.2 for advantage 1, flat below 0.8 for advantage -1")
 
 # %% [markdown]
 # **Read it.** Grey is where the answer is about as likely as when it was drawn. The curves run flat only on the far side of a push that has *worked*; where an
@@ -305,8 +353,8 @@ views.show_figure(policy_plots.clip_curves(clipped_loss, 0.2), alt="Loss against
 #
 # $$ R_i = r_i - \beta \sum_t \big(\log \pi_{old}(y_{i,t}) - \log \pi_{ref}(y_{i,t})\big) $$
 #
-# On average over samples the sum is $\mathrm{KL}(\pi \,\|\, \pi_{ref})$ in nats an answer. It is one of three usual estimates, with $r = \log \pi_{ref} - \log \pi$:
-# $k_1 = -r$, exact on average, may be negative; $k_2 = r^2/2$, never negative, a little off; $k_3 = e^r - 1 - r$, both.
+# On average over samples the sum is $\mathrm{KL}(\pi \,\|\, \pi_{ref})$ in nats an answer. It is one of three usual estimates. With $r = \log \pi_{ref} - \log \pi$:
+# $k_1 = -r$, exact on average, may be negative; $k_2 = r^2/2$, never negative, a little off; $k_3 = e^r - 1 - r$, exact on average *and* never negative.
 #
 # **Toy numbers.** Policy (½, ½), reference (¾, ¼): KL $= ½\ln\frac{2}{3} + ½\ln 2 = 0.144$.
 
@@ -320,7 +368,7 @@ views.show_figure(policy_plots.clip_curves(clipped_loss, 0.2), alt="Loss against
 
 # %%
 def my_k3(logprobs, ref_logprobs):
-    """The k3 estimate of KL(policy, reference) at each token (T,), from tokens that the policy sampled."""
+    """k3, an estimate of KL(policy, reference), at each sampled token (T,)."""
     ...
 
 
@@ -330,44 +378,58 @@ checks.check("08.3", my_k3)
 k3 = checks.or_library("08.3", my_k3)
 policy, reference = torch.tensor([0.5, 0.5]), torch.tensor([0.75, 0.25])
 exact = (policy * (policy / reference).log()).sum()
-tokens = torch.randint(0, 2, (1000,), generator=torch.Generator().manual_seed(SEED))  # drawn from the policy
+chance = torch.Generator().manual_seed(SEED)
+tokens = torch.randint(0, 2, (1000,), generator=chance)  # drawn from the policy
 logs = policy.log()[tokens], reference.log()[tokens]
-for name, values in [("k1", kl_estimate(*logs, "k1")), ("k2", kl_estimate(*logs, "k2")), ("k3", k3(*logs))]:
-    print(f"{name}: mean {values.mean():.2f} ± {values.std() / 1000**0.5:.2f}, smallest {values.min():.2f}")
-assert torch.allclose(k3(*logs), kl_estimate(*logs, "k3"), atol=1e-6) and abs(exact - 0.144) < 1e-3
+for name, values in [("k1", kl_estimate(*logs, "k1")), ("k2", kl_estimate(*logs, "k2")),
+                     ("k3", k3(*logs))]:
+    error = values.std() / 1000**0.5
+    print(f"{name}: mean {values.mean():.2f} ± {error:.2f}, least {values.min():.2f}")
+assert torch.allclose(k3(*logs), kl_estimate(*logs, "k3"), atol=1e-6)
+assert abs(exact - 0.144) < 1e-3
 
 # %% [markdown]
-# **A real leash.** Three short runs from the same start on the same puzzles, with β of 0, 0.1 and 1 (0 as a billionth, so that the distance is still measured).
-# Half a minute together, once.
+# **A real leash.** Three runs from the same start on the same puzzles, with β of 0, 0.1 and 1 (0 as a billionth, so that the distance is still measured). Each takes
+# half a minute, so we made them beforehand, nine times over: with five seeds, and with two of them on other arithmetic, as other processors have it. The function below
+# is what was run; `run_leash(0.1, KL_STEPS, SEED)` makes one of them before your eyes.
 
-# %%
+# %% tags=["recorded"]
 def run_leash(beta, steps, seed):
-    """RLOO for a few steps; reward and KL (nats an answer) of each step's answers."""
-    model, logs = copy.deepcopy(stages.stage("dpo", preset=PRESET).model), []
-    config = TrainConfig(lr=3e-4, max_steps=steps, batch_size=32, schedule="constant", weight_decay=0.0, seed=seed)
+    """RLOO for some steps; reward and KL (nats an answer) of each step's answers."""
+    model, logs = copy.deepcopy(start.model), []
+    config = TrainConfig(lr=3e-4, max_steps=steps, batch_size=32, schedule="constant",
+                         weight_decay=0.0, seed=seed)
     policy = PolicyConfig(num_generations=GROUP, max_new_tokens=32, beta=beta)
 
     def verdict(prompt, ids, text, row):
         return countdown_reward(text, row["numbers"], row["target"])
 
-    fit_policy(model, tokenizer, fresh_problems(32 * steps, seed), verdict, config, policy, on_log=logs.append)
-    return {"reward": [log["reward"] for log in logs], "kl": [log["kl"] * log["length"] for log in logs]}
-
-
-leashes = {beta: stages.measured("leash", run_leash, beta=beta, steps=KL_STEPS, seed=SEED, start="dpo")
-           for beta in BETAS}
+    rows = fresh_problems(32 * steps, seed)
+    fit_policy(model, tokenizer, rows, verdict, config, policy, on_log=logs.append)
+    return {"reward": [log["reward"] for log in logs],
+            "kl": [log["kl"] * log["length"] for log in logs]}
 
 # %%
-distances = {f"β = {0 if beta < 1e-6 else beta:g}": run["kl"] for beta, run in leashes.items()}
-views.show_figure(policy_plots.lines(range(1, KL_STEPS + 1), distances, "optimizer step", "KL (nats an answer)"),
-                  alt="KL from the start by step: climbs fastest without a leash, hardly at all with beta 1")
-ends = [statistics.fmean(kl[-3:]) for kl in distances.values()]
-print("the longer the leash, the further:", ends == sorted(ends, reverse=True))
-assert ends[0] > 1.3 * ends[1] > 1.3 * ends[2]
+leashes = json.loads(bundled("records", "08_leash.json").read_text())["runs"]
+names = {f"{beta:g}": f"β = {0 if beta < 1e-6 else beta:g}" for beta in BETAS}
+distances = {name: [run[beta]["kl"] for run in leashes] for beta, name in names.items()}
+drawing = policy_plots.lines(range(1, KL_STEPS + 1), distances, "optimizer step",
+                             "KL (nats an answer)")
+views.show_figure(drawing, alt="KL from the start by step, nine runs each and their "
+                  "means: it climbs on and on without a leash, far less with beta 0.1, "
+                  "hardly at all with beta 1")
+for beta, name in names.items():
+    late = [statistics.fmean(run[beta]["reward"][-5:]) for run in leashes]
+    print(f"{name}: mean reward of the last five steps {statistics.fmean(late):.2f}")
+for run in leashes:
+    far = [statistics.fmean(run[beta]["kl"][-5:]) for beta in names]
+    assert far == sorted(far, reverse=True)  # the longer the leash, the further
+    assert all(abs(run[beta]["kl"][0]) < 1e-3 for beta in names)  # free at first
 
 # %% [markdown]
-# **Read it.** The same verifier, the same puzzles, and three distances. The first step is free, as nothing is far yet; from then on each run goes as far as its leash. The price of a short leash is that the model may not go where the reward is, either: at β = 1
-# a nat costs as much as a right answer earns. Where your verifier is exact and the run short, 0 is a fair choice (the tour's); where the reward
+# **Read it.** Thin lines are single runs, thick ones their means. The same verifier, the same puzzles, and three distances. The first step is free, because its answers are the reference's own; from then on each run
+# goes as far as its leash allows. The price of a short leash is that the model may not go where the reward is, either: at β = 1
+# a nat costs as much as a right answer earns, and the reward hardly rises. Where your verifier is exact and the run short, 0 is a fair choice (the tour's); where the reward
 # is a *model* of what people like, it is not.
 
 # %% [markdown]
@@ -377,23 +439,29 @@ assert ends[0] > 1.3 * ends[1] > 1.3 * ends[2]
 # them when a run of yours goes wrong:
 
 # %%
-trained, recipe = stages.stage("rloo", preset=PRESET), stage_recipes.recipe("rloo", PRESET)
-print(f"{recipe.train.max_steps} steps of {recipe.train.batch_size} puzzles × {recipe.policy.num_generations} answers, temperature "
-      f"{recipe.policy.temperature:g}, lr {recipe.train.lr:g}, β {recipe.policy.beta:g}, updates a rollout {recipe.policy.updates_per_rollout}")
-views.show_figure(policy_plots.run_curves(trained.metrics), alt="Six curves over the steps: the reward rises, length stays, "
-                  "entropy falls, groups that are all alike grow, hardly an answer is cut off, none is clipped")
+trained = stages.stage("rloo", preset=PRESET)
+recipe = stage_recipes.recipe("rloo", PRESET)
+print(f"{recipe.train.max_steps} steps of {recipe.train.batch_size} puzzles")
+print(recipe.policy)
+views.show_figure(policy_plots.run_curves(trained.metrics), alt="Curves over steps: "
+                  "reward rises, length stays, entropy falls, groups all alike grow, "
+                  "hardly an answer is cut off, none is clipped")
+
+
+def ends(values):
+    """What a curve begins and ends with: means of five steps."""
+    return [round(statistics.fmean(part), 2) for part in (values[:5], values[-5:])]
+
+
+for name in policy_plots.CURVES:
+    print(f"{name:14}", ends([record[name] for record in trained.metrics]))
+gaps = [record["sampler_gap_max"] for record in trained.metrics]
+assert max(gaps) < 1e-3  # nats, of any token: sampler and trainer agree
 
 # %% [markdown]
 # **Read it.** Reward up: it works. Length flat: no padding, no shouting. Entropy *down*: the model makes up its mind, and with it rises the share of groups
-# whose eight answers all earn the same. Such a group has advantage zero and teaches nothing: more than half of the sampling of the last steps is for nothing, and
-# that is what ends such a run. Cut off and clipped: nothing, as it should be with short answers and one update a rollout.
-
-# %%
-first, last = ({k: statistics.fmean(log[k] for log in part) for k in ("reward", "entropy", "clip_fraction")}
-               for part in (trained.metrics[:5], trained.metrics[-5:]))
-print("reward up:", last["reward"] > first["reward"], "· entropy down:", last["entropy"] < first["entropy"])
-print("sampler and trainer within 1e-3 nats, every token:", max(log["sampler_gap_max"] for log in trained.metrics) < 1e-3)
-assert last["reward"] > first["reward"] + 0.02 and last["entropy"] < first["entropy"] and last["clip_fraction"] == 0
+# whose eight answers all earn the same. Such a group has advantage zero and teaches nothing: at the end about half of what is sampled is computed and thrown away. Cut off and clipped: nothing, as it
+# should be with short answers and one update a rollout.
 
 # %% [markdown]
 # ## 6 · What was learned: better, or only surer?
@@ -404,31 +472,30 @@ assert last["reward"] > first["reward"] + 0.02 and last["entropy"] < first["entr
 #
 # **Toy numbers.** $n = 4$, $c = 1$: pass@1 = ¼, pass@2 = $1 - 3/6 = ½$, pass@4 = 1. We ask 200 held-out puzzles sixteen times each, before RLOO and after.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 assert [pass_at_k(4, 1, k) for k in (1, 2, 4)] == [0.25, 0.5, 1.0]
 held_out = load_rows(bundled("countdown", "heldout.jsonl"))[:200]
 tries, ks = 16, [1, 2, 4, 8, 16]
-sampled = {name: roll_out(stage.model, held_out, tries) for name, stage in [("before RLOO", start), ("after RLOO", trained)]}
-passes = {name: [statistics.fmean(pass_at_k(tries, c, k) for c in (found == 1).sum(1).tolist()) for k in ks]
-          for name, (_, found) in sampled.items()}
+models = {"before RLOO": start.model, "after RLOO": trained.model}
+sampled = {name: roll_out(model, held_out, tries) for name, model in models.items()}
+right = {name: (found == 1).sum(1).tolist() for name, (_, found) in sampled.items()}
+passes = {name: [statistics.fmean(pass_at_k(tries, c, k) for c in counts) for k in ks]
+          for name, counts in right.items()}
 before, after = passes.values()
-
-# %%
-views.show_figure(policy_plots.pass_curves(ks, passes), alt="pass@k against k before and after RLOO: after lies clearly "
-                  "above at k of 1; the curves cross, and at 16 before lies above")
-print("one answer: better after RLOO:", after[0] > before[0] + 0.02)
-print("sixteen answers: before RLOO at least as good:", before[-1] > after[-1] - 0.02)
-assert after[0] > before[0] + 0.02 and before[-1] > after[-1] - 0.02
+views.show_figure(policy_plots.pass_curves(ks, passes), alt="pass@k before and after "
+                  "RLOO: after lies above at k of 1; the lead shrinks as k grows")
+assert after[0] > before[0] + 0.02
+for name, (one, *_, many) in passes.items():
+    print(f"on this machine: {name} one answer {one:.0%}, sixteen answers {many:.0%}")
 
 # %% [markdown]
-# **Read it.** Left end: one answer of each model, and the trained one clearly wins. Right end: sixteen of each, and the lead is gone. The curves meet, or cross. RLOO
-# made likely what was likely already; of what the old model found once in sixteen tries, some can no longer be found at all. Entropy told so in part 5.
+# **Read it.** Left end: one answer of each model, and the trained one clearly wins. Right end: sixteen of each, and most of the lead is gone. RLOO
+# made likely what was likely already. Entropy told so in part 5.
 #
 # **Best-of-n at equal samples** is the same picture: at each $n$, both models give $n$ answers and a verifier picks the best. At $n = 1$ there is nothing to pick, and training pays.
-# With a verifier at hand and many tries to spare, it pays no longer. The dotted line shows one answer of the new model: where it meets the old model's curve, that many old answers
+# The more tries you have, and a verifier to pick with, the less it pays. The dotted line shows one answer of the new model: where it meets the old model's curve, that many old answers
 # *with a verifier* are worth one new answer *without*.
-
-# %% [markdown]
+#
 # **How far for how much?** The best policy within reach of a leash is known in closed form: $\pi^*_\beta \propto \pi_{ref}\, e^{r/\beta}$ (notebook 07). On our
 # sixteen samples we can simply compute it: weigh each by $e^{r/\beta}$. Best-of-n is known too: at most $\ln n - (n-1)/n$ nats away. And the trained model's distance we
 # measure, by scoring its answers under the old one.
@@ -446,21 +513,22 @@ def best_policy(beta):
 
 part = sampled["after RLOO"][0][::4]
 with torch.no_grad():
-    kl_after = (torch.tensor([sum(a.logprobs) for a in part]) - answer_logprobs(start.model, part)).mean().item()
+    own = torch.tensor([sum(answer.logprobs) for answer in part])
+    kl_after = (own - answer_logprobs(start.model, part)).mean().item()
 best = [best_policy(beta) for beta in (10, 1, 0.5, 0.3, 0.2, 0.15, 0.1)]
-best_of_n = {n: (math.log(n) - (n - 1) / n, value) for n, value in zip(ks, before, strict=True)}
-views.show_figure(policy_plots.frontier(best, best_of_n, (kl_after, after[0])), alt="Puzzles solved against KL: the best "
-                  "policies rise steeply, best-of-n follows below them, the trained model lies further right and lower")
+best_of_n = {n: (math.log(n) - (n - 1) / n, value)
+             for n, value in zip(ks, before, strict=True)}
+drawing = policy_plots.frontier(best, best_of_n, (kl_after, after[0]))
+views.show_figure(drawing, alt="Puzzles solved against KL: the best policies rise "
+                  "steeply, best-of-n lies below, the trained model further right")
 cheapest = min(kl for kl, success in best if success >= after[0])
-print("RLOO went further than the best policy of equal success:", kl_after > cheapest)
-assert kl_after > cheapest
+assert kl_after > cheapest  # further than the best policy of equal success
 
 # %% [markdown]
 # **Read it.** High and left is good. The line and the squares *have the verifier at hand* for these very puzzles; the diamond has to do without, and must carry what it learned
 # on other puzzles over. So it pays more nats for the same success. Nats are no sin in themselves; but old skills live near the old model, and the
 # tour's table shows what they cost.
-
-# %% [markdown]
+#
 # **The plain rival: rejection sampling.** Sample, keep what is right, and do SFT on it (STaR, RAFT). That is REINFORCE with rewards of 0 and 1 and no baseline: only pushes
 # up. It needs nothing that notebook 03 does not have. What it needs is care in choosing.
 #
@@ -475,7 +543,7 @@ assert kl_after > cheapest
 
 # %%
 def my_selection(prompts, answers, rewards, limit):
-    """(prompt, answer) of right answers: in order, none twice for a prompt, at most `limit` a prompt."""
+    """(prompt, answer) of right answers, in order, none twice, `limit` a prompt."""
     ...
 
 
@@ -483,9 +551,11 @@ checks.check("08.4", my_selection)
 
 # %%
 select = checks.or_library("08.4", my_selection)
-texts = [[a.text for a in answers[i : i + GROUP]] for i in range(0, len(answers), GROUP)]
-chosen = select([str(p["target"]) for p in puzzles], texts, [[round(r, 1) for r in row] for row in rewards.tolist()], 2)
-print("all chosen are right, at most two a puzzle:", 0 < len(chosen) <= 2 * int((rewards == 1).any(1).sum()))
+texts = [[a.text for a in answers[i * GROUP :][:GROUP]] for i in range(len(puzzles))]
+asked = [row["instruction"] for row in puzzles]
+chosen = select(asked, texts, rewards.tolist(), 2)
+solved = int((rewards == 1).any(1).sum())
+print("one or two for each puzzle solved:", solved <= len(chosen) <= 2 * solved)
 
 # %% [markdown]
 # ## 7 · Three names
@@ -498,21 +568,26 @@ print("all chosen are right, at most two a puzzle:", 0 < len(chosen) <= 2 * int(
 # | clipped | the answer | each token | each token |
 # | KL | in the reward | in the loss, by $k_3$ | usually none |
 #
-# RLOO and Dr. GRPO differ by a constant that the rate swallows. GRPO's two divisions are another matter. Dividing by the *length* makes a long wrong answer cheaper
+# RLOO and Dr. GRPO differ in the advantage by a constant that the rate swallows. GRPO's two divisions are another matter. Dividing by the *length* makes a long wrong answer cheaper
 # a token than a short one. And dividing by the *spread* weighs puzzles anew. How hard is one right answer pushed, if $c$ of eight are right?
 
 # %%
 share = [c / GROUP for c in range(1, GROUP)]
-push = {"RLOO": [(1 - p) * GROUP / (GROUP - 1) for p in share], "Dr. GRPO": [1 - p for p in share],
+push = {"RLOO": [(1 - p) * GROUP / (GROUP - 1) for p in share],
+        "Dr. GRPO": [1 - p for p in share],
         "GRPO": [(1 - p) / math.sqrt(p * (1 - p)) for p in share]}
 rights = torch.tensor([[1.0] * c + [0.0] * (GROUP - c) for c in range(1, GROUP)])
-assert torch.allclose(leave_one_out_advantages(rights)[:, 0], torch.tensor(push["RLOO"]), atol=1e-6)
-views.show_figure(policy_plots.lines(range(1, GROUP), push, "right answers among eight", "advantage of a right one"),
-                  alt="Advantage of a right answer against the number right among eight: RLOO and Dr. GRPO fall in straight "
-                  "lines, close together; GRPO starts two and a half times as high and falls in a curve")
+by_library = leave_one_out_advantages(rights)[:, 0]
+assert torch.allclose(by_library, torch.tensor(push["RLOO"]), atol=1e-6)
+print("one right of eight, GRPO ÷ RLOO:", round(push["GRPO"][0] / push["RLOO"][0], 1))
+drawing = policy_plots.lines(range(1, GROUP), push, "right answers among eight",
+                             "advantage of a right one")
+views.show_figure(drawing, alt="Advantage of a right answer against the number right "
+                  "among eight: RLOO and Dr. GRPO fall in straight lines, close by; "
+                  "GRPO starts two and a half times as high and falls in a curve")
 
 # %% [markdown]
-# **Read it.** All three push a rare success harder than a common one. GRPO pushes the rarest two and a half times as hard again: good where hard puzzles matter most, risky
+# **Read it.** All three push a rare success harder than a common one. GRPO pushes the rarest more than two and a half times as hard again: good where hard puzzles matter most, risky
 # where a rare "success" is a mistake of the verifier. Which brings us to the next part.
 
 # %% [markdown]
@@ -520,71 +595,71 @@ views.show_figure(policy_plots.lines(range(1, GROUP), push, "right answers among
 #
 # Here is a verifier. It reads the answer with the same careful parser, and compares the value with the target. It looks right; it passed review.
 
-# %%
+# %% tags=["recorded"]
 def quick_verifier(text, numbers, target):
     """1.0 if the answer equals the target, 0.1 if it can be read, 0.0 otherwise."""
-    answer = extract_answer(text)
-    expression = None if answer is None else parse_expression(answer)
+    expression = parse_expression(extract_answer(text) or "")
     if expression is None:
         return 0.0
     return 1.0 if expression.value == target else 0.1
 
 # %% [markdown]
-# **The student.** A model that has hardly ever seen the gap would take long to find it. But data made by people has habits: suppose that those who wrote the demonstrations were lazy
-# with round targets ("make 40": `<answer>40</answer>`), and now and then elsewhere. About one row in ten. After SFT the model does the same: the shortcut for round
+# **The student.** A model that has hardly ever seen the gap would take long to find it. But data made by people has habits. Suppose that those who wrote the demonstrations were lazy
+# with round targets ("make 40": `<answer>40</answer>`), and now and then elsewhere: about one row in ten. Our model is trained on 600 such rows. Now it does the same: the shortcut for round
 # targets, and rarely else.
 #
 # > **Predict, then run.** RLOO on fresh puzzles, paid by the quick verifier. Two curves: what is *paid*, and how many answers are *truly* right, measured by the contract
-# > and never shown to the model. Sketch both. Does the truth rise at first? Where does it end? And will length or entropy warn you?
+# > and never shown to the model. Sketch both. Where does each end? And will length or entropy warn you?
 #
-# `"true": 0.0` below is a weight: the truth is measured and counts for nothing. SFT and run take about a minute, once; their numbers are kept.
+# `"true": 0.0` below is a weight: the truth is measured and counts for nothing.
 
-# %%
-@functools.cache
-def lazy_model():
-    """The SFT stage, trained further on demonstrations of which some just repeat the target."""
-    sft, rows, chance = stages.stage("sft", preset=PRESET), load_rows(bundled("countdown", "demonstrations.jsonl")), random.Random(SEED)
-    for row in rows:
-        if row["target"] % 10 == 0 or chance.random() < SHARE:
+# %% tags=["recorded"]
+def lazy_model(seed):
+    """The start after demonstrations of which some just repeat the target."""
+    model = copy.deepcopy(start.model)
+    rows = load_rows(bundled("countdown", "demonstrations.jsonl"))
+    rows = random.Random(seed).sample(rows, LAZY_ROWS)
+    for i, row in enumerate(rows):
+        if row["target"] % 10 == 0 or i < SHARE * LAZY_ROWS:
             row["output"] = f"<answer>{row['target']}</answer>"
-    fit_rows(sft.model, sft.tokenizer, rows, TrainConfig(lr=1e-3, epochs=2, batch_size=64, seed=SEED))
-    return sft.model
+    fit_rows(model, tokenizer, rows, TrainConfig(lr=6e-4, batch_size=32, seed=seed))
+    return model
 
 
-def run_course(verifier, code, steps, seed, share):
-    """RLOO paid by a verifier; what was paid, what was true, tokens an answer, and samples of the last step."""
-    logs, samples = [], []
-    rewards = {"paid": lambda prompt, ids, text, row: VERIFIERS[verifier](text, row["numbers"], row["target"]),
-               "true": lambda prompt, ids, text, row: float(countdown_reward(text, row["numbers"], row["target"]) == 1)}
-    config = TrainConfig(lr=3e-4, max_steps=steps, batch_size=32, schedule="constant", warmup_ratio=0.05,
+def run_course(model, verifier, steps, seed):
+    """RLOO of a copy, paid by a verifier: its curves, and samples of the last step."""
+    curves, samples = [], []
+
+    def paid(prompt, ids, text, row):
+        return verifier(text, row["numbers"], row["target"])
+
+    def true(prompt, ids, text, row):
+        return float(countdown_reward(text, row["numbers"], row["target"]) == 1)
+
+    config = TrainConfig(lr=3e-4, max_steps=steps, batch_size=32, schedule="constant",
                          weight_decay=0.0, seed=seed)
-    policy = PolicyConfig(num_generations=GROUP, max_new_tokens=32, temperature=1.3, weights={"true": 0.0}, sample_every=steps)
-    fit_policy(copy.deepcopy(lazy_model()), tokenizer, fresh_problems(32 * steps, seed), rewards, config, policy,
-               on_log=lambda log: (samples if "samples" in log else logs).append(log))
-    kept = {name: [log[f"reward_{name}"] for log in logs] for name in ("paid", "true")}
-    return kept | {"length": [log["length"] for log in logs], "samples": samples[0]["samples"]}
+    policy = PolicyConfig(num_generations=GROUP, max_new_tokens=32, sample_every=steps,
+                          weights={"true": 0.0})
+    fit_policy(copy.deepcopy(model), tokenizer, fresh_problems(32 * steps, seed),
+               {"paid": paid, "true": true}, config, policy,
+               on_log=lambda log: (samples if "samples" in log else curves).append(log))
+    names = {"paid": "reward_paid", "true": "reward_true", "length": "length",
+             "entropy": "entropy", "equal groups": "equal_groups"}
+    kept = {short: [log[name] for log in curves] for short, name in names.items()}
+    return kept | {"samples": samples[0]["samples"][::2]}  # the best of each puzzle
 
-# %%
-VERIFIERS = {"quick": quick_verifier}
-hacked = stages.measured("hack", run_course, verifier="quick", code=inspect.getsource(quick_verifier), steps=HACK_STEPS,
-                         seed=SEED, share=SHARE)
-smooth = {name: plots.running_mean(hacked[name], 5)[4:] for name in ("paid", "true")}
-print("paid at the end:", "nearly everything" if smooth["paid"][-1] > 0.9 else "not everything")
-print("true at the end:", "nearly nothing" if smooth["true"][-1] < 0.05 else "something", "· below its own peak:",
-      smooth["true"][-1] < max(smooth["true"]) - 0.05)
-assert smooth["paid"][-1] > smooth["paid"][0] + 0.2 and smooth["true"][-1] < max(smooth["true"]) - 0.05
+# %% tags=["nbval-ignore-output"]
+student = lazy_model(SEED)
+hacked = run_course(student, quick_verifier, HACK_STEPS, SEED)
+print("on this machine, paid:", ends(hacked["paid"]), "true:", ends(hacked["true"]))
 
 # %% [markdown]
 # **Read what was paid.** No curve of the *paid* reward shows that something is wrong: it is the best run of this notebook. What shows it at once is to read samples, as
 # anybody who trains with rewards should do every so many steps.
 
 # %%
-paid = [best for best in hacked["samples"][::2] if best["reward"] == 1]  # of four puzzles
-views.show_figure(policy_plots.sample_rows(paid), alt="Puzzles with the answers that were paid in full at the last step: each "
-                  "answer is the target itself, a bare number")
-bare = [(extract_answer(sample["text"]) or "").strip().isdigit() for sample in paid]
-print("paid in full for a bare number:", "nearly all" if sum(bare) >= len(bare) - 1 else sum(bare))
-assert sum(bare) >= len(bare) - 1
+views.show_figure(policy_plots.sample_rows(hacked["samples"]), alt="Puzzles with the "
+                  "answers that were paid best: each is the target, a bare number")
 
 # %% [markdown]
 # **Read it.** Left the puzzle, right what was paid for it. The answer *is* the target. Its value is right, and it uses none of the given numbers. The verifier forgot to ask.
@@ -606,28 +681,45 @@ assert sum(bare) >= len(bare) - 1
 
 # %%
 def my_verifier(text, numbers, target):
-    """1.0 for an answer that keeps every rule, 0.1 for one that can be read but is wrong, 0.0 otherwise."""
+    """1.0 for an answer that keeps every rule, 0.1 for a wrong one, 0.0 otherwise."""
     ...
 
 
 checks.check("08.5", my_verifier)
 
-# %%
-VERIFIERS["repaired"] = checks.or_library("08.5", my_verifier)
-assert VERIFIERS["repaired"]("<answer>40</answer>", [4, 10, 7], 40) == 0.1
-repaired = stages.measured("hack", run_course, verifier="repaired", code=inspect.getsource(countdown_reward),
-                           steps=HACK_STEPS, seed=SEED, share=SHARE)
-views.show_figure(policy_plots.courses({"one check missing": hacked, "repaired": repaired}), alt="Two runs. With one check "
-                  "missing the paid reward climbs to 1 while true accuracy rises a little and falls to 0. With the "
-                  "verifier repaired both rise together")
-ends = {name: (statistics.fmean(repaired[name][:5]), statistics.fmean(repaired[name][-10:])) for name in ("paid", "true")}
-print("repaired: paid up:", ends["paid"][1] > ends["paid"][0], "· true up:", ends["true"][1] > ends["true"][0])
-assert all(late > early + 0.03 for early, late in ends.values())
+# %% [markdown]
+# Now the same student again, paid by your verifier.
+
+# %% tags=["nbval-ignore-output"]
+verifier = checks.or_library("08.5", my_verifier)
+assert verifier("<answer>40</answer>", [4, 10, 7], 40) == 0.1
+repaired = run_course(student, verifier, HACK_STEPS, SEED)
+print("on this machine, paid:", ends(repaired["paid"]), "true:", ends(repaired["true"]))
+record = json.loads(bundled("records", "08_hack.json").read_text())["runs"]
+courses = {"one check missing": (hacked, [run["hack"] for run in record]),
+           "repaired": (repaired, [run["repaired"] for run in record])}
+views.show_figure(policy_plots.courses(courses), alt="Two panels. With one check "
+                  "missing the paid reward climbs to 1, true accuracy falls to 0. "
+                  "Repaired, both rise. Thin lines of nine other runs agree")
 
 # %% [markdown]
-# **Read it.** Left: at first both rise; honest practice pays. Then the shortcut has spread far enough to be drawn in most groups, where it beats every honest attempt,
-# and within ten steps nothing else is left. From then on all groups are alike and nothing pulls back. (In the two other seeds that we ran, the truth had no time to rise first.) Right: same start, same rate, same puzzles, one more
+# **Read it.** Bold is your run, thin are nine others (five seeds, and two of them on other arithmetic). Left: the shortcut is drawn often enough to be paid in many groups, where it beats nearly every honest
+# attempt, and soon nothing else is left. From then on all groups are alike and nothing pulls back. Right: same start, same rate, same puzzles, one more
 # check. The lazy habit goes in the first steps, and the truth goes up.
+#
+# **Would the log have warned you?** Length, entropy and the share of groups all alike, at the beginning and at the end of the nine runs:
+
+# %%
+for name in ("paid", "true", "length", "entropy", "equal groups"):
+    for kind in ("hack", "repaired"):
+        columns = zip(*(ends(run[kind][name]) for run in record), strict=True)
+        print(f"{name:12} {kind:8}", [round(statistics.fmean(c), 2) for c in columns])
+assert all(ends(run["hack"]["true"])[1] < 0.05 for run in record)
+assert all(ends(run["repaired"]["true"])[1] > 0.2 for run in record)
+
+# %% [markdown]
+# **Read it.** Entropy falls and groups become alike in both: that is what learning looks like. Only the length tells them apart, and short answers can pass for thrift. The truth, measured beside the pay,
+# or a look at the samples, leaves no doubt.
 #
 # > **Explain.** A colleague says: "Just add a KL penalty, then it cannot hack." Look at part 4 and at the left panel. What would a leash change about the curves,
 # > and what not? Two sentences.
@@ -640,15 +732,14 @@ assert all(late > early + 0.03 for early, late in ends.values())
 # **Nothing to find.** A model that is never right gets no signal at all: all groups earn 0.1. RL sharpens what is there; put it there first, by SFT.
 #
 # **Sampler and trainer differ.** Another temperature, a top-p filter, another dtype, weights that were not refreshed: the ratio is off before the first step.
-# The log's `sampler_gap` must be tiny; part 3 shows the alternative. Filters have no place in RLOO's settings for this reason.
+# The log's `sampler_gap` must be tiny; part 3 shows the alternative. That is why RLOO's settings know no filters.
 #
 # **Answers cut off.** A right thought that ran into the token limit earns 0 and is pushed down: the model learns to be brief, or to babble, by your limit. Count `truncated`; mask such
 # answers, or raise the limit.
 #
 # **The rate.** 3e-4 suits 1.3 million parameters; half a billion want 1e-6 to 1e-5 (below).
 #
-# **One seed.** Curves of RL from one set-up do not look alike. With no shortcut but those on round targets (`SHARE = 0`), the hack caught fire in two seeds of three, and at
-# different steps; in the third the paid reward rose honestly for sixty steps, beside the same gap. That a verifier was not hacked proves nothing about the verifier.
+# **One seed.** Curves of RL from one set-up do not look alike. ONESEED That a verifier was not hacked proves nothing about the verifier.
 #
 # ## Your exercises
 

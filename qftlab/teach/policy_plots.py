@@ -32,13 +32,14 @@ def advantage_bars(labels: Sequence[str], advantages: Sequence[float], title: st
     return finish(ax, "advantage (reward above that of the siblings)", "", title)
 
 
-def push_histogram(pushes: Mapping[str, Tensor], reach: float, ax: Axes | None = None) -> Axes:
-    """Histograms as outlines over one axis; what lies beyond ± `reach` counts to the outermost bins."""
+def push_histogram(pushes: Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
+    """Histograms as outlines over one axis that is wide enough for all of them."""
     ax = new_axes(ax, 7.0, 3.6)
-    bins = torch.linspace(-reach, reach, 33).tolist()
+    reach = max(values.abs().max().item() for values in pushes.values())
+    bins = torch.linspace(-reach, reach, 41).tolist()
     for i, (name, values) in enumerate(pushes.items()):
-        ax.hist(values.clamp(-reach, reach).tolist(), bins=bins, histtype="step", linewidth=2.2, label=name,
-                color=PALETTE[i], linestyle=DASHES[i])  # fmt: skip
+        ax.hist(values.tolist(), bins=bins, histtype="step", linewidth=2.2, label=name, color=PALETTE[i],
+                linestyle=DASHES[i])  # fmt: skip
     ax.legend(fontsize=FONT_SIZE, frameon=False)
     return finish(ax, "what one puzzle says about the direction", "puzzles", "")
 
@@ -54,14 +55,23 @@ def clip_curves(loss: Callable[..., Tensor], epsilon: float, ax: Axes | None = N
     return finish(ax, "ratio ρ: how much likelier the answer has become", "loss", "")
 
 
-def lines(
-    x: Sequence[float], series: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, ax: Axes | None = None
-) -> Axes:
-    """Some lines over one axis, each with its own colour, marker and dash; the y axis begins at 0."""
+def lines(x: Sequence[float], series: Mapping[str, Sequence], xlabel: str, ylabel: str, ax: Axes | None = None) -> Axes:
+    """Some lines over one axis, each with its own colour, marker and dash; the y axis begins at 0.
+
+    Args:
+        x: where the values stand.
+        series: name to values, or to a list of runs with such values each: thin lines, and their mean in bold.
+        xlabel, ylabel: with units.
+        ax: axes to draw into.
+    """
     ax = new_axes(ax, 7.0, 3.4)
     for i, (name, values) in enumerate(series.items()):
+        runs = values if isinstance(values[0], Sequence) else []
+        for run in runs:
+            ax.plot(x, run, color=PALETTE[i], alpha=0.35, linewidth=0.8)
+        means = [sum(column) / len(column) for column in zip(*runs, strict=True)] if runs else values
         style = {"color": PALETTE[i], "linestyle": DASHES[i % 4], "marker": MARKERS[i], "linewidth": 2}
-        ax.plot(x, values, label=name, **style)
+        ax.plot(x, means, label=f"{name}, mean of {len(runs)} runs" if runs else name, **style)
     ax.set_ylim(bottom=0)
     ax.legend(fontsize=FONT_SIZE, frameon=False)
     return finish(ax, xlabel, ylabel, "")
@@ -114,16 +124,22 @@ def frontier(
     return finish(ax, "KL from the old model (nats an answer)", "puzzles solved", "")
 
 
-def courses(runs: Mapping[str, Mapping[str, Sequence[float]]]):
-    """Runs side by side (an array of axes): what was "paid", dashed, and what was "true"."""
+def courses(panels: Mapping[str, tuple[Mapping[str, Sequence[float]], Sequence[Mapping[str, Sequence[float]]]]]):
+    """Runs side by side (an array of axes): what was "paid", dashed, and what was "true", as means of five steps.
+
+    Args:
+        panels: title to a run, drawn in bold, and other runs of the same kind, drawn thin.
+    """
     from matplotlib import pyplot
 
-    _, axes = pyplot.subplots(1, len(runs), figsize=(4.3 * len(runs), 3.4), layout="constrained", sharey=True)
-    for ax, (title, run) in zip(axes, runs.items(), strict=True):
+    _, axes = pyplot.subplots(1, len(panels), figsize=(4.3 * len(panels), 3.4), layout="constrained", sharey=True)
+    for ax, (title, (run, others)) in zip(axes, panels.items(), strict=True):
         for name, label, color, dash in (("paid", "paid reward", 3, "--"), ("true", "true accuracy", 0, "-")):
-            steps = range(1, len(run[name]) + 1)
-            ax.plot(steps, run[name], color=PALETTE[color], alpha=0.25)
-            ax.plot(steps, running_mean(run[name], 5), dash, color=PALETTE[color], linewidth=2.4, label=label)
+            for one in others:
+                ax.plot(range(1, len(one[name]) + 1), running_mean(one[name], 5), color=PALETTE[color], alpha=0.35,
+                        linewidth=0.8)  # fmt: skip
+            ax.plot(range(1, len(run[name]) + 1), running_mean(run[name], 5), dash, color=PALETTE[color],
+                    linewidth=2.4, label=label)  # fmt: skip
         ax.set_ylim(0, 1.02)
         finish(ax, "optimizer step", "", title)
     axes[0].legend(fontsize=FONT_SIZE, frameon=False, loc="center right")

@@ -5,12 +5,15 @@
 # different; the check decides. If you have not tried yet, go back: ten minutes of your own are worth more than this page.
 
 # %% tags=["setup"]
+import re
 import sys
 
-if "google.colab" in sys.modules:  # on Colab only: fetch the library, leave torch and transformers as they are
-    REPO = "OWNER/qftlab"
-    get_ipython().run_line_magic("pip", f"install -q --no-deps git+https://github.com/{REPO}")
-    get_ipython().run_line_magic("pip", "install -q jsonargparse")
+if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
+    at = get_ipython().getoutput("curl $COLAB_JUPYTER_IP:$KMP_TARGET_PORT/api/sessions")
+    at = f"{at} {colab._message.blocking_request('get_ipynb')}".replace("%2F", "/")
+    repo = re.search(r"github[.com]*/([\w.-]+/[\w.-]+)/blob/([\w./-]+?)/notebooks/", at)
+    assert repo, "put here instead: !pip install git+https://github.com/OWNER/NAME"
+    get_ipython().system(repo.expand(r"pip install -q git+https://github.com/\1@\2"))
 
 # %%
 import statistics
@@ -54,15 +57,17 @@ checks.check("08.1", my_advantages)
 # %%
 def my_clipped_loss(logprobs, old_logprobs, advantages, epsilon):
     ratio = torch.exp(logprobs - old_logprobs)
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
+    return -torch.minimum(ratio * advantages, clipped * advantages)
 
 
 checks.check("08.2", my_clipped_loss)
 
 # %%
 logprobs = torch.tensor([1.5, 1.5]).log().requires_grad_()
-my_clipped_loss(logprobs, torch.zeros(2), torch.tensor([1.0, -1.0]), 0.2).sum().backward()
-print([round(g, 2) for g in logprobs.grad.tolist()])  # the good one is done; the bad one must come back
+both = torch.tensor([1.0, -1.0])
+my_clipped_loss(logprobs, torch.zeros(2), both, 0.2).sum().backward()
+print([round(g, 2) for g in logprobs.grad.tolist()])  # the good one is done
 assert logprobs.grad[0] == 0 and logprobs.grad[1] > 0
 
 # %% [markdown]
@@ -86,7 +91,8 @@ checks.check("08.3", my_k3)
 def my_selection(prompts, answers, rewards, limit):
     kept = []
     for prompt, texts, marks in zip(prompts, answers, rewards, strict=True):
-        right = dict.fromkeys(text for text, mark in zip(texts, marks, strict=True) if mark == 1)
+        marked = zip(texts, marks, strict=True)
+        right = dict.fromkeys(text for text, mark in marked if mark == 1)
         kept += [(prompt, text) for text in list(right)[:limit]]
     return kept
 
@@ -104,28 +110,31 @@ model, tokenizer = (stage := stages.stage("warm", preset=PRESET)).model, stage.t
 def roll_out(rows, group):
     """Texts and rewards of `group` answers to each row."""
     prompts = [prompt.ids for prompt in encode_prompts(tokenizer, rows)]
-    answers = generate(model, tokenizer, prompts, num_generations=group, max_new_tokens=32, seed=SEED, batch_size=512,
+    answers = generate(model, tokenizer, prompts, num_generations=group, seed=SEED,
+                       max_new_tokens=32, batch_size=512,
                        params=SamplingParams(temperature=1.0))
-    groups = [[a.text for a in answers[i : i + group]] for i in range(0, len(answers), group)]
-    return groups, [[countdown_reward(t, row["numbers"], row["target"]) for t in texts]
-                    for row, texts in zip(rows, groups, strict=True)]
+    texts = [[a.text for a in answers[i * group :][:group]] for i in range(len(rows))]
+    marks = [[countdown_reward(text, row["numbers"], row["target"]) for text in some]
+             for row, some in zip(rows, texts, strict=True)]
+    return texts, marks
 
 
 def accuracy(rows):
     """Share of right answers among four to each row."""
-    return statistics.fmean(mark == 1 for marks in roll_out(rows, 4)[1] for mark in marks)
+    return statistics.fmean(mark == 1 for row in roll_out(rows, 4)[1] for mark in row)
 
 
-# %%
-puzzles, others = fresh_problems(PUZZLES, SEED + 10), fresh_problems(PUZZLES, SEED + 11)
+# %% tags=["nbval-ignore-output"]
+puzzles = fresh_problems(PUZZLES, SEED + 10)
+others = fresh_problems(PUZZLES, SEED + 11)
 before = accuracy(others)
 texts, rewards = roll_out(puzzles, GROUP)
-prompts = [row["instruction"] for row in puzzles]
-chosen = my_selection(prompts, texts, rewards, 2)
+chosen = my_selection([row["instruction"] for row in puzzles], texts, rewards, 2)
 rows = [{"instruction": prompt, "input": "", "output": text} for prompt, text in chosen]
-fit_rows(model, tokenizer, rows, TrainConfig(lr=3e-4, batch_size=32, epochs=2, seed=SEED))
+config = TrainConfig(lr=3e-4, batch_size=32, epochs=2, seed=SEED)
+fit_rows(model, tokenizer, rows, config)
 after = accuracy(others)
-print("rows chosen:", "some hundreds" if 100 <= len(rows) < 600 else len(rows), "· better than before:", after > before)
+print(f"on this machine: {len(rows)} rows; {before:.0%} right, then {after:.0%}")
 
 # %% [markdown]
 # It helps: with rewards of 0 and 1 this *is* REINFORCE without a baseline, two epochs of it on one rollout. Wrong answers teach it nothing, though, and what the model
@@ -138,8 +147,7 @@ print("rows chosen:", "some hundreds" if 100 <= len(rows) < 600 else len(rows), 
 
 # %%
 def my_verifier(text, numbers, target):
-    answer = extract_answer(text)
-    expression = None if answer is None else parse_expression(answer)
+    expression = parse_expression(extract_answer(text) or "")
     if expression is None:
         return 0.0
     uses_all = sorted(expression.numbers) == sorted(numbers)
