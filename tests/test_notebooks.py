@@ -20,6 +20,7 @@ from types import ModuleType
 
 import nbformat
 import pytest
+from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"
@@ -210,3 +211,27 @@ def test_plain_nbval_compares_sanitised_from_any_folder_and_leaves_copies_alone(
     done = pytest_in(tmp_path / "notebooks", "--nbval", "..")
     assert re.search(r"\n1 failed, 1 passed", done.stdout), done.stdout[-3000:]
     assert "01.ipynb::Cell 0" in done.stdout.partition("short test summary")[2]
+
+
+@pytest.mark.slow
+@every_lesson
+def test_a_lesson_opened_cold_shows_its_first_result_within_ten_seconds(
+    path: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Seconds of the kernel's process, imports included, in a folder without runs/; the shipped stages are loaded."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    client = NotebookClient(
+        read(path), timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    )
+    cells = client.nb.cells
+    settings = next(i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", []))
+    with client.setup_kernel():
+        for i, cell in enumerate(cells):
+            client.execute_cell(cell, i)
+            if i > settings and cell.get("outputs"):
+                break
+        clock = nbformat.v4.new_code_cell("import time\ntime.process_time()")
+        cells.append(clock)
+        client.execute_cell(clock, len(cells) - 1)
+    seconds = float(clock.outputs[0].data["text/plain"])
+    assert cells[i].outputs and seconds < 10, f"{seconds:.1f} s to the output of:\n{cells[i].source}"
