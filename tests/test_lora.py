@@ -64,12 +64,12 @@ def base_and_tokenizer(kind: str, request):
     return shrunken(real / "qwen3-8b" / "config.json", head_dim=16), load_tokenizer(real / "qwen3-0.6b")
 
 
-def shaken(model):
+def shaken(model, far: float = 0.05):
     """The model with adapters and trained rows pushed away from where they do nothing."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += far * torch.randn(parameter.shape, generator=generator)
     return model
 
 
