@@ -327,6 +327,19 @@ def test_a_run_leaves_model_metrics_and_reference(whole) -> None:
     assert load_model(whole / "model").num_parameters() and (whole / "reference.safetensors").is_file()
 
 
+def test_a_run_hashes_the_weights_of_its_reference_once(little, monkeypatch) -> None:
+    hashed = []
+    digest_of = Reference.digest.func
+
+    def counted(reference: Reference) -> str:
+        hashed.append(reference.which)
+        return digest_of(reference)
+
+    monkeypatch.setattr(Reference.digest, "func", counted)
+    dpo(little_run(little, "hashed", max_steps=1, save_every=0))
+    assert hashed == ["start"]
+
+
 def run_child(folder: str, output: str, pipe) -> None:
     """Begins or resumes a run in a process of its own."""
     torch.set_num_threads(1)

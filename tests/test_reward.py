@@ -130,6 +130,9 @@ def test_files_to_files_and_resume(tokenizer, tmp_path) -> None:
     whole = reward(config(6, "whole"))
     records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "held_out_accuracy" in r] == [0, 2, 4, 6]
+    answer = ([{"role": "user", "content": "Say ten."}], [5], "ten", {})
+    assert ModelReward.load(str(whole / "checkpoints" / "initial"))(*answer) == 0, "before its first step all tie"
+    assert ModelReward.load(str(whole / "checkpoints" / "final"))(*answer) == ModelReward.load(str(whole))(*answer) != 0
     first = reward(config(6, "cut"))
     digest = sha256(first / "model" / "model.safetensors")
     assert digest == sha256(whole / "model" / "model.safetensors")

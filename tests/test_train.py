@@ -506,6 +506,25 @@ def test_sft_from_files_to_a_run_folder(little) -> None:
     assert sft.held_out_loss(Step(model), examples, TrainConfig())() == pytest.approx(held[-1], abs=1e-5)
 
 
+def test_held_out_rows_are_masked_as_the_trained_ones_are(little) -> None:
+    """With train_on last, both losses are of the last answer; by hand, on rows whose first answer is another."""
+    turn = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "a b c"}]
+    rows = [{"messages": [*turn, {"role": "user", "content": word}, {"role": "assistant", "content": word}]}
+            for word in ("one", "two", "three")]  # fmt: skip
+    for name in ("train", "held"):
+        (little / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    train = TrainConfig(max_steps=1, batch_size=3)
+    folder = sft.sft(little_config(little, train_on="last", new_tokens=(), train=train))
+    first, *_ = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    model, tokenizer = load_model(little / "start"), load_tokenizer(little / "start")
+    lost = {}
+    for kind in ("last", "all"):
+        examples, _ = sft.encode_rows(tokenizer, rows, train_on=kind)
+        lost[kind] = sft.held_out_loss(Step(model), examples, train)()
+    assert first["step"] == 0 and first["held_out_loss"] == pytest.approx(lost["last"], abs=1e-5)
+    assert abs(lost["last"] - lost["all"]) > 0.01, "the two can be told apart"
+
+
 def test_an_interrupted_run_keeps_its_model(little, monkeypatch) -> None:
     count = []
 

@@ -15,14 +15,14 @@ from qftlab.core.losses import dpo_loss, preference_accuracy, sum_by_document
 from qftlab.data.batching import batches, first_fit_decreasing, group_by_length, pack, pad
 from qftlab.model.loading import save_model
 from qftlab.model.modules import module_mode
-from qftlab.train.checkpoint import Checkpoints, step_of, training_identity
+from qftlab.train.checkpoint import Checkpoints, training_identity
 from qftlab.train.config import TrainConfig
 from qftlab.train.distributed import World, processes, unsharded, wrap
 from qftlab.train.loop import MicroBatch, NonFiniteLoss, TrainResult, train
 from qftlab.train.pair_rows import Pair, documents, encode_pairs, load_pairs
 from qftlab.train.preference_config import DPOConfig, PreferenceLoss
 from qftlab.train.reference import REFERENCE, Reference
-from qftlab.train.sft import best_device, context_length, load_extended, open_run, sft_identity
+from qftlab.train.sft import begin, best_device, context_length, load_extended, open_run, sft_identity
 from qftlab.train.step import IGNORED, Step, to_device
 
 
@@ -157,6 +157,7 @@ def fit_encoded_pairs(
     loss: PreferenceLoss | None = None,
     *,
     held_out: Sequence[Pair] = (),
+    reference: Reference | None = None,
     reference_model=None,
     cache: str | Path | None = None,
     on_log: Callable[[dict], None] | None = None,
@@ -164,9 +165,13 @@ def fit_encoded_pairs(
     checkpoints: Checkpoints | str | Path | None = None,
     resume: bool = False,
 ) -> TrainResult:
-    """Trains `model` in place on pairs that are tokens already. Arguments as in `fit_pairs`; raises what it raises."""
+    """Trains `model` in place on pairs that are tokens already. Arguments as in `fit_pairs`; raises what it raises.
+
+    `reference` is one that was asked for its digest before, in place of `reference_model`: weights are hashed once.
+    """
     loss = loss or PreferenceLoss()
-    reference = Reference(model if reference_model is None else reference_model, loss.reference, config)
+    if reference is None:
+        reference = Reference(model if reference_model is None else reference_model, loss.reference, config)
     if isinstance(checkpoints, str | Path):
         identity = pair_identity(model, config, loss, pairs, held_out, reference)
         checkpoints = Checkpoints(checkpoints, identity, config.keep)
@@ -302,17 +307,10 @@ def _dpo(config: DPOConfig, progress: bool) -> Path:
     run = open_run(config)
     reference = Reference(model, config.loss.reference, config.train)
     identity = sft_identity(config) | pair_identity(model, config.train, config.loss, pairs, held_out, reference)
-    checkpoints = Checkpoints(run.checkpoints / "dpo", identity, config.train.keep)
-    last = checkpoints.last()
-    if last:
-        checkpoints.check(last)
-    if config.resume:
-        run.rewind(step_of(last) if last else -1)
-    if config.train.save_every and not last:
-        run.put_model(run.checkpoints / "initial", lambda folder: save_model(model, tokenizer, folder))
+    checkpoints = begin(run, "dpo", config, identity, model, tokenizer)
     run.write_json("pair_usage.json", asdict(usage))
-    result = fit_encoded_pairs(model, pairs, config.train, config.loss, held_out=held_out, cache=run.path / REFERENCE,
-                               on_log=run.log, progress=progress, checkpoints=checkpoints,
+    result = fit_encoded_pairs(model, pairs, config.train, config.loss, held_out=held_out, reference=reference,
+                               cache=run.path / REFERENCE, on_log=run.log, progress=progress, checkpoints=checkpoints,
                                resume=bool(config.resume))  # fmt: skip
     model = unsharded(model, lambda: load_extended(replace(config, device="cpu"))[0])
     run.put_model(run.model_path, lambda folder: save_model(model, tokenizer, folder))

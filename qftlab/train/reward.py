@@ -21,7 +21,7 @@ from qftlab.model.loading import save_model
 from qftlab.model.modules import module_mode
 from qftlab.text.chat import render_chat, render_prompt
 from qftlab.text.tokenizer import load_tokenizer
-from qftlab.train.checkpoint import Checkpoints, step_of, training_identity
+from qftlab.train.checkpoint import Checkpoints, training_identity
 from qftlab.train.config import TrainConfig
 from qftlab.train.distributed import World, processes, unsharded, wrap
 from qftlab.train.dpo import PairSource, count_pairs, held_out_pairs
@@ -29,7 +29,7 @@ from qftlab.train.loop import TrainResult, train
 from qftlab.train.pair_rows import Pair, documents, encode_pairs, load_pairs
 from qftlab.train.policy_config import RewardConfig
 from qftlab.train.runs import resolve_model
-from qftlab.train.sft import best_device, context_length, load_extended, open_run, sft_identity
+from qftlab.train.sft import begin, best_device, context_length, load_extended, open_run, sft_identity
 from qftlab.train.step import Step, to_device
 
 
@@ -316,12 +316,7 @@ def _reward(config: RewardConfig, progress: bool) -> Path:
     )
     run = open_run(config)
     identity = sft_identity(config) | training_identity(model, config.train, documents(pairs), documents(held_out))
-    checkpoints = Checkpoints(run.checkpoints / "reward", identity, config.train.keep)
-    last = checkpoints.last()
-    if last:
-        checkpoints.check(last)
-    if config.resume:
-        run.rewind(step_of(last) if last else -1)
+    checkpoints = begin(run, "reward", config, identity, model, tokenizer)
     run.write_json("pair_usage.json", asdict(usage))
     result = fit_reward_pairs(model, pairs, config.train, held_out=held_out, on_log=run.log, progress=progress,
                               checkpoints=checkpoints, resume=bool(config.resume))  # fmt: skip

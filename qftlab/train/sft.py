@@ -180,17 +180,12 @@ def _sft(config: SFTConfig, progress: bool) -> Path:
     model, tokenizer = load_extended(config)
     limit = config.max_length or context_length(model)
     examples, usage = encode_rows(tokenizer, rows, max_length=limit, train_on=config.train_on)
-    held_out = encode_rows(tokenizer, held_out_rows, max_length=limit)[0] if held_out_rows else ()
+    held_out = (
+        encode_rows(tokenizer, held_out_rows, max_length=limit, train_on=config.train_on)[0] if held_out_rows else ()
+    )
     run = open_run(config)
     identity = sft_identity(config) | training_identity(model, config.train, examples, held_out)
-    checkpoints = Checkpoints(run.checkpoints / "sft", identity, config.train.keep)
-    last = checkpoints.last()
-    if last:
-        checkpoints.check(last)
-    if config.resume:
-        run.rewind(step_of(last) if last else -1)
-    if config.train.save_every and not last:
-        run.put_model(run.checkpoints / "initial", lambda folder: save_model(model, tokenizer, folder))
+    checkpoints = begin(run, "sft", config, identity, model, tokenizer)
     result = fit_examples(model, examples, config.train, held_out=held_out, on_log=run.log, progress=progress,
                           checkpoints=checkpoints, resume=bool(config.resume))  # fmt: skip
     model = unsharded(model, lambda: load_extended(replace(config, device="cpu"))[0])
@@ -208,6 +203,31 @@ def open_run(config: SFTConfig) -> RunFolder:
         run = RunFolder(config.output, config, [*config.data, *config.held_out], resume=config.resume)
     path = world.gather(run.path if run else None)[0]
     return run or RunFolder.reader(path)
+
+
+def begin(run: RunFolder, stage: str, config: SFTConfig, identity: dict, model, tokenizer) -> Checkpoints:
+    """The checkpoints of a stage, after the model before its first step was saved beside them as `initial`.
+
+    Args:
+        run: its metrics are taken back to the last checkpoint where the run is resumed.
+        stage: names the folder of checkpoints: sft, dpo, rloo, reward.
+        config: of any stage.
+        identity: what a resumed run must share with the one that saved.
+        model: as it is before the first step.
+        tokenizer: saved with it.
+
+    Raises:
+        ValueError: if the last checkpoint is damaged or of another run.
+    """
+    checkpoints = Checkpoints(run.checkpoints / stage, identity, config.train.keep)
+    last = checkpoints.last()
+    if last:
+        checkpoints.check(last)
+    if config.resume:
+        run.rewind(step_of(last) if last else -1)
+    if config.train.save_every and not last:
+        run.put_model(run.checkpoints / "initial", lambda folder: save_model(model, tokenizer, folder))
+    return checkpoints
 
 
 def sft_identity(config: SFTConfig) -> dict:
