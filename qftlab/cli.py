@@ -51,12 +51,15 @@ def run_export(config) -> None:
 
 def dtype_of_run(config) -> str:
     """The dtype asked for; for `auto` that in which the run trained: adapters in fp32 may stand on weights in bf16."""
-    from qftlab.train.runs import resolve_model
+    from qftlab.train.runs import METRICS, own_settings, resolve_model
 
-    settings = Path(resolve_model(config.model)).parent / "config.json"
-    if config.dtype != "auto" or not settings.is_file():
+    # model/, checkpoints/initial and checkpoints/final are one or two folders below the run.
+    above = Path(resolve_model(config.model)).resolve().parents[:2]
+    run = next((folder for folder in above if (folder / METRICS).is_file()), None)
+    if config.dtype != "auto" or run is None:
         return config.dtype
-    return json.loads(settings.read_text(encoding="utf-8")).get("dtype", "auto")
+    asked = own_settings(run).get("dtype", "auto")
+    return "float32" if asked == "float16" else asked  # training never computes in fp16
 
 
 def run_generate(config) -> None:

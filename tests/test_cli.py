@@ -19,6 +19,7 @@ from qftlab.core.options import option_helps
 from qftlab.core.sampling import SamplingParams
 from qftlab.data.sources import load_rows
 from qftlab.generate.config import SamplingConfig
+from qftlab.model.config import ExportConfig
 from qftlab.train.config import SFTConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -188,6 +189,35 @@ def test_sft_and_then_generate_from_latest(capsys, tmp_path) -> None:
     code, out, _ = run(capsys, "generate", "--prompt", "What is 1 + 1?", "--max_new_tokens", "4",
                        "--model", str(tmp_path / "runs" / "latest"))  # fmt: skip
     assert code == 0 and out.strip()
+
+
+def test_export_takes_the_dtype_in_which_the_run_trained(capsys, tmp_path) -> None:
+    """`tiny` is stored in bf16: adapters trained on it in fp32 are merged in fp32, from wherever the run is named."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, load_rows(bundled("instructions", "train.jsonl"))[:8])), encoding="utf-8")
+    code, *_ = run(capsys, "sft", "--data", str(file), "--output", str(tmp_path / "runs"), "--train.max_steps", "1",
+                   "--train.batch_size", "4", "--lora.rank", "2", "--device", "cpu")  # fmt: skip
+    assert code == 0
+    for number, name in enumerate(("latest", "latest/checkpoints/final", "latest/checkpoints/initial")):
+        out = tmp_path / f"out-{number}"
+        code, said, _ = run(capsys, "export", "--model", str(tmp_path / "runs" / name), "--output", str(out))
+        assert code == 0 and "greedy tokens as before" in said
+        assert json.loads((out / "config.json").read_text(encoding="utf-8"))["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(("trained", "wanted"), [("bfloat16", "bfloat16"), ("float16", "float32"), ("auto", "auto")])
+def test_the_dtype_of_a_run_is_that_of_its_settings(trained: str, wanted: str, tmp_path) -> None:
+    """Training loads fp16 as fp32; the dtype in the config.json of a model, above or below, says nothing of a run."""
+    model = tmp_path / "run" / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text('{"dtype": "float32"}', encoding="utf-8")
+    assert cli.dtype_of_run(ExportConfig(model=str(model))) == "auto", "no run"
+    (tmp_path / "run" / "config.json").write_text('{"dtype": "bfloat16"}', encoding="utf-8")
+    assert cli.dtype_of_run(ExportConfig(model=str(model))) == "auto", "adapters in the folder of their base"
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"config": {"dtype": trained}}), encoding="utf-8")
+    assert cli.dtype_of_run(ExportConfig(model=str(tmp_path / "run"))) == wanted
+    assert cli.dtype_of_run(ExportConfig(model=str(model), dtype="float16")) == "float16"
 
 
 @pytest.mark.parametrize(
