@@ -1,14 +1,14 @@
 # %% [markdown]
 # # 01 · Tokens: teach a model two new words
 #
-# A language model never sees a letter. It sees numbers, one for each *token*, and everything it knows hangs on them.
-# In this notebook you look at text the way the model does, listen to what surprises it, and then add two words to its
-# language without disturbing a single one it already knows.
+# A language model does not see letters. It sees numbers, one for each *token*. In this notebook you look at text the way
+# the model does, see what surprises it, and then add two words to its language without moving the logit of a single
+# token that it already has.
 #
 # ![The number 1234 is four tokens; the marker AGENT is nine tokens before and one token after](figures/01_one_token.png)
 #
-# **Read it.** One box is one token. A number is read digit by digit. A marker such as `<|AGENT|>` costs nine tokens as
-# long as the tokenizer of `tiny` has to spell it, and one as soon as it is a word of its own.
+# **Read it.** One box is one token. A number is read digit by digit. A marker such as `<|AGENT|>` costs nine tokens while
+# the tokenizer of `tiny` has to spell it, and one once it is a word of its own.
 #
 # | | |
 # |---|---|
@@ -18,12 +18,15 @@
 # | **Before this** | [00 · The tour](00_tour.ipynb), or the idea of a matrix and of a logarithm |
 
 # %% tags=["setup"]
+import re
 import sys
 
-if "google.colab" in sys.modules:  # on Colab only: fetch the library, leave torch and transformers as they are
-    REPO = "OWNER/qftlab"
-    get_ipython().run_line_magic("pip", f"install -q --no-deps git+https://github.com/{REPO}")
-    get_ipython().run_line_magic("pip", "install -q jsonargparse")
+if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
+    at = get_ipython().getoutput("curl $COLAB_JUPYTER_IP:$KMP_TARGET_PORT/api/sessions")
+    at = f"{at} {colab._message.blocking_request('get_ipynb')}".replace("%2F", "/")
+    repo = re.search(r"github[.com]*/([\w.-]+/[\w.-]+)/blob/([\w./-]+?)/notebooks/", at)
+    assert repo, "put here instead: !pip install git+https://github.com/OWNER/NAME"
+    get_ipython().system(repo.expand(r"pip install -q git+https://github.com/\1@\2"))
 
 # %%
 import copy
@@ -35,6 +38,7 @@ from matplotlib import pyplot
 
 from qftlab.core import plots
 from qftlab.core.logprobs import token_logprobs
+from qftlab.data.facts import WORDS
 from qftlab.generate.engine import generate
 from qftlab.model.loading import get_preset, load_model, save_model
 from qftlab.model.vocabulary import extend_model
@@ -49,19 +53,21 @@ from qftlab.text.tokenizer import extend_tokenizer, load_tokenizer
 PRESET = "tiny"
 SEED = 0
 NEW_TOKENS = ["<|AGENT|>", "<|EDIT|>"]
-TEXTS = ["47 + 38 = 85", "63 - 25 = 38", "reverse 4 17 9 : 9 17 4", "The capital of France is Paris."]
+TEXTS = ["47 + 38 = 85", "63 - 25 = 38", "reverse 4 17 9 : 9 17 4",
+         "The capital of France is Paris."]
 
 # %% [markdown]
 # ## 1 · What the model sees
 #
 # **Idea.** Between you and the model stands a *tokenizer*. It cuts text into pieces that it knows and replaces each by
-# a number, its *id*. The model's first layer is a table with one row for each id, and looks the rows up. That is all
-# the model ever learns about spelling: two pieces with different ids are as foreign to it as two different words.
+# a number, its *id*. The model's first layer is a table with one row for each id, and looks the rows up. An id says
+# nothing about spelling: to begin with, `cat` and `cats` are as foreign to the model as `cat` and `dog`.
 
 # %%
 base = stages.stage("base", preset=PRESET)
 model, tokenizer = base.model, base.tokenizer
-print(f"{type(tokenizer).__name__} with {len(tokenizer):,} tokens, {tokenizer.vocab_size:,} of them learned from text")
+learned = tokenizer.vocab_size
+print(f"{len(tokenizer):,} tokens, {learned:,} of them learned from text")
 
 # %% [markdown]
 # > **Predict, then run.** How many tokens are `1234`, `12 34`, `capital` with and without a blank before it,
@@ -70,24 +76,52 @@ print(f"{type(tokenizer).__name__} with {len(tokenizer):,} tokens, {tokenizer.vo
 # %%
 for text in ["1234", "12 34", "capital", " capital", "Zürich", "<|AGENT|>"]:
     ids = tokenizer(text).input_ids
-    print(f"{len(ids)}  {text!r:12} {' '.join(f'[{piece}]' for piece in tokenizer.convert_ids_to_tokens(ids))}")
+    shown = " ".join(f"[{piece}]" for piece in tokenizer.convert_ids_to_tokens(ids))
+    print(f"{len(ids)}  {text!r:12} {shown}")
 
 # %% [markdown]
 # **Read it.** Three rules are at work:
 #
-# - **Every digit stands alone.** Qwen's tokenizer cuts numbers before anything else gets a say, so `1234` is four
-#   tokens. That is good for arithmetic: the model sees columns, as you did at school.
-# - **A blank belongs to the word after it**, and is written `Ġ`. With and without it, a word is a different token. (Digits
-#   take no blank along; there it stands alone.)
-# - **Nothing is unknown.** What was never merged falls apart into bytes: `ü` is two of them, shown as `Ã¼`. So even
-#   `<|AGENT|>` can be written; it only takes many pieces.
+# - **Every digit stands alone.** Qwen's tokenizer cuts numbers into digits before it merges anything, so `1234` is four
+#   tokens. The model sees a number as you write it: digit by digit.
+# - **A blank belongs to the word after it**, and is written `Ġ`. With its blank, a word is another token, or other
+#   tokens. (Digits take no blank along; before them it stands alone.)
+# - **Nothing is unknown.** What was never merged falls apart into bytes: `ü` is two of them, shown as `Ã` and `¼`. So
+#   even `<|AGENT|>` can be written; it only takes many pieces.
 
 # %%
-views.token_view(tokenizer, tokenizer(TEXTS[0]).input_ids, title="A sum, as the model sees it")
+ids = tokenizer(TEXTS[0]).input_ids
+views.token_view(tokenizer, ids, title="A sum, as the model sees it")
 
 # %% [markdown]
-# **Read it.** Each box is a token with its id below. Digits keep their order: the id of `7` is the id of `4` plus
-# three. The model has no way to know this; it found out what digits are worth from sums.
+# **Read it.** Each box is a token with its id below. The ids of the digits are in order: that of `7` is that of `4` plus
+# three. But the model only looks up rows, and never calculates with an id. What a digit is worth, it found out from
+# text. The rows of the digits show it: those of neighbours (4 and 5) are more alike than those of strangers (4 and 9).
+
+# %%
+with torch.no_grad():
+    digits = model.get_input_embeddings().weight[tokenizer("0123456789").input_ids]
+    unit = torch.nn.functional.normalize(digits.float().cpu(), dim=-1)  # (10, D)
+alike = unit @ unit.T  # (10, 10): cosines
+near, far = alike.diagonal(1).mean(), alike.triu(5)[alike.triu(5) != 0].mean()
+print(f"mean cosine of neighbours {near:.2f}, of digits five or more apart {far:.2f}")
+assert near > far + 0.1
+
+# %% [markdown]
+# **And spelling?** It has to be learned from text as well, word by word. `mouse` is one token here, and the corpus of
+# `tiny` spelled it out. The base model spells it; but ask it for a word that its corpus never spelled:
+
+# %%
+for word in ["mouse", "doctor", "castle", "rocket"]:
+    start = f"spell {word} :"
+    found = generate(model, tokenizer, [start], max_new_tokens=20, stop="\n")
+    print(start, "→", found[0].text.strip())
+    assert (found[0].text.strip() == "-".join(word)) == (word in WORDS)
+
+# %% [markdown]
+# **Read it.** The letters of `mouse` are nowhere in its one token: the model knows them by heart. `castle` and `rocket`
+# are not in its list of words, and what it writes is wrong. (A large model has read enough to spell most words. That it
+# sees no letters is one reason why it miscounts the *r* of "strawberry".)
 #
 # ### How the pieces are found
 #
@@ -122,7 +156,7 @@ views.token_view(tokenizer, tokenizer(TEXTS[0]).input_ids, title="A sum, as the 
 
 # %%
 def my_merge(pieces, pair):
-    """One BPE merge: every occurrence of `pair`, left to right and without overlap, becomes one piece."""
+    """One merge: each `pair`, left to right and without overlap, becomes one piece."""
     ...
 
 
@@ -134,7 +168,8 @@ checks.check("01.1", my_merge)
 
 # %%
 merge = checks.or_library("01.1", my_merge)
-merges = [tuple(pair) for pair in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
+inside = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+merges = [tuple(pair) for pair in inside["merges"]]
 pieces = list("Ġcapital")
 for rank, pair in enumerate(merges):
     merged = merge(pieces, pair)
@@ -146,7 +181,7 @@ for rank, pair in enumerate(merges):
 # **Check.** If that really is all, it must give the same pieces as the tokenizer, for any word:
 
 # %%
-for word in ["capital", "reverse", "sorted", "University", "return", "tokenizer", "banana"]:
+for word in ["capital", "reverse", "sorted", "University", "tokenizer", "banana"]:
     pieces = list(word)
     for pair in merges:
         pieces = merge(pieces, pair)
@@ -154,8 +189,8 @@ for word in ["capital", "reverse", "sorted", "University", "return", "tokenizer"
     print(word, "→", " ".join(pieces))
 
 # %% [markdown]
-# **Read it.** Words that the model has read often are one token; the others are built from syllables nobody designed.
-# The whole "understanding" of a tokenizer is a frequency count.
+# **Read it.** Pieces that stood side by side often, when the merges were learned, are one token now; the rest is built
+# from syllables that nobody designed. A tokenizer understands nothing: it is the record of a frequency count.
 
 # %% [markdown]
 # ## 2 · What the model expects
@@ -165,7 +200,8 @@ for word in ["capital", "reverse", "sorted", "University", "return", "tokenizer"
 
 # %%
 for start in ["47 + 38 =", "reverse 4 17 9 :", "The capital of France is"]:
-    print(start, "→", generate(model, tokenizer, [start], max_new_tokens=7, stop="\n")[0].text.strip())
+    found = generate(model, tokenizer, [start], max_new_tokens=7, stop="\n")
+    print(start, "→", found[0].text.strip())
 
 # %% [markdown]
 # But completing shows only the winner. Give it a *finished* text and ask at every token how likely it had been, and
@@ -174,12 +210,12 @@ for start in ["47 + 38 =", "reverse 4 17 9 :", "The capital of France is"]:
 # **Formula.** $\quad s_t = -\ln\, p(x_t \mid x_1 \dots x_{t-1})$
 #
 # **Toy numbers.** A token with probability 1 is no surprise: 0 nats. With probability ½ it is 0.69 nats. One of ten
-# equally likely digits is 2.30. Blind guessing among the 1,024 rows of `tiny` is 6.93. The training loss of a language
-# model is nothing but the mean of these numbers.
+# equally likely digits is 2.30. Blind guessing among the 1,024 rows of `tiny` is 6.93. The loss that pretraining
+# lowers is the mean of these numbers.
 #
 # **Code.** The model returns *logits*, one score for each row of its table. `log_softmax` makes log-probabilities of
 # them. Position $t$ predicts token $t + 1$: hence `[:-1]` on one side and `[1:]` on the other. The very first token
-# has no surprise, for nothing came before it.
+# has no surprise, because nothing came before it.
 
 # %%
 def surprise(model, text):
@@ -209,20 +245,24 @@ axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained"
 for ax, text in zip(axes, ["47 + 38 = 85", "47 + 38 = 75"], strict=True):
     pieces, nats = surprise(model, text)
     plots.surprise_bars(pieces, (-nats).tolist(), title=text, ax=ax)
-    ax.patches[-2].set(facecolor=plots.PALETTE[1], hatch="///")  # the first digit of the result
+    ax.patches[-2].set(facecolor=plots.PALETTE[1], hatch="///")  # the result begins
 axes[1].set_ylabel("")
-views.show_figure(axes, alt="Surprise in nats, token by token, of a right sum and of a wrong one: the operands surprise "
-                  "in both, the first digit of the result (hatched) only in the wrong sum")
+views.show_figure(
+    axes, alt="Surprise in nats, token by token, of a right sum and of a wrong one: "
+    "the operands surprise in both, the first digit of the result in the wrong one")
 
 # %% [markdown]
-# **Read it.** The operands surprise the model, and must: nobody can know which numbers come. The `+` could have been
-# another sign; the `=` could not. The first digit of the *result* (hatched) is no surprise where it is right, and a
-# big one where it is wrong. That drop to nearly zero is what "it can add" looks like from the inside.
+# **Read it.** The digits of the operands surprise the model, and must: nobody can know which numbers come. The `+` could
+# have been another sign; the `=` could not, in the texts that this model has read. The first digit of the *result*
+# (hatched) is no surprise where it is right, and a big one where it is wrong. That drop to nearly zero is what "it can
+# add" looks like from the inside.
 
 # %%
-right, wrong = surprise(model, "47 + 38 = 85")[1], surprise(model, "47 + 38 = 75")[1]
-assert right[-2] < 1 < wrong[-2] and right[-2] < right[0]
-assert torch.allclose(right[:-2], wrong[:-2], atol=1e-4)  # up to the result, both texts are the same text
+right, wrong = (surprise(model, text)[1] for text in ("47 + 38 = 85", "47 + 38 = 75"))
+operands, plus, equals, result = right[[0, 3, 4]], right[1], right[5], right[-2]
+assert operands.min() > 1.5 and plus > 1 and equals < 0.1 and result < 0.1
+assert wrong[-2] > 10
+assert torch.allclose(right[:-2], wrong[:-2], atol=1e-4)  # the same text up to there
 
 # %% [markdown]
 # ## 3 · Two new words
@@ -235,14 +275,16 @@ assert torch.allclose(right[:-2], wrong[:-2], atol=1e-4)  # up to the result, bo
 extended = load_tokenizer(base.path)
 report = extend_tokenizer(extended, NEW_TOKENS)
 for token in report.new:
-    print(f"{token.text}: {len(token.pieces_before)} pieces → one token, id {token.id}")
+    count = len(token.pieces_before)
+    print(f"{token.text}: {count} pieces → one token, id {token.id}")
 word = NEW_TOKENS[0]
-before, after = [list(zip(t.tokenize(word), t(word).input_ids, strict=True)) for t in (tokenizer, extended)]
+before, after = (list(zip(t.tokenize(word), t(word).input_ids, strict=True))
+                 for t in (tokenizer, extended))
 views.pieces_view(word, before, after)
 
 # %% [markdown]
 # **Read it.** Above, the marker as the base model's tokenizer spells it; below, after one call. The new token is
-# matched *before* any merging, so it is found wherever it stands, and no merge can tear it apart.
+# looked for *before* the text is cut into pieces, so it is found wherever it stands.
 #
 # **Check.** A new token gets the next free id, and every other text is read exactly as before:
 
@@ -261,19 +303,19 @@ assert extended.decode(extended("<|EDIT|> line 3").input_ids) == "<|EDIT|> line 
 
 # %%
 table = model.get_input_embeddings().weight
-print(f"rows {table.shape[0]:,} · tokens before {len(tokenizer):,} · tokens now {len(extended):,}")
-print(f"numbers in a row: {table.shape[1]:,} · tied: {model.config.tie_word_embeddings}")
+print(f"rows {len(table):,} · tokens {len(tokenizer):,}, now {len(extended):,}")
+print(f"numbers in a row: {table.shape[1]} · tied: {model.config.tie_word_embeddings}")
 
 # %% [markdown]
 # **Read it.** There are more rows than tokens! Tables are padded to a round number (here a multiple of 128), because
-# graphics cards multiply round matrices faster. So our two words need no new rows; they move into rooms that are built
-# and empty. The rule for any model: *grow the table if the tokenizer has outgrown it, and never, ever shrink it.*
+# graphics cards multiply round matrices faster. So our two words need no new rows: there are rows that exist and stand
+# empty. The rule for any model: *grow the table if the tokenizer has outgrown it, and never shrink it.*
 
 # %% [markdown]
 # ### What to write into a row
 #
-# **Idea.** The rows exist, but hold nothing useful: no token ever used them. Meaning, for a table, is *position*, so
-# put the new word where its old spelling was, on average.
+# **Idea.** The rows exist, but hold nothing useful, because no token ever used them. What the model makes of a token
+# depends on where its row lies among the others. So put the new row where the rows of its old pieces lie, on average.
 #
 # **Formula.** $\quad E_{\text{new}} = \dfrac{1}{n}\displaystyle\sum_{i=1}^{n} E_{\text{piece}_i}$
 #
@@ -290,15 +332,15 @@ print(f"numbers in a row: {table.shape[1]:,} · tied: {model.config.tie_word_emb
 
 # %%
 def my_mean_row(table, piece_ids):
-    """The new embedding row (D,): the mean of the rows of `table` (V, D) that its old pieces had, repeats counted."""
+    """The new row (D,): the mean of its pieces' rows in `table` (V, D), repeats too."""
     ...
 
 
 checks.check("01.2", my_mean_row)
 
 # %% [markdown]
-# **Code.** Now by hand, in a copy of the model. `no_grad`, because writing into a weight is not a thing to
-# differentiate.
+# **Code.** Now by hand, in a copy of the model. `no_grad`, because nobody wants to differentiate the writing of a
+# weight.
 
 # %%
 mean_row = checks.or_library("01.2", my_mean_row)
@@ -323,8 +365,8 @@ assert library_rows.shape == table.shape
 # %% [markdown]
 # ### Has the model noticed?
 #
-# **Idea.** Good surgery leaves no trace elsewhere. Run the same prompt through both models and compare the logits of
-# all the *old* tokens. Not approximately: bit by bit.
+# **Idea.** Nothing else should have changed. Run the same prompt through both models and compare the logits of all the
+# *old* tokens. Not approximately: bit by bit.
 
 # %%
 with torch.no_grad():
@@ -348,8 +390,8 @@ assert not moved.any()
 # **Formula.** $\quad p_{\text{new}} = \Big(\prod_{i=1}^{n} p_{\text{piece}_i}\Big)^{1/n} \;\le\; \max_i\,
 # p_{\text{piece}_i}$
 #
-# **Toy numbers.** Pieces with probability 0.04 and 0.01 give $\sqrt{0.0004} = 0.02$. A newcomer is never likelier than
-# its likeliest piece, so before any training it stays quietly in the background. **Check**, on the real model:
+# **Toy numbers.** Pieces with probability 0.04 and 0.01 give $\sqrt{0.0004} = 0.02$. A new token is never likelier than
+# its likeliest piece, and one unlikely piece is enough to keep it unlikely. **Check**, on the model itself:
 
 # %%
 probs = after.float().softmax(-1)  # (T, V)
@@ -367,9 +409,11 @@ for token in report.new:
 # %%
 with tempfile.TemporaryDirectory() as folder:
     save_model(extended_model, extended, folder)
-    again, tokenizer_again = load_model(folder, dtype=get_preset(PRESET).dtype), load_tokenizer(folder)
-weights = zip(extended_model.state_dict().values(), again.state_dict().values(), strict=True)
-assert all(torch.equal(saved.cpu(), loaded) for saved, loaded in weights)
+    again = load_model(folder, dtype=get_preset(PRESET).dtype)
+    tokenizer_again = load_tokenizer(folder)
+saved, loaded = extended_model.state_dict(), again.state_dict()
+assert saved.keys() == loaded.keys()
+assert all(torch.equal(saved[name].cpu(), loaded[name]) for name in saved)
 assert tokenizer_again.get_vocab() == extended.get_vocab()
 assert tokenizer_again.all_special_tokens == extended.all_special_tokens
 print("every weight, every id and every special token came back as it was")
@@ -380,12 +424,12 @@ print("every weight, every id and every special token came back as it was")
 # ### Random rows
 #
 # **Idea.** What if the row is not a mean, but noise? We try four fillings for the two rows and ask each model, at
-# every position of ordinary text, how much probability it gives to our new tokens. The right amount, in text where
-# they never occur, is next to nothing.
+# every position of ordinary text, how much probability it gives to our new tokens. They never occur there, so the right
+# amount is next to nothing.
 
 # %%
 def filled(write):
-    """A copy of the base model with `write(rows)` applied to the rows of the new tokens."""
+    """A copy of the base model with `write(rows)` applied to the new tokens' rows."""
     changed = copy.deepcopy(model)
     with torch.no_grad():
         write(changed.get_input_embeddings().weight[len(tokenizer) : len(extended)])
@@ -393,11 +437,12 @@ def filled(write):
 
 def noise(std):
     """Writes normal noise of this standard deviation, the same on every machine."""
-    return lambda rows: rows.copy_(torch.randn(rows.shape, generator=torch.Generator().manual_seed(SEED)) * std)
+    draws = torch.Generator().manual_seed(SEED)
+    return lambda rows: rows.copy_(torch.randn(rows.shape, generator=draws) * std)
 
-# %%
+LOUD = "noise, std 1 (torch's default)"
 models = {"as found": model, "mean of the pieces": extended_model,
-          "noise, std 0.02": filled(noise(0.02)), "noise, std 1 (torch's default)": filled(noise(1.0))}
+          "noise, std 0.02": filled(noise(0.02)), LOUD: filled(noise(1.0))}
 for name, filling in models.items():
     nats = torch.cat([surprise(filling, text)[1] for text in TEXTS]).mean()
     print(f"{name:32} {nats:.2f} nats a token on old text")
@@ -407,54 +452,56 @@ def new_token_share(model):
     """The probability of the new tokens at each position of the first text."""
     with torch.no_grad():
         probs = model(ids).logits[0].float().softmax(-1)  # (T, V)
-    return probs[:, len(tokenizer) : len(extended)].sum(-1).clamp(min=1e-12).tolist()
+    return probs[:, len(tokenizer) : len(extended)].sum(-1).tolist()
 
 shares = {name: new_token_share(filling) for name, filling in models.items()}
-stolen = {name: max(share) for name, share in shares.items()}
-assert stolen["mean of the pieces"] < 0.01
-assert stolen["noise, std 1 (torch's default)"] > 10 * stolen["mean of the pieces"]
+most = {name: max(share) for name, share in shares.items()}
+assert most["as found"] < 1e-6 and most["mean of the pieces"] < 0.01
+assert most["noise, std 0.02"] < 0.01 and most[LOUD] > 0.5
 
 # %%
-ax = plots.new_axes(None, 8.4, 4.2)
+ax = plots.new_axes(None, 9.6, 4.2)
 pieces = [plots.visible(tokenizer.decode([i])) for i in ids[0].tolist()]
 for i, (name, share) in enumerate(shares.items()):
-    ax.plot(range(len(share)), share, plots.DASHES[i], marker=plots.MARKERS[i], color=plots.PALETTE[i], label=name)
+    ax.plot(share, plots.DASHES[i], marker=plots.MARKERS[i], color=plots.PALETTE[i],
+            label=name)
 ax.set_yscale("log")
-ax.set_xticks(range(len(pieces)), pieces, family=plots.TOKEN_FONT, fontsize=plots.FONT_SIZE)
-ax.tick_params(axis="y", labelsize=plots.FONT_SIZE)
-ax.set_xlabel("text read so far, up to and with this token", fontsize=plots.FONT_SIZE)
-ax.set_ylabel("probability of the new tokens", fontsize=plots.FONT_SIZE)
-ax.set_title("Loud rows steal probability before any training", fontsize=plots.FONT_SIZE + 1, loc="left")
-ax.spines[["top", "right"]].set_visible(False)
-ax.legend(fontsize=plots.FONT_SIZE, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-views.show_figure(ax, alt="Probability of the two new tokens after each token of a sum, on a logarithmic scale: "
-                  "next to nothing for mean rows, near one at some positions for noise of standard deviation 1")
+ax.set_xticks(range(len(pieces)), pieces, family=plots.TOKEN_FONT)
+ax.legend(fontsize=plots.FONT_SIZE, frameon=False, loc="upper left",
+          bbox_to_anchor=(1.0, 1.0))
+plots.finish(ax, "text read so far, up to and with this token",
+             "probability of the new tokens",
+             "Loud rows take probability before any training")
+views.show_figure(
+    ax, alt="Probability of the two new tokens after each token of a sum, log scale: "
+    "next to nothing for mean rows, more than a half at some places for loud noise")
 
 # %% [markdown]
-# **Read it.** The scale is logarithmic (and ends at $10^{-12}$). Rows of noise as loud as `torch.nn.Embedding` makes
-# them by default can take, at some positions, most of the probability there is: the model would break into a new word
-# in the middle of a sum, and the surprise printed above shows the damage. Quiet noise does little harm here, but it
-# also says nothing; how much it steals differs from model to model. The mean is bounded in *every* model, by the
-# inequality above; transformers' own resizing now draws new rows close to the mean of *all* rows, for the same reason.
-# And the row as found? In `tiny` it is silent, for pretraining pushed it down at every step: it begins by meaning
-# *never*.
+# **Read it.** The scale is logarithmic. Rows of noise as loud as `torch.nn.Embedding` makes them by default take, at
+# some positions, more than half of the probability there is: the model would break into a new word in the middle of a
+# sum, and the surprise printed above shows the damage. Quiet noise does little harm here, but it also says nothing about
+# the token. The mean is bounded in *every* model, by the inequality above. (transformers' own resizing draws new rows
+# close to the mean of *all* rows, which also keeps them quiet.) And the row as found? In `tiny` it is next to
+# impossible, because pretraining pushed it down at every step: it begins by meaning *never*.
 
 # %% [markdown]
 # ### Twins
 #
-# **Idea.** The mean has a weakness of its own. Our two words share most of their spelling, `<|` … `|>`, and so their
-# rows start out almost alike.
+# **Idea.** The mean has a weakness of its own. Our two words share most of their pieces, `<`, `|`, `E`, `T`, `|`, `>`,
+# and so their rows start out almost alike. A mean over the words of a *description* is another way to start.
 
 # %%
-agent, edit = library_rows[[token.id for token in report.new]].detach().float()
-likeness = torch.cosine_similarity(agent, edit, dim=0)
-print(f"cosine of the two rows: {likeness:.2f}")
-assert likeness > 0.5
+descriptions = {"<|AGENT|>": "explore", "<|EDIT|>": "fix the error"}
+described = copy.deepcopy(model)
+extend_model(described, extended, report, init="description", descriptions=descriptions)
+for name, filled_model in {"pieces": extended_model, "descriptions": described}.items():
+    table_now = filled_model.get_input_embeddings().weight.detach().float()
+    agent, edit = table_now[[token.id for token in report.new]]
+    print(f"{name:12} cosine {torch.cosine_similarity(agent, edit, dim=0):.2f}")
 
 # %% [markdown]
-# **Read it.** 1 would be the same direction. Training has to pull the twins apart; with enough examples it does
-# (notebook 00 shows the result). If you have few, let each row start from a *description*: `extend_model(...,
-# init="description", descriptions={"<|EDIT|>": "fix the error", ...})` takes the mean over those words instead.
+# **Read it.** 1 would be the same direction. Training has to pull the twins apart, and with enough examples it does
+# (notebook 00 shows the result). With few, descriptions give it a head start.
 #
 # ### The line in every tutorial
 #
@@ -463,15 +510,19 @@ assert likeness > 0.5
 # %%
 shrunk = copy.deepcopy(model)
 shrunk.resize_token_embeddings(len(extended))
-print(f"rows {table.shape[0]:,} → {shrunk.get_input_embeddings().weight.shape[0]:,}")
+print(f"rows {len(table):,} → {len(shrunk.get_input_embeddings().weight):,}")
+with torch.no_grad():
+    kept = shrunk(ids).logits[0]  # (T, tokens)
+assert torch.allclose(kept, model(ids).logits[0, :, : len(extended)], atol=1e-4)
 try:
     shrunk.load_state_dict(model.state_dict())
 except RuntimeError as error:
-    print(str(error).split(":")[0] + ":", "size mismatch" if "size mismatch" in str(error) else error)
+    assert "size mismatch" in str(error)
+    print("the original's weights no longer fit: size mismatch")
 
 # %% [markdown]
-# **Read it.** The model itself still talks. But it no longer fits anything made for the original: checkpoints,
-# adapters, servers that expect the published shape. And the round number that made it fast is gone.
+# **Read it.** The logits that are left are the same. But the model no longer fits what was made for the original:
+# checkpoints, adapters that hold rows, servers that expect the published shape. And the round number is gone.
 #
 # ### Exercise 01.3 · Resize without shrinking (●○○, 6 minutes)
 #
@@ -491,7 +542,7 @@ except RuntimeError as error:
 
 # %%
 def my_resize(table, num_tokens):
-    """A table of max(rows, num_tokens) rows: the old rows unchanged, new ones zero; never fewer rows than before."""
+    """A table of max(rows, num_tokens) rows: old ones as they are, new ones zero."""
     ...
 
 
@@ -509,12 +560,12 @@ print("before:", careless.all_special_tokens)
 careless.add_special_tokens({"extra_special_tokens": NEW_TOKENS})
 print("after: ", careless.all_special_tokens)
 lost = set(tokenizer.all_special_tokens) - set(careless.all_special_tokens)
-assert "<|im_end|>" in lost
-assert set(tokenizer.all_special_tokens) <= set(extended.all_special_tokens)  # the library keeps them
+assert "<|im_end|>" in lost  # and the library keeps them:
+assert set(tokenizer.all_special_tokens) <= set(extended.all_special_tokens)
 
 # %% [markdown]
-# **Read it.** The markers of a chat are off the list: their ids remain, but code that asks the tokenizer which tokens
-# are special, to stop on them, filter them or protect them, no longer hears of them. The cure is one argument,
+# **Read it.** The markers of a chat are off the list. Their ids remain, but code that asks the tokenizer which tokens
+# are special (to stop on them, say, or to filter them) no longer finds them. The cure is one argument,
 # `replace_extra_special_tokens=False`, and one assert.
 #
 # ## Your exercises
@@ -530,7 +581,7 @@ checks.progress("01")
 # resized.
 #
 # **Different:** with 150 times as many tokens, `AGENT` is a piece of its own, so the marker is five pieces there and
-# not nine. Four of the five are shared with `<|EDIT|>`, so expect the twins to be no less alike. A row has 896
+# not nine. A row has 896
 # numbers, and the table is 136 of the model's 494 million weights. The 7B model's table is padded to 152,064 rows and
 # is not tied: there each new token needs a row in *two* tables, and `extend_model` sets both.
 #
@@ -543,6 +594,7 @@ checks.progress("01")
 # ## Recap
 #
 # 1. A tokenizer is an ordered list of merges. Digits stand alone, blanks belong to the next word, nothing is unknown.
+#    What the letters of a token are, the model has to learn from text.
 # 2. Surprise is $-\ln p$, in nats; its mean is the training loss.
 # 3. A new token needs an id *and* a row. Tables are padded: grow if you must, never shrink.
 # 4. The mean of the pieces is a safe start: old logits unchanged, the newcomer's probability bounded by its pieces'.

@@ -6,12 +6,15 @@
 # more than this page.
 
 # %% tags=["setup"]
+import re
 import sys
 
-if "google.colab" in sys.modules:  # on Colab only: fetch the library, leave torch and transformers as they are
-    REPO = "OWNER/qftlab"
-    get_ipython().run_line_magic("pip", f"install -q --no-deps git+https://github.com/{REPO}")
-    get_ipython().run_line_magic("pip", "install -q jsonargparse")
+if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
+    at = get_ipython().getoutput("curl $COLAB_JUPYTER_IP:$KMP_TARGET_PORT/api/sessions")
+    at = f"{at} {colab._message.blocking_request('get_ipynb')}".replace("%2F", "/")
+    repo = re.search(r"github[.com]*/([\w.-]+/[\w.-]+)/blob/([\w./-]+?)/notebooks/", at)
+    assert repo, "put here instead: !pip install git+https://github.com/OWNER/NAME"
+    get_ipython().system(repo.expand(r"pip install -q git+https://github.com/\1@\2"))
 
 # %%
 import copy
@@ -28,7 +31,7 @@ PRESET = "tiny"
 # %% [markdown]
 # ## Predict, then run: how many tokens?
 #
-# `1234` is **4** and `12 34` is **5**: every digit stands alone, and so does the blank, for a number never takes a
+# `1234` is **4** and `12 34` is **5**: every digit stands alone, and so does the blank, because a number never takes a
 # blank along. `capital` with and without its blank are different tokens, and they may differ in number too: the merges
 # that build a word from its front begin with `Ġ`. `Zürich` has more tokens than you would think, because `ü` is two
 # bytes. And `<|AGENT|>` is **9**: its capitals were rarely neighbours in the training text, so hardly anything was
@@ -102,7 +105,8 @@ extended_model = copy.deepcopy(model)
 extend_model(extended_model, extended, extend_tokenizer(extended))
 ids = tokenizer("47 + 38 =", return_tensors="pt").input_ids.to(model.device)
 with torch.no_grad():
-    shift = extended_model(ids).logits.log_softmax(-1) - model(ids).logits.log_softmax(-1)
+    after, before = (m(ids).logits.log_softmax(-1) for m in (extended_model, model))
+shift = after - before
 old = shift[0, -1, : len(tokenizer)]
 assert torch.allclose(old, old[0].expand_as(old), atol=1e-4) and old.abs().max() < 0.01
 print("one factor for all old tokens, within a hundredth of 1")
