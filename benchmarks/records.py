@@ -29,9 +29,15 @@ NUMERICS = {
 DRAWS = [(seed, "plain") for seed in range(5)] + [(seed, name) for name in ("default", "avx2") for seed in range(2)]
 # What is evaluated beside a lesson's tagged cells, with SEED set: a dict for JSON.
 RECORDS: dict[str, str] = {
+    "07_wreck": "{'before': solves(start.model, SEED)} | {name: run_dpo(*RUNS[name], SEED)[1] for name in RUNS}",
+    "07_style": "{ending: run_style(ending, SEED) for ending in (ENDING, UNKNOWN)}",
+    "07_judges": "{name: {'marks': marks} | by_length(scores, answers, LENGTHS)"
+    " | best_of_curve(scores, answers, SIZES, checks.reference_of(checks.get_exercise('07.5')))"
+    " for answers, judges in [run_judges(SEED)] for name, (marks, scores) in judges.items()}",
     "08_leash": "{f'{beta:g}': run_leash(beta, KL_STEPS, SEED) for beta in BETAS}",
-    "08_hack": "{kind: run_course(student, pays, HACK_STEPS, SEED) for student in [lazy_model(SEED)]"
-    " for kind, pays in [('hack', quick_verifier), ('repaired', countdown_reward)]}",
+    "08_hack": "{kind: run_course(student, pays, HACK_STEPS, SEED, beta) for student in [lazy_model(SEED)]"
+    " for kind, pays, beta in [('hack', quick_verifier, 0.0), ('repaired', countdown_reward, 0.0),"
+    " ('hack, β 0.1', quick_verifier, 0.1), ('hack, β 1', quick_verifier, 1.0)]}",
 }
 
 
