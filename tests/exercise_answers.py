@@ -1,7 +1,7 @@
 """Answers to the exercises: a stub, two right solutions and two plausible wrong ones for each, as students write them.
 
-The tests run every check against them, and the solution notebooks take their answers from `right`. A wrong answer comes
-with words that the check must say about it.
+The tests run every check against them, and run the lessons on the second right one, which mostly has another form than
+the library's: a tuple, a NumPy array, a float64 tensor. A wrong answer comes with words that the check must say of it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from qftlab.core.rewards import extract_answer, parse_expression
@@ -56,7 +57,7 @@ def merge_by_stack(pieces, pair):
         else:
             merged.append(piece)
             is_open = piece == first
-    return merged
+    return tuple(merged)
 
 
 def merge_once(pieces, pair):
@@ -89,11 +90,8 @@ def new_row_by_index(table, piece_ids):
     return table[piece_ids].mean(dim=0)
 
 
-def new_row_by_loop(table, piece_ids):
-    total = torch.zeros(table.shape[1])
-    for piece in piece_ids:
-        total += table[piece]
-    return total / len(piece_ids)
+def new_row_by_numpy(table, piece_ids):
+    return table.numpy()[piece_ids].mean(axis=0, dtype=np.float64)
 
 
 def new_row_summed(table, piece_ids):
@@ -165,6 +163,13 @@ def loss_mask_without_end(turns):
     mask = []
     for role, header, content in turns:
         mask += [False] * len(header) + [role == "assistant"] * len(content) + [False, False]
+    return mask
+
+
+def loss_mask_with_every_end(turns):
+    mask = []
+    for role, header, content in turns:
+        mask += [False] * len(header) + [role == "assistant"] * len(content) + [True] + [False]
     return mask
 
 
@@ -245,7 +250,7 @@ def stub_packed_mask(lengths):
 
 
 def packed_mask_by_blocks(lengths):
-    return torch.block_diag(*[torch.ones(n, n).tril() for n in lengths]).bool()
+    return torch.block_diag(*[torch.ones(n, n).tril() for n in lengths])
 
 
 def packed_mask_by_loops(lengths):
@@ -357,7 +362,7 @@ def learning_rate_in_two_cases(step, total, warmup, peak):
 
 def learning_rate_by_half_angle(step, total, warmup, peak):
     rise = (step + 1) / warmup if step < warmup else 1.0
-    fall = math.cos(math.pi / 2 * max(0, step - warmup) / (total - warmup)) ** 2
+    fall = np.cos(np.pi / 2 * max(0, step - warmup) / (total - warmup)) ** 2
     return peak * rise * fall
 
 
@@ -372,6 +377,12 @@ def learning_rate_dividing_first(step, total, warmup, peak):
     if rise <= 1:
         return peak * rise
     return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
+def learning_rate_in_degrees(step, total, warmup, peak):
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(180 * (step - warmup) / (total - warmup)))
 
 
 def learning_rate_early_cosine(step, total, warmup, peak):
@@ -400,7 +411,7 @@ def leaks_by_pairs(train, test):
     for i in range(len(test)):
         if any(even(test[i]) == even(prompt) for prompt in train):
             found.append(i)
-    return found
+    return tuple(found)
 
 
 def leaks_exact(train, test):
@@ -445,7 +456,7 @@ def rows_by_room_left(lengths, budget):
             free = [len(rows) - 1]
         rows[free[0]].append(length)
         room[free[0]] -= length
-    return rows
+    return tuple(map(tuple, rows))
 
 
 def rows_unsorted(lengths, budget):
@@ -493,7 +504,7 @@ def adapted_by_two_paths(x, weight, a, b, alpha):
 
 def adapted_row_by_row(x, weight, a, b, alpha):
     whole = weight + alpha / b.shape[1] * torch.einsum("or,ri->oi", b, a)
-    return torch.stack([whole @ row for row in x])
+    return np.stack([(whole @ row).numpy() for row in x])
 
 
 def adapted_unscaled(x, weight, a, b, alpha):
@@ -522,7 +533,7 @@ def count_by_building(shapes, rank, num_rows, width):
     total = torch.zeros(num_rows, width).numel()
     for d_out, d_in in shapes:
         total += torch.zeros(rank, d_in).numel() + torch.zeros(d_out, rank).numel()
-    return total
+    return float(total)
 
 
 def count_of_whole_matrices(shapes, rank, num_rows, width):
@@ -579,7 +590,7 @@ def merge_adapter_by_product(weight, a, b, alpha):
 
 def merge_adapter_by_outer_products(weight, a, b, alpha):
     update = sum(torch.outer(b[:, k], a[k]) for k in range(len(a)))
-    return weight + alpha * update / len(a)
+    return (weight + alpha * update / len(a)).numpy()
 
 
 def merge_adapter_unscaled(weight, a, b, alpha):
@@ -603,7 +614,7 @@ ANSWERS = {
     ),
     "01.2": Answers(
         stub_new_row,
-        (new_row_by_index, new_row_by_loop),
+        (new_row_by_index, new_row_by_numpy),
         (
             (new_row_summed, "the rows are added"),
             (new_row_of_a_set, "counts twice"),
@@ -618,7 +629,11 @@ ANSWERS = {
     "02.1": Answers(
         stub_loss_mask,
         (loss_mask_by_lists, loss_mask_by_tensor),
-        ((loss_mask_without_end, "never stops"), (loss_mask_with_newline, "the newline after <|im_end|> is trained")),
+        (
+            (loss_mask_without_end, "never stops"),
+            (loss_mask_with_newline, "the newline after <|im_end|> is trained"),
+            (loss_mask_with_every_end, "the end of every turn is trained"),
+        ),
     ),
     "02.2": Answers(
         stub_targets,
@@ -636,7 +651,7 @@ ANSWERS = {
     ),
     "02.4": Answers(
         stub_packed_mask,
-        (packed_mask_by_blocks, packed_mask_by_loops),
+        (packed_mask_by_loops, packed_mask_by_blocks),
         ((packed_mask_only_causal, "documents see each other"), (packed_mask_sees_future, "tokens see the future")),
     ),
     "03.1": Answers(
@@ -661,6 +676,7 @@ ANSWERS = {
             (learning_rate_from_zero, "rate 0"),
             (learning_rate_dividing_first, "warmup may be 0"),
             (learning_rate_early_cosine, "starts at step 0"),
+            (learning_rate_in_degrees, "math.cos takes radians"),
         ),
     ),
     "03.4": Answers(
@@ -772,7 +788,7 @@ def penalise_by_where(logits, seen, penalty):
 
 def penalise_by_list(logits, seen, penalty):
     changed = [(x / penalty if x > 0 else x * penalty) if i in seen else x for i, x in enumerate(logits.tolist())]
-    return torch.tensor(changed)
+    return np.array(changed)
 
 
 def penalise_dividing(logits, seen, penalty):
@@ -815,8 +831,8 @@ def until_stop_by_regex(pieces, stops):
     for count in range(1, len(pieces) + 1):
         found = pattern.search("".join(pieces[:count]))
         if found:
-            return "".join(pieces)[: found.start()], count
-    return "".join(pieces), len(pieces)
+            return ["".join(pieces)[: found.start()], count]
+    return ["".join(pieces), len(pieces)]
 
 
 def until_stop_piece_by_piece(pieces, stops):
@@ -866,7 +882,23 @@ def beam_step_by_sorting(scores, logprobs, eos_id):
     beams = len(scores)
     every = [(i, t, float(scores[i]) + float(x)) for i, row in enumerate(logprobs) for t, x in enumerate(row)]
     every = sorted(every, key=lambda candidate: candidate[2], reverse=True)[: 2 * beams]
-    return [c for c in every if c[1] != eos_id][:beams], [c for c in every[:beams] if c[1] == eos_id]
+    every = [list(candidate) for candidate in every]
+    return [[c for c in every if c[1] != eos_id][:beams], [c for c in every[:beams] if c[1] == eos_id]]
+
+
+def beam_step_telling_the_last_score(scores, logprobs, eos_id):
+    both = beam_step_by_topk(scores, logprobs, eos_id)
+    return tuple([(parent, token, logprobs[parent, token].item()) for parent, token, _ in part] for part in both)
+
+
+def beam_step_adding_late(scores, logprobs, eos_id):
+    both = beam_step_by_topk(torch.zeros_like(scores), logprobs, eos_id)
+    return tuple([(parent, token, (value + scores[parent]).item()) for parent, token, value in part] for part in both)
+
+
+def beam_step_misaligned(scores, logprobs, eos_id):
+    values, places = (scores + logprobs).flatten().topk(2 * len(scores))
+    return list(zip(places, values, strict=True)), []
 
 
 def beam_step_too_few(scores, logprobs, eos_id):
@@ -931,6 +963,9 @@ ANSWERS |= {
             (beam_step_too_few, "only K candidates"),
             (beam_step_every_end, "must not count"),
             (beam_step_forgetting_scores, "own scores are left out"),
+            (beam_step_telling_the_last_score, "those of the last tokens alone"),
+            (beam_step_adding_late, "ranked without the beams' own scores"),
+            (beam_step_misaligned, "do not line up"),
         ),
     ),
     "05.1": Answers(
@@ -981,7 +1016,7 @@ def dpo_by_logsigmoid(chosen, rejected, ref_chosen, ref_rejected, beta):
 
 def dpo_by_softplus(chosen, rejected, ref_chosen, ref_rejected, beta):
     policy, reference = chosen - rejected, ref_chosen - ref_rejected
-    return torch.nn.functional.softplus(-beta * (policy - reference))
+    return torch.nn.functional.softplus(-beta * (policy - reference).double())
 
 
 def dpo_that_underflows(chosen, rejected, ref_chosen, ref_rejected, beta):
@@ -1008,7 +1043,7 @@ def smoothed_by_two_losses(score, epsilon):
 
 
 def smoothed_by_shift(score, epsilon):  # -log σ(-s) = -log σ(s) + s
-    return torch.nn.functional.softplus(-score) + epsilon * score
+    return (torch.nn.functional.softplus(-score) + epsilon * score).tolist()
 
 
 def smoothed_not(score, epsilon):
@@ -1031,7 +1066,7 @@ def preferred_by_sign(margins):
 
 def preferred_by_loop(margins):
     points = [1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins.tolist()]
-    return sum(points) / len(points)
+    return np.mean(points)
 
 
 def preferred_strictly(margins):
@@ -1053,7 +1088,7 @@ def implicit_reward_by_mask(logprobs, ref_logprobs, mask, beta):
 
 
 def implicit_reward_by_row(logprobs, ref_logprobs, mask, beta):
-    return torch.stack([beta * (p[m].sum() - r[m].sum()) for p, r, m in zip(logprobs, ref_logprobs, mask, strict=True)])
+    return [beta * (p[m].sum() - r[m].sum()) for p, r, m in zip(logprobs, ref_logprobs, mask, strict=True)]
 
 
 def implicit_reward_of_everything(logprobs, ref_logprobs, mask, beta):
@@ -1066,7 +1101,7 @@ def implicit_reward_by_mean(logprobs, ref_logprobs, mask, beta):
 
 # 07.5 ---------------------------------------------------------------------------------------------------------------
 def stub_best_of(scores, values, n):
-    """The mean value of the best-scored of n answers, over all choices of n among them; no two scores are equal."""
+    """The mean value of the best-scored of n answers, over all choices of n among them; equal scores, equal values."""
     ...
 
 
@@ -1074,6 +1109,21 @@ def best_of_by_counting(scores, values, n):
     order = sorted(range(len(scores)), key=lambda i: scores[i])
     total = sum(math.comb(rank, n - 1) * values[i] for rank, i in enumerate(order))
     return total / math.comb(len(scores), n)
+
+
+def best_of_by_chance(scores, values, n):
+    order = sorted(range(len(scores)), key=lambda i: scores[i], reverse=True)
+    mean, none_yet = 0.0, 1.0  # the chance that no better one is among the n
+    for rank, i in enumerate(order):
+        is_chosen = min(1.0, n / (len(scores) - rank))
+        mean += none_yet * is_chosen * values[i]
+        none_yet *= 1 - is_chosen
+    return mean
+
+
+def best_of_by_dict(scores, values, n):
+    table = dict(zip(scores, values, strict=True))
+    return best_of_by_counting(list(table), list(table.values()), n)
 
 
 def best_of_by_enumeration(scores, values, n):
@@ -1117,8 +1167,13 @@ ANSWERS |= {
     ),
     "07.5": Answers(
         stub_best_of,
-        (best_of_by_counting, best_of_by_enumeration),
-        ((best_of_all, "drawn among them"), (best_of_highest_values, "the *score* chooses")),
+        (best_of_by_counting, best_of_by_chance),
+        (
+            (best_of_all, "drawn among them"),
+            (best_of_highest_values, "the *score* chooses"),
+            (best_of_by_enumeration, "2,704,156 ways"),
+            (best_of_by_dict, "a dict by score keeps it once"),
+        ),
     ),
 }
 
@@ -1138,7 +1193,23 @@ def advantages_by_loop(rewards):
     rows = []
     for row in rewards.tolist():
         rows.append([r - sum(row[:i] + row[i + 1 :]) / (len(row) - 1) for i, r in enumerate(row)])
-    return torch.tensor(rows)
+    return rows
+
+
+def advantages_of_the_batch(rewards):
+    return rewards - (rewards.sum() - rewards) / (rewards.numel() - 1)
+
+
+def advantages_without_keepdim(rewards):
+    return rewards - (rewards.sum(-1) - rewards) / (rewards.shape[-1] - 1)
+
+
+def advantages_from_means_without_keepdim(rewards):
+    return rewards - rewards.mean(1)
+
+
+def advantages_by_prompts(rewards):
+    return rewards - (rewards.sum(1, keepdim=True) - rewards) / (len(rewards) - 1)
 
 
 def advantages_with_itself(rewards):
@@ -1167,7 +1238,7 @@ def clipped_by_minimum(logprobs, old_logprobs, advantages, epsilon):
 def clipped_by_sign(logprobs, old_logprobs, advantages, epsilon):
     ratio = torch.exp(logprobs - old_logprobs)
     held = torch.where(advantages > 0, ratio.clamp(max=1 + epsilon), ratio.clamp(min=1 - epsilon))
-    return -held * advantages
+    return (-held * advantages).numpy()
 
 
 def clipped_not(logprobs, old_logprobs, advantages, epsilon):
@@ -1190,7 +1261,7 @@ def k3_by_exp(logprobs, ref_logprobs):
 
 
 def k3_by_probabilities(logprobs, ref_logprobs):
-    return ref_logprobs.exp() / logprobs.exp() - 1 + logprobs - ref_logprobs
+    return (ref_logprobs.exp() / logprobs.exp() - 1 + logprobs - ref_logprobs).tolist()
 
 
 def k3_turned(logprobs, ref_logprobs):
@@ -1221,7 +1292,7 @@ def selection_by_loop(prompts, answers, rewards, limit):
 
 def selection_by_dict(prompts, answers, rewards, limit):
     right = [{t: None for t, m in zip(ts, ms, strict=True) if m == 1} for ts, ms in zip(answers, rewards, strict=True)]
-    return [(prompt, text) for prompt, texts in zip(prompts, right, strict=True) for text in list(texts)[:limit]]
+    return tuple([prompt, text] for prompt, texts in zip(prompts, right, strict=True) for text in list(texts)[:limit])
 
 
 def selection_of_paid(prompts, answers, rewards, limit):
@@ -1255,7 +1326,25 @@ def verifier_by_counting(text, numbers, target):
         return 0.0
     if Counter(expression.numbers) != Counter(numbers):
         return 0.1
-    return 1.0 if expression.value == target else 0.1
+    return 1 if expression.value == target else 0.1
+
+
+def verifier_by_rule(rule):
+    def verifier(text, numbers, target):
+        answer = extract_answer(text)
+        expression = None if answer is None else parse_expression(answer)
+        if expression is None:
+            return 0.0
+        return 1.0 if expression.value == target and rule(expression.numbers, numbers) else 0.1
+
+    return verifier
+
+
+def verifier_without_asking(text, numbers, target):
+    expression = parse_expression(extract_answer(text))
+    if expression is None:
+        return 0.0
+    return 1.0 if expression.value == target and sorted(expression.numbers) == sorted(numbers) else 0.1
 
 
 def verifier_of_values(text, numbers, target):
@@ -1282,6 +1371,10 @@ ANSWERS |= {
             (advantages_with_itself, "leave the answer itself out"),
             (advantages_over_the_batch, "each row has its own"),
             (advantages_by_spread, "as GRPO does"),
+            (advantages_of_the_batch, "the others are all answers of the batch"),
+            (advantages_without_keepdim, "sums of rows (P,) are laid along the answers"),
+            (advantages_from_means_without_keepdim, "means of rows (P,) are laid along the answers"),
+            (advantages_by_prompts, "divided by the number of prompts"),
         ),
     ),
     "08.2": Answers(
@@ -1300,6 +1393,17 @@ ANSWERS |= {
     "08.5": Answers(
         stub_verifier,
         (verifier_by_sorting, verifier_by_counting),
-        ((verifier_of_values, "shortcut is still paid"), (verifier_by_set, "a set forgets")),
+        (
+            (verifier_of_values, "shortcut is still paid"),
+            (verifier_by_set, "a set forgets"),
+            (verifier_by_rule(lambda used, given: len(used) == len(given)), "how many numbers are used is counted"),
+            (verifier_by_rule(lambda used, given: list(used) == given), "the order is compared"),
+            (verifier_by_rule(lambda used, given: used == given), "which no list is equal to"),
+            (
+                verifier_by_rule(lambda used, given: (len(used), set(used)) == (len(given), set(given))),
+                "stand in for another",
+            ),
+            (verifier_without_asking, "give None where there is nothing to read"),
+        ),
     ),
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import random
 import re
 import signal
 import sys
@@ -10,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from exercise_answers import ANSWERS
@@ -17,7 +20,7 @@ from torch.nn import functional as F
 
 from qftlab.core.losses import masked_cross_entropy
 from qftlab.teach import check_guard, checks
-from qftlab.teach.check_compare import bulk, difference, general_suspect, show
+from qftlab.teach.check_compare import as_tensor, bulk, difference, general_suspect, show
 from qftlab.teach.check_guard import Forbidden, guarded, mentioned, resolve
 from qftlab.teach.exercises import Exercise, Suspect, get_exercise, nb03, notebooks, of_notebook
 
@@ -54,7 +57,7 @@ def test_right_answers_pass(name: str, right) -> None:
     results = [checks.check(name, right, seed=seed) for seed in (*SEEDS, None)]
     assert all(results), results
     assert len(set(map(repr, results))) == 1
-    assert "passed" in repr(results[0]) and "\n" not in repr(results[0])
+    assert repr(results[0]).startswith(f"✓ {name} passed") and "\n" not in repr(results[0])
 
 
 @pytest.mark.parametrize("name, wrong, words", [(name, *pair) for name in IDS for pair in ANSWERS[name].wrong])
@@ -62,7 +65,7 @@ def test_wrong_answers_fail_with_a_useful_message(name: str, wrong, words: str) 
     for seed in SEEDS:
         result = checks.check(name, wrong, seed=seed)
         text = repr(result)
-        assert result.status == "failed" and not result
+        assert result.status == "failed" and not result and text.startswith(f"✗ {name} not yet")
         assert words in text, text
         for part in ("smallest failing input", "got:", "wanted:", f"seed={seed}"):
             assert part in text, text
@@ -83,7 +86,7 @@ def test_delegation_is_refused(name: str) -> None:
     }
     for way, answer in hidden.items():
         result = checks.check(name, answer, seed=0)
-        assert result.status == "refused", (way, result)
+        assert result.status == "refused" and repr(result).startswith(f"✗ {name} refused"), (way, result)
         assert "Instead, " in repr(result) and get_exercise(name).instead in repr(result)
 
 
@@ -94,8 +97,6 @@ def test_forbidden_names_exist(name: str) -> None:
 
 @pytest.mark.parametrize("name", IDS)
 def test_failing_inputs_are_found_small_and_draws_repeat(name: str) -> None:
-    import random
-
     exercise = get_exercise(name)
     sizes = [bulk(exercise.draw(random.Random(0), size)) for size in range(1, exercise.sizes + 1)]
     assert sizes[0] <= sizes[-1]
@@ -453,14 +454,71 @@ def test_general_suspects() -> None:
 def test_or_library_says_which_runs(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="qftlab.teach.checks")
     right = ANSWERS["03.1"].right[0]
-    assert checks.or_library("03.1", right) is right
+    assert checks.or_library("03.1", right).__wrapped__ is right
     assert checks.or_library("03.1", ANSWERS["03.1"].stub) is masked_cross_entropy
     assert checks.or_library("03.2", ANSWERS["03.2"].wrong[0][0]) is nb03.weights
     assert [record.getMessage() for record in caplog.records] == [
-        "03.1: the next cells run on your loss_by_gather.",
+        "✓ 03.1: the next cells run on your loss_by_gather.",
         "03.1 not attempted yet: the next cells run on the library's version.",
-        "03.2 not yet: the next cells run on the library's version.",
+        "✗ 03.2 not yet: the next cells run on the library's version.",
     ]
+
+
+def form(value) -> object:
+    """What a value is made of: types, shapes and dtypes, without the numbers."""
+    if isinstance(value, torch.Tensor):
+        return (tuple(value.shape), value.dtype, value.requires_grad)
+    if isinstance(value, list | tuple):
+        return (type(value), *map(form, value))
+    return type(value)
+
+
+def as_float64(value):
+    """Whole numbers and fp32 as a student's NumPy gives them."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().double().requires_grad_()
+    return np.float64(value) if type(value) in (bool, int, float) else value
+
+
+def as_lists(value):
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return [as_lists(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def as_tuples(value):
+    listed = as_lists(value)
+    return tuple(map(as_tuples, listed)) if isinstance(listed, list) else listed
+
+
+def as_array(value):
+    whole = as_tensor(value)
+    return value if whole is None else whole.numpy()
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_or_library_gives_later_cells_the_librarys_form(name: str) -> None:
+    """Whatever form of an answer passes the check, the cells after it get the one that they were written for."""
+    exercise = get_exercise(name)
+    reference, passed = checks.reference_of(exercise), 0
+    for right, change in itertools.product(ANSWERS[name].right, (as_float64, as_lists, as_tuples, as_array)):
+        odd = checks.or_library(name, answer := lambda *args, f=right, g=change: g(f(*args)), seed=0)  # noqa: B023
+        if odd is reference:  # this form does not pass
+            continue
+        passed += odd.__wrapped__ is answer
+        for size in range(1, exercise.sizes + 1):
+            args = exercise.draw(random.Random(size), size)
+            live = [a.clone().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+            wanted = reference(*args)
+            assert form(odd(*live)) == form(wanted), (right, change, size)
+            assert difference(odd(*live), wanted, exercise.atol, exercise.rtol) is None
+    assert passed >= 4
+
+
+def test_or_library_follows_the_precision_of_its_input() -> None:
+    loss = checks.or_library("07.1", ANSWERS["07.1"].right[1], seed=0)
+    pair = [torch.tensor([x], dtype=torch.float64) for x in (-3.5, -9.5, -4.0, -8.0)]
+    assert loss(*pair, 0.5).dtype == torch.float64 and loss(*[x.float() for x in pair], 0.5).dtype == torch.float32
 
 
 def test_or_library_displays_in_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -473,6 +531,8 @@ def test_or_library_displays_in_a_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
     checks.or_library("03.2", None)
     assert repr(shown[0]) == "03.2 not attempted yet: the next cells run on the library's version."
     assert shown[0]._repr_markdown_().startswith("**03.2** not attempted yet")
+    checks.or_library("03.2", ANSWERS["03.2"].right[0])
+    assert shown[1]._repr_markdown_().startswith("✓ **03.2**: the next cells run on your")
 
 
 def test_progress_counts_in_memory_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,9 +545,9 @@ def test_progress_counts_in_memory_only(tmp_path: Path, monkeypatch: pytest.Monk
     assert (board.passed, board.total) == (1, 5)
     assert repr(board).splitlines() == [
         "Notebook 03: 1 of 5 exercises passed",
-        "03.1  ●●●  Masked cross-entropy by hand              passed",
+        "03.1  ●●●  Masked cross-entropy by hand              ✓ passed",
         "03.2  ●○○  Weights of micro-batches in accumulation  not attempted yet",
-        "03.3  ●●○  A learning rate with warm-up and cosine   not yet",
+        "03.3  ●●○  A learning rate with warm-up and cosine   ✗ not yet",
         "03.4  ●●○  A detector of leaked test prompts         not run",
         "03.5  ●●○  First-fit-decreasing                      not run",
     ]
@@ -498,7 +558,7 @@ def test_progress_counts_in_memory_only(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_results_show_as_markdown_and_text() -> None:
     result = checks.check("03.2", ANSWERS["03.2"].wrong[0][0], seed=0)
-    assert result._repr_markdown_().startswith("**03.2** not yet") and "```text\n" in result._repr_markdown_()
+    assert result._repr_markdown_().startswith("✗ **03.2** not yet") and "```text\n" in result._repr_markdown_()
     assert "`" not in repr(result)
 
 
@@ -531,8 +591,6 @@ def test_in_a_real_kernel(tmp_path: Path) -> None:
 
 # The oracles are the library's --------------------------------------------------------------------------------------
 def test_oracles_agree_with_the_library() -> None:
-    import random
-
     from qftlab.data.batching import Example, pad
     from qftlab.teach.exercises import nb02
     from qftlab.train.config import TrainConfig
@@ -551,8 +609,6 @@ def test_oracles_agree_with_the_library() -> None:
 
 
 def test_oracles_of_decoding_agree_with_the_library_and_transformers() -> None:
-    import random
-
     from transformers import RepetitionPenaltyLogitsProcessor, StopStringCriteria, TopPLogitsWarper
 
     from qftlab.core.logprobs import entropy

@@ -117,6 +117,22 @@ def _tensors(got: Any, wanted: Any, atol: float, rtol: float, at: str) -> str | 
     return f"{spot}{_number(a[first].item())}, wanted {_number(b[first].item())}{wrong}"
 
 
+def in_form_of(value: Any, example: Any) -> Any:
+    """A value that `difference` finds equal, in the form of an example: a tensor of its dtype, a list, a plain number.
+
+    Args:
+        value: what was returned; a NumPy array, a tensor, a list or a tuple may stand for one another.
+        example: of the wanted form; the entries of a list are all like its first one.
+    """
+    if isinstance(example, Tensor):
+        return torch.as_tensor(value).detach().to(example.dtype)
+    if isinstance(example, list | tuple):
+        entries = value.tolist() if hasattr(value, "tolist") else list(value)
+        likes = example if isinstance(example, tuple) else example[:1] * len(entries)
+        return type(example)(map(in_form_of, entries, likes))
+    return type(example)(value)
+
+
 def _shape(value: Tensor) -> str:
     return str(tuple(value.shape))
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from qftlab.teach.check_compare import difference
-from qftlab.teach.check_guard import Forbidden, guarded
+from qftlab.teach.check_guard import Forbidden, TimeLimitReached, guarded
 from qftlab.teach.exercises import Exercise
 
 _SHRINK_TRIES = 40  # further inputs drawn after a failure, in search of a smaller one
@@ -68,7 +68,7 @@ def attempt(run: Run, args: tuple) -> Trial:
     if outcome.calls:
         return replace(trial, kind="refused", problem=outcome.calls[0])
     if outcome.timed_out:
-        return replace(trial, kind="late")
+        return replace(trial, kind="late", got=TimeLimitReached())
     if outcome.error is not None:
         is_blank = isinstance(outcome.error, NotImplementedError) or "ellipsis" in str(outcome.error)
         return replace(trial, kind="blank" if is_blank else "error", got=outcome.error)

@@ -6,6 +6,7 @@ first, under a time limit, and may not call what it should rebuild. Nothing is r
 
 from __future__ import annotations
 
+import functools
 import inspect
 import linecache
 import logging
@@ -15,17 +16,19 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from html import escape
 from typing import Any
 
-from qftlab.teach.check_compare import bulk, difference, general_suspect, show
+from torch import Tensor
+
+from qftlab.teach.check_compare import bulk, difference, general_suspect, in_form_of, show
 from qftlab.teach.check_guard import Forbidden, mentioned, resolve, unwrap
 from qftlab.teach.check_trial import Run, Trial, copied, run_trials
 from qftlab.teach.exercises import Exercise, get_exercise, of_notebook
 
 logger = logging.getLogger(__name__)
 _WORDS = {"passed": "passed", "failed": "not yet", "refused": "refused", "unattempted": "not attempted yet"}
+_MARKS = {"passed": "✓ ", "failed": "✗ ", "refused": "✗ "}
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,34 @@ def or_library(exercise_id: str, answer: Any, *, seed: int | None = None) -> Cal
         exercise_id, answer, seed: as in `check`.
 
     Returns:
-        A function of the exercise's signature, for the cells that follow.
+        A function of the exercise's signature, for the cells that follow. The student's own is called with what the
+        check called it with, tensors on the CPU and cut from their graph, and its answer is brought into the form of
+        the library's: a list, a tuple, a NumPy array or a float64 tensor pass the check as well.
     """
-    result = check(exercise_id, answer, seed=seed)
+    result, exercise = check(exercise_id, answer, seed=seed), get_exercise(exercise_id)
+    mark = _MARKS.get(result.status, "")
     if result:
-        _say(f"{exercise_id}: the next cells run on your `{name_of(answer)}`.")
-        return answer
-    _say(f"{exercise_id} {_WORDS[result.status]}: the next cells run on the library's version.")
-    return reference_of(get_exercise(exercise_id))
+        _say(exercise, f"{mark}{exercise_id}: the next cells run on your `{name_of(answer)}`.")
+        return _fitted(exercise, answer)
+    _say(exercise, f"{mark}{exercise_id} {_WORDS[result.status]}: the next cells run on the library's version.")
+    return reference_of(exercise)
+
+
+def _fitted(exercise: Exercise, answer: Callable) -> Callable:
+    """An answer that passed, with inputs as the check draws them and its value in the form of the library's."""
+    example = reference_of(exercise)(*exercise.draw(random.Random(0), exercise.sizes))
+
+    @functools.wraps(answer)
+    def fitted(*args, **kwargs):
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        value = answer(*(arg.detach().cpu() if isinstance(arg, Tensor) else arg for arg in args), **kwargs)
+        value = in_form_of(value, example)
+        if not isinstance(value, Tensor) or not tensors:
+            return value
+        dtype = next((t.dtype for t in tensors if t.is_floating_point()), value.dtype)
+        return value.to(tensors[0].device, dtype if value.is_floating_point() else value.dtype)
+
+    return fitted
 
 
 def progress(notebook: str) -> Progress:
@@ -118,7 +141,7 @@ class Progress:
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
         pairs = zip(self.exercises, self.statuses, strict=True)
-        return [(e.id, dots_of(e), e.title, _WORDS.get(status, status)) for e, status in pairs]
+        return [(e.id, dots_of(e), e.title, _MARKS.get(s, "") + _WORDS.get(s, s)) for e, s in pairs]
 
     def __repr__(self) -> str:
         rows = self._rows()
@@ -134,7 +157,7 @@ class Progress:
         return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-@cache
+@functools.cache
 def _memory() -> dict[str, str]:
     """Status by exercise id; built on first use, in memory only."""
     return {}
@@ -161,11 +184,11 @@ def reference_of(exercise: Exercise) -> Callable:
     return resolve(exercise.reference) if isinstance(exercise.reference, str) else exercise.reference
 
 
-def _say(text: str) -> None:
+def _say(exercise: Exercise, text: str) -> None:
     """One line under the cell in a notebook, or a log line elsewhere."""
     ipython = sys.modules.get("IPython")
     if ipython is not None and ipython.get_ipython() is not None:
-        ipython.display.display(CheckResult(text[:4], "said", text))
+        ipython.display.display(CheckResult(exercise.id, "said", text))
     else:
         logger.info(text.replace("`", ""))
 
@@ -201,7 +224,8 @@ def _examine(exercise: Exercise, answer: Any, seed: int, seconds: float) -> Chec
 
 
 def _result(exercise: Exercise, status: str, tail: str, details: tuple[str, ...] = ()) -> CheckResult:
-    return CheckResult(exercise.id, status, f"{exercise.id} {_WORDS[status]}{tail}", details)
+    headline = f"{_MARKS.get(status, '')}{exercise.id} {_WORDS[status]}{tail}"
+    return CheckResult(exercise.id, status, headline, details)
 
 
 def _unattempted(exercise: Exercise, name: str) -> CheckResult:
@@ -255,7 +279,7 @@ def _error_lines(run: Run, error: BaseException) -> list[str]:
 def _suspect(run: Run, trial: Trial, trials: list[Trial]) -> str | None:
     """The first known mistake that fits: it gives what the answer gave, or is true of the smallest failure."""
     known = sorted((t for t in trials if t.kind in ("ok", "wrong")), key=lambda t: (t.kind == "ok", bulk(t.args)))
-    if trial.kind not in ("wrong", "error", "blank"):
+    if trial.kind not in ("wrong", "error", "blank", "late"):
         return None
     for suspect in run.exercise.suspects:
         try:

@@ -37,6 +37,13 @@ def _mask_like(header=False, content=True, end=True, newline=False, roles=("assi
     return mask
 
 
+def _every_end(turns):
+    flags = []
+    for role, head, body in turns:
+        flags += [False] * len(head) + [role == "assistant"] * len(body) + [True, False]
+    return flags
+
+
 def _draw_turns(rng: random.Random, size: int) -> tuple:
     count = 1 + size // 2
     roles = [rng.choice(ROLES) for _ in range(count)]
@@ -125,6 +132,10 @@ EXERCISES = (
             Suspect("the header is trained; the prompt already holds it", like=_mask_like(header=True)),
             Suspect("header and newline are trained", like=_mask_like(header=True, newline=True)),
             Suspect("every turn is trained; only the assistant's are", like=_mask_like(roles=ROLES)),
+            Suspect(
+                "the end of every turn is trained; only the assistant's is: nobody asks the model to end a user's turn",
+                like=_every_end,
+            ),
             Suspect("only the last assistant turn is trained; train all of them", like=_mask_like(last_only=True)),
             Suspect("the flags are not one per token", when=lambda a, g, w: len(g) != len(w)),
         ),

@@ -93,6 +93,12 @@ def _whole_cosine(step, total, warmup, peak):
     return rate if step < warmup else 2 * rate - peak
 
 
+def _in_degrees(step, total, warmup, peak):
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 + math.cos(180 * (step - warmup) / (total - warmup))) / 2
+
+
 def _draw_schedule(rng: random.Random, size: int) -> tuple:
     total = 4 * size + 4
     warmup = (0, total // 4, 2)[size % 3]
@@ -249,6 +255,7 @@ EXERCISES = (
             Suspect("the cosine starts at step 0; it must start where the warm-up ends", like=_cosine_from_zero),
             Suspect("the cosine does not reach 0: it is total − warmup steps long", like=_cosine_by_step_count),
             Suspect("this falls in a straight line, not along a cosine", like=_linear_decay),
+            Suspect("math.cos takes radians: half a turn is math.pi there, not 180", like=_in_degrees),
             Suspect("the cosine falls below 0; (1 + cos) / 2 stays between 0 and 1", like=_whole_cosine),
             Suspect(
                 "warmup may be 0: test step < warmup before you divide by it",

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from qftlab.teach.exercises import Exercise, Suspect, integers, tensor
+from qftlab.teach.exercises.beams import BEAM_STEP
 
 STOPS = ("\nUser:", "##", "<end>")
-Beam = tuple[int, int, float]
 
 
 def entropy(logits: Tensor, temperature: float) -> Tensor:
@@ -178,59 +178,6 @@ def _draw_pieces(rng: random.Random, size: int) -> tuple:
     return [words(1, 2) for _ in range(size // 2)] + pieces + [words(1, 2)], stops
 
 
-def beam_step(scores: Tensor, logprobs: Tensor, eos_id: int) -> tuple[list[Beam], list[Beam]]:
-    """One step of beam search: (running, finished), each a list of (parent, token, score), best first.
-
-    scores (K,) are the log-probabilities of the K beams, logprobs (K, V) those of each next token, all in nats. Of the
-    2K best continuations the first K that do not end run on; an end counts only if it is among the K best of all.
-    """
-    beams, vocabulary = logprobs.shape
-    best = (scores[:, None] + logprobs).flatten().topk(2 * beams)
-    candidates = [(i // vocabulary, i % vocabulary, s) for s, i in zip(*map(Tensor.tolist, best), strict=True)]
-    running = [c for c in candidates if c[1] != eos_id][:beams]
-    return running, [c for c in candidates[:beams] if c[1] == eos_id]
-
-
-def _ranked(scores, logprobs, count):
-    values, places = (scores[:, None] + logprobs).flatten().topk(count)
-    return [(int(i) // logprobs.shape[1], int(i) % logprobs.shape[1], float(v))
-            for v, i in zip(values, places, strict=True)]  # fmt: skip
-
-
-def _beam_step_with(candidates=2, ending=1, start=True, stops=True):
-    def wrong(scores, logprobs, eos_id):
-        beams = len(scores)
-        ranked = _ranked(scores if start else scores * 0, logprobs, candidates * beams)
-        ended = [c for c in ranked[: ending * beams] if c[1] == eos_id]
-        return [c for c in ranked if not stops or c[1] != eos_id][:beams], ended
-
-    return wrong
-
-
-def _each_alone(scores, logprobs, eos_id):
-    best = logprobs.argmax(-1).tolist()
-    ranked = sorted(((i, t, float(scores[i] + logprobs[i, t])) for i, t in enumerate(best)), key=lambda c: -c[2])
-    return [c for c in ranked if c[1] != eos_id], [c for c in ranked if c[1] == eos_id]
-
-
-def _draw_beams(rng: random.Random, size: int) -> tuple:
-    """Beams whose candidates are at least 0.01 nats apart; at even sizes an end is the best of all, at odd ones the
-    best end comes too late to count."""
-    beams, vocabulary = 1 + (size + 1) // 3, 3 + size // 3
-    eos_id = rng.randrange(vocabulary)
-    while True:
-        scores = torch.tensor(sorted((-rng.randint(0, 250) / 100 for _ in range(beams)), reverse=True))
-        logits = tensor(rng, beams, vocabulary, scale=1.5)
-        logits[:, eos_id] = -3.0
-        logits[rng.randrange(beams), eos_id] = 4.0 if size % 2 == 0 else 0.0
-        logprobs = (logits.log_softmax(-1) * 100).round() / 100
-        every = (scores[:, None] + logprobs).flatten().sort(descending=True).values
-        place = int((every > (scores + logprobs[:, eos_id]).max() + 1e-4).sum())
-        wanted = place == 0 if size % 2 == 0 else beams <= place < 2 * beams
-        if wanted and bool((every[:-1] - every[1:] > 0.005).all()):
-            return scores, logprobs, eos_id
-
-
 EXERCISES = (
     Exercise(
         id="04.1",
@@ -322,25 +269,5 @@ EXERCISES = (
             Suspect("return both, the text and the count", when=lambda a, g, w: isinstance(g, str)),
         ),
     ),
-    Exercise(
-        id="04.5",
-        title="One step of beam search",
-        dots=3,
-        minutes=15,
-        reference=beam_step,
-        draw=_draw_beams,
-        instead="add scores and log-probabilities, flatten, take the best 2K, and sort them into two lists",
-        forbidden=("qftlab.generate.beam.beam_search",),
-        suspects=(
-            Suspect("only K candidates: a beam that ends is not replaced; take 2K", like=_beam_step_with(candidates=1)),
-            Suspect("the beams' own scores are left out: add scores[:, None]", like=_beam_step_with(start=False)),
-            Suspect("an end outside the K best candidates must not count", like=_beam_step_with(ending=2)),
-            Suspect("a beam that has ended runs on; leave it out of `running`", like=_beam_step_with(stops=False)),
-            Suspect("each beam keeps its own best token; take the K best of all continuations", like=_each_alone),
-            Suspect(
-                "the token is an index into one row: index % V, and the parent index // V",
-                when=lambda a, g, w: any(t >= a[1].shape[1] for part in g for _, t, _ in part),
-            ),
-        ),
-    ),
+    BEAM_STEP,
 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qftlab.teach.check_guard import TimeLimitReached
 from qftlab.teach.exercises import Exercise, Suspect, tensor
 
 
@@ -75,7 +76,7 @@ def _draw_tokens(rng: random.Random, size: int) -> tuple:
 
 
 def best_of(scores: list[float], values: list[float], n: int) -> float:
-    """The mean value of the best-scored of n answers, over all choices of n among them; no two scores are equal."""
+    """The mean value of the best-scored of n answers, over all choices of n among them; equal scores, equal values."""
     ranked = [value for _, value in sorted(zip(scores, values, strict=True))]
     return sum(value * math.comb(i, n - 1) for i, value in enumerate(ranked)) / math.comb(len(ranked), n)
 
@@ -84,10 +85,20 @@ def _in_order(scores: list[float], values: list[float], n: int) -> float:
     return sum(v * math.comb(i, n - 1) for i, v in enumerate(values)) / math.comb(len(values), n)
 
 
+def _by_score(scores: list[float], values: list[float], n: int) -> float:
+    table = dict(zip(scores, values, strict=True))
+    return best_of(list(table), list(table.values()), n)
+
+
 def _draw_answers(rng: random.Random, size: int) -> tuple:
-    count = 1 + size
+    """At sizes 3 and 6 an answer that was drawn twice; at size 8 too many choices to go through, and not yet so many
+    that listing them fills the memory."""
+    count, n = (24, 12) if size == 8 else (1 + size, 1 + (size // 2) % (1 + size))
     scores = [float(x) for x in rng.sample(range(-20, 21), count)]
-    return scores, [float(rng.randint(0, 9)) for _ in range(count)], 1 + (size // 2) % count
+    values = [float(rng.randint(0, 9)) for _ in range(count)]
+    if size in (3, 6):
+        scores[-1], values[-1] = scores[0], values[0]
+    return scores, values, n
 
 
 EXERCISES = (
@@ -200,7 +211,12 @@ EXERCISES = (
         reference=best_of,
         draw=_draw_answers,
         instead="sort by score, and count in how many choices of n each answer is the best",
+        seconds=2.0,
         suspects=(
+            Suspect(
+                "12 of 24 can be chosen in 2,704,156 ways, 16 of 32 in 601,080,390: count them, do not list them",
+                when=lambda a, g, w: isinstance(g, TimeLimitReached),
+            ),
             Suspect(
                 "this is the best of all answers; n are drawn among them",
                 like=lambda scores, values, n: values[scores.index(max(scores))],
@@ -222,6 +238,7 @@ EXERCISES = (
                 ),
             ),
             Suspect("the answers are ranked as they stand; sort them by score first", like=_in_order),
+            Suspect("an answer that was drawn twice counts twice: a dict by score keeps it once", like=_by_score),
         ),
     ),
 )

@@ -14,14 +14,21 @@ REWARDS = (0.0, 0.1, 1.0)
 
 
 def _draw_rewards(rng: random.Random, size: int) -> tuple:
-    prompts, answers = 2 + size // 3, 2 + size // 3
+    # Square, wide and tall, so that no axis stands for the other; once a single prompt.
+    prompts, answers = ((2, 2), (2, 3), (3, 3), (3, 2), (3, 4), (4, 3), (1, 4), (4, 5))[size - 1]
     rows = [[rng.choice(REWARDS) for _ in range(answers)] for _ in range(prompts)]
     rows[0][0], rows[0][1] = 1.0, 0.1
+    if prompts == 1:
+        return (torch.tensor(rows),)
     if size > 4:
         rows[-1] = [1.0] * answers  # all right: nothing to learn
     else:
         rows[-1][-2:] = [0.0, 0.0]  # another mean than above
     return (torch.tensor(rows),)
+
+
+def _is_misfit(args: tuple, got, wanted) -> bool:
+    return isinstance(got, RuntimeError) and "must match" in str(got)
 
 
 def clipped(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, epsilon: float) -> Tensor:
@@ -133,37 +140,33 @@ def _evaluated(text: str, numbers: list[int], target: int) -> float:
 
 def _draw_answer(rng: random.Random, size: int) -> tuple:
     a, b, c = rng.sample(range(2, 10), 3)
-    target = a + b * c
-    said = (
-        f"{target}",  # the shortcut
-        f"{a} + {b} * {c}",
-        f"{b} * {c} + {a} + {c} - {c}",  # a number three times
-        f"{b * c} + {a}",  # joined beforehand
-        f"{a} + {b} + {c}",  # a wrong value
-        f"{a} + {b} * {c} = {target}",  # no expression
-        f"{b} ** {c}",  # a power
-        f"{a} + {b} * {c}</answer> <answer>{a} + {b} * {c}",  # two answers
-        f"{a} / ({b} - {b}) + {c}",  # a division by zero
-        f"{target} + {a} + {b} - {a} - {b}",  # both given numbers, and what they should have made
-        f"{a} + {c}",  # one number left out, on the way to another target
-        f"-({b}) + {a} + {c}",  # a sign
+    given, target, right = [a, b, c], a + b * c, f"{a} + {b} * {c}"
+    said, numbers, wanted = (
+        (f"{target}", given, target),  # the shortcut
+        (right, given, target),
+        (f"{b} * {c} + {a} + {c} - {c}", given, target),  # a number three times
+        (f"{b * c} + {a}", given, target),  # joined beforehand
+        (f"{a} + {b} + {c}", given, target),  # a wrong value
+        (f"{right} = {target}", given, target),  # no expression
+        (f"{b} ** {c}", [b, c], b**c),  # a power
+        (f"{right}</answer> <answer>{right}", given, target),  # two answers
+        (f"{a} / ({b} - {b}) + {c}", given, target),  # a division by zero
+        (f"{target} + {a} + {b} - {a} - {b}", given, target),  # the given numbers, and what they should have made
+        (f"{a} + {c}", given, a + c),  # one number left out
+        (f"-({b}) + {a} + {c}", given, a + c - b),  # a sign
+        (f"{a} + {a} + {b}", [a, a, b], 2 * a + b),  # given twice, used twice
+        (f"{a} + {b}", [a, b, b], a + b),  # given twice, used once
+        (right, [a, b, c + 10], target),  # as many numbers as were given, and not those
+        (f"{a} + {a} * {b}", [a, b, b], a + a * b),  # as many, and the same set, but another one twice
+        ("", given, target),
+        (None, given, target),
+        (f"{b} * {c} + {a}", given, target),  # in another order
     )[size - 1]
-    numbers = [a, b, c]
-    if size == 7:
-        numbers, target = [b, c], b**c
-    elif size == 11:
-        target = a + c
-    elif size == 12:
-        target = a + c - b
-    elif size == 2 and rng.random() < 0.5:
-        numbers, target, said = [a, a, b], 2 * a + b, f"{a} + {a} + {b}"  # one number given twice
-    elif size == 3 and rng.random() < 0.5:
-        numbers, target, said = [a, b, b], a + b, f"{a} + {b}"  # given twice, used once
-    return f"<answer>{said}</answer>", numbers, target
+    return f"so {right} = {target}" if said is None else f"<answer>{said}</answer>", numbers, wanted
 
 
 def _is_error(args: tuple, got, wanted) -> bool:
-    return isinstance(got, (AttributeError, TypeError)) and "NoneType" in str(got)
+    return isinstance(got, (AttributeError, TypeError)) and "None" in str(got)
 
 
 EXERCISES = (
@@ -181,7 +184,24 @@ EXERCISES = (
                 like=lambda r: r - r.mean(-1, keepdim=True),
             ),
             Suspect("the mean goes over all prompts: each row has its own", like=lambda r: r - r.mean()),
+            Suspect(
+                "the others are all answers of the batch; only those to the same prompt count, a row",
+                like=lambda r: r - (r.sum() - r) / (r.numel() - 1),
+            ),
             Suspect("the mean goes down the prompts: answers to one prompt are a row", like=lambda r: r - r.mean(0)),
+            Suspect(
+                "sums of rows (P,) are laid along the answers: keep their axis with keepdim=True",
+                like=lambda r: r - (r.sum(-1) - r) / (r.shape[-1] - 1),
+            ),
+            Suspect(
+                "means of rows (P,) are laid along the answers: keep their axis with keepdim=True",
+                like=lambda r: r - r.mean(-1),
+            ),
+            Suspect("sums (P,) do not line up with rewards (P, G): keep their axis with keepdim=True", when=_is_misfit),
+            Suspect(
+                "divided by the number of prompts; the others in a row are G - 1, and G is shape[1]",
+                like=lambda r: r - (r.sum(-1, keepdim=True) - r) / (r.shape[0] - 1),
+            ),
             Suspect(
                 "the sum of the others is divided by G; there are G - 1 of them",
                 like=lambda r: r - (r.sum(-1, keepdim=True) - r) / r.shape[-1],
@@ -278,7 +298,7 @@ EXERCISES = (
         reference="qftlab.core.rewards.countdown_reward",
         draw=_draw_answer,
         instead="parse the answer with parse_expression and compare its numbers with those given",
-        sizes=12,
+        sizes=19,
         suspects=(
             Suspect("the shortcut is still paid: which numbers does the expression use?", like=_value_only),
             Suspect(
@@ -298,11 +318,22 @@ EXERCISES = (
                 like=_uses(lambda used, given: len(used) == len(given)),
             ),
             Suspect(
-                "order counts: the numbers may be used in any", like=_uses(lambda used, given: list(used) == given)
+                "as many numbers and the same set: one of them may still stand in for another; compare sorted lists",
+                like=_uses(lambda used, given: len(used) == len(given) and set(used) == set(given)),
+            ),
+            Suspect(
+                "the order is compared: the numbers may be used in any",
+                like=_uses(lambda used, given: list(used) == given),
+            ),
+            Suspect(
+                "no answer earns 1: the numbers of an expression are a tuple, which no list is equal to; sort both",
+                like=_uses(lambda used, given: False),
             ),
             Suspect("an answer that parses but is wrong earns 0.1", like=_all_or_nothing),
             Suspect("eval pays for what the rules do not allow; parse_expression does not", like=_evaluated),
-            Suspect("parse_expression gives None where it cannot read: ask before you use it", when=_is_error),
+            Suspect(
+                "extract_answer and parse_expression give None where there is nothing to read: ask", when=_is_error
+            ),
         ),
     ),
 )
