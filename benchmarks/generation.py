@@ -23,11 +23,12 @@ from qftlab.core.sampling import SamplingParams, sample, uniform
 from qftlab.generate.beam import beam_search
 from qftlab.generate.decoder import Decoder
 from qftlab.generate.engine import generate
+from qftlab.generate.layouts import choose_layout
 
 GREEDY = SamplingParams(temperature=0.0)
 PLAIN = SamplingParams()
 FILTERED = SamplingParams(temperature=0.8, top_k=50, top_p=0.95)
-FUSED, UNFUSED = "qftlab", "qftlab, unfused decoder made anew"
+OURS, PLAIN_LAYOUT, ALONE = "qftlab", "qftlab, plain layout", "qftlab, decoder made anew"
 DIFFERENT = "answers differ"
 CACHE_BYTES = 12_288  # of one token of Qwen2.5-0.5B in bf16: keys and values, 24 layers, 2 heads of 64
 
@@ -40,9 +41,12 @@ def ours(model, tokenizer, prompts, new_tokens, params, **settings) -> list[list
 
 
 def bench() -> tuple:
-    """The `bench` model, its tokenizer, and a fused decoder that is kept from call to call, as RLOO keeps one."""
+    """The `bench` model, its tokenizer, and two decoders that are kept from call to call, as RLOO keeps one.
+
+    The first has the layout that is fastest here, by the library's own measurement; the other the plain one.
+    """
     model = random_model(bench_config())
-    return model, word_tokenizer(2048), Decoder(model, fuse=True)
+    return model, word_tokenizer(2048), Decoder(model, layout=choose_layout(model)), Decoder(model)
 
 
 def count_tokens(rows: list[list[int]]) -> int:
@@ -52,7 +56,7 @@ def count_tokens(rows: list[list[int]]) -> int:
 
 def c1(options: Options) -> Iterator[dict]:
     """Greedy, plain and filtered sampling; prompt 32 + 128 new; batch 1, 8 and 64."""
-    model, tokenizer, decoder = bench()
+    model, tokenizer, decoder, plain = bench()
     new = options.sized(128, 6)
     goals = {1: (1.6, 1.8), 8: (1.4, 1.6), 64: (1.15, 1.3)}
     for label, params in {"greedy": GREEDY, "sampled": PLAIN, "top-k 50, top-p 0.95": FILTERED}.items():
@@ -60,11 +64,12 @@ def c1(options: Options) -> Iterator[dict]:
             prompts = random_prompts([32] * options.sized(batch, min(batch, 2)), 2048)
             mine = partial(ours, model, tokenizer, prompts, new, params)
             sides = [
-                Side(FUSED, partial(mine, decoder=decoder)),
+                Side(OURS, partial(mine, decoder=decoder)),
                 Side("transformers generate", partial(rivals.generate, model, prompts, new, params), *goal),
-                Side(UNFUSED, mine),
+                Side(PLAIN_LAYOUT, partial(mine, decoder=plain), 0.98, 0.98),
+                Side(ALONE, mine),
             ]
-            facts = {}
+            facts = {"layout": str(decoder.layout)}
             if params != GREEDY:
                 logits = model(torch.tensor(prompts)).logits.flatten(0, 1)
                 facts["distribution"] = rivals.same_distribution(logits, params)
@@ -79,7 +84,7 @@ def c2(options: Options) -> Iterator[dict]:
     reach the cap. Ours are stopped by those ids; transformers is given the lengths ours came to, by the cheapest
     criterion there is, and so does the same rows with the same real tokens.
     """
-    model, tokenizer, decoder = bench()
+    model, tokenizer, decoder, plain = bench()
     num_prompts, cap = options.sized((16, 256), (3, 12))
     draw = random.Random(1)
     prompts = random_prompts([draw.randint(32, 96) for _ in range(num_prompts)], 2048)
@@ -91,11 +96,12 @@ def c2(options: Options) -> Iterator[dict]:
     repeated = {"num_return_sequences": 4, "lengths": lengths}
     mine = partial(ours, model, tokenizer, prompts, cap, PLAIN, **group)
     sides = [
-        Side(FUSED, partial(mine, decoder=decoder)),
+        Side(OURS, partial(mine, decoder=decoder)),
         Side("transformers generate", lambda: rivals.generate(model, prompts, cap, PLAIN, **repeated), 3.8, 5),
-        Side(UNFUSED, mine),
+        Side(PLAIN_LAYOUT, partial(mine, decoder=plain)),
+        Side(ALONE, mine),
     ]
-    facts = {"greedy": equal, "lengths": sorted(lengths)}
+    facts = {"greedy": equal, "lengths": sorted(lengths), "layout": str(decoder.layout)}
     name = f"{num_prompts} prompts x 4 rollouts, cap {cap}, mean length {sum(lengths) / len(lengths):.0f}"
     yield compare(name, sides, options, count=count_tokens, same=rivals.same_lengths, facts=facts)
 
@@ -105,19 +111,21 @@ def c3(options: Options) -> Iterator[dict]:
 
     transformers reads a prompt once a beam and moves the whole cache every step, so its prompt's length matters.
     """
-    model, tokenizer, decoder = bench()
+    model, tokenizer, decoder, plain = bench()
     for length, new in options.sized([(32, 128), (512, 64)], [(5, 6)]):
         for num_prompts, beams, bar in [(4, 4, 2.6), (1, 8, 3.7)]:
             prompts = random_prompts([length] * num_prompts, 2048)
             mine = partial(our_beams, model, tokenizer, prompts, new, beams)
             beam = {"num_beams": beams, "eos_token_id": [END]}
             sides = [
-                Side(FUSED, partial(mine, decoder)),
+                Side(OURS, partial(mine, decoder)),
                 Side("transformers generate", partial(rivals.generate, model, prompts, new, GREEDY, **beam), bar, 4.0),
-                Side(UNFUSED, mine),
+                Side(PLAIN_LAYOUT, partial(mine, plain)),
+                Side(ALONE, mine),
             ]
             name = f"{num_prompts} prompts x {beams} beams, {length} + {new}"
-            yield compare(name, sides, options, count=count_tokens, same=rivals.same_tokens)
+            facts = {"layout": str(decoder.layout)}
+            yield compare(name, sides, options, count=count_tokens, same=rivals.same_tokens, facts=facts)
 
 
 def our_beams(model, tokenizer, prompts, new: int, beams: int, decoder: Decoder | None = None) -> list[list[int]]:
@@ -164,7 +172,7 @@ def gpu_model(options: Options, dtype: torch.dtype = torch.bfloat16) -> tuple:
     """
     config = options.sized(half_billion_config(), bench_config())
     model = random_model(config, dtype=options.sized(dtype, torch.float32), device=options.device)
-    return model, word_tokenizer(config.vocab_size), Decoder(model, fuse=True)
+    return model, word_tokenizer(config.vocab_size), Decoder(model, layout=choose_layout(model))
 
 
 def compare_in_fp32(options: Options) -> str:

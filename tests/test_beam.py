@@ -11,6 +11,7 @@ from conftest import random_model
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from qftlab.core.sampling import SamplingParams
 from qftlab.generate import beam
 from qftlab.generate.beam import BeamHypothesis, BeamStep, beam_search
 from qftlab.generate.decoder import Decoder
@@ -193,6 +194,31 @@ def test_one_beam_is_greedy_decoding(tokenizer) -> None:
             assert ours.finish_reason == theirs.finish_reason
 
 
+@pytest.mark.parametrize("penalty", [0.7, 1.3])
+def test_one_beam_is_greedy_decoding_under_a_penalty(penalty: float, tokenizer) -> None:
+    """The penalty acts on logits, as in `generate` and in transformers' greedy decoding, not on log-probabilities."""
+    model = random_model("qwen3")
+    params = SamplingParams(temperature=0.0, repetition_penalty=penalty)
+    greedy = generate(model, tokenizer, PROMPTS, max_new_tokens=24, params=params, stop_token_ids=())
+    done = beam_search(model, tokenizer, PROMPTS, num_beams=1, max_new_tokens=24, repetition_penalty=penalty,
+                       stop_token_ids=())  # fmt: skip
+    assert [d.token_ids for d in done] == [g.token_ids for g in greedy]
+    ids = tokenizer(PROMPTS[0], return_tensors="pt").input_ids
+    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=1, do_sample=False, max_new_tokens=24,
+                            repetition_penalty=penalty, eos_token_id=None, pad_token_id=0,
+                            suppress_tokens=list(range(len(tokenizer), 1024)))  # fmt: skip
+    assert done[0].token_ids == theirs[0, ids.shape[1] :].tolist()
+
+
+def test_one_beam_sees_what_a_long_sum_rounds_away(tokenizer) -> None:
+    """Logits 1e-5 apart after 2,000 nats, where fp32 numbers are 1.2e-4 apart: the larger is taken."""
+    plan = beam._Plan(1, 8, 1.0, False, 1, 1.0, frozenset(), 4, 4, None)
+    search = beam._Search(0, [1], plan)
+    search.scores = [-2000.0]
+    beam._select(torch.tensor([[0.1, 0.5, 0.50001, 0.2]]), None, [search], plan, 1)
+    assert search.nodes[0].token == 2
+
+
 def test_the_common_history_may_be_known_or_not(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns that all beams share are not copied: looking for them at every step, or never, changes no bit."""
     model = random_model("qwen2")
@@ -206,7 +232,7 @@ def test_the_common_history_may_be_known_or_not(tokenizer, monkeypatch: pytest.M
 def test_a_fused_decoder_finds_the_same(tokenizer) -> None:
     model = random_model("qwen2", tie_word_embeddings=False)
     plain = beam_search(model, tokenizer, PROMPTS, max_new_tokens=16, stop_token_ids=())
-    decoder = Decoder(model, fuse=True)
+    decoder = Decoder(model, layout="transposed,tiled,tiled")
     assert_same(beam_search(model, tokenizer, PROMPTS, max_new_tokens=16, stop_token_ids=(), decoder=decoder), plain)
 
 

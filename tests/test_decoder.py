@@ -1,6 +1,8 @@
-"""The cached pass: equal to transformers' own, fused or not, adapted or merged, eager or on fixed tensors."""
+"""The cached pass: equal to transformers' own, in every layout, adapted or merged, eager or on fixed tensors."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from qftlab.core.sampling import SamplingParams
 from qftlab.generate.cache import KVCache, compact
 from qftlab.generate.decoder import Decoder, bump_weights_version_
 from qftlab.generate.engine import generate, stream
+from qftlab.generate.fuse import LAYOUTS
 from tests.test_generate import FAMILIES, PROMPTS, make_model, tokenizer  # noqa: F401  (a fixture)
 
 # Other orders of summation, fp32: logits here reach 10, and differences of up to 5e-6 were seen.
@@ -35,11 +38,11 @@ def adapted(model):
     return wrapped.eval()
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["unfused", "fused"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "transposed,tiled,plain"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_step_gives_the_logits_of_a_whole_pass(family: str, fuse: bool) -> None:
+def test_every_step_gives_the_logits_of_a_whole_pass(family: str, layout: str) -> None:
     model = make_model(family)
-    decoder = Decoder(model, fuse=fuse)
+    decoder = Decoder(model, layout=layout)
     cache = decoder.new_cache(len(RAGGED), 20)
     texts = [list(p) for p in RAGGED]
     logits = decoder.prefill(RAGGED, cache)
@@ -77,30 +80,33 @@ def test_a_long_prefill_is_split_by_its_budget(monkeypatch) -> None:
     assert cache.lengths == [7, 1, 3, 4]
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["unfused", "fused"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "transposed,tiled,plain"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_adapters_decode_as_their_merged_model(family: str, fuse: bool, tokenizer) -> None:  # noqa: F811
+def test_adapters_decode_as_their_merged_model(family: str, layout: str, tokenizer) -> None:  # noqa: F811
     wrapped = adapted(make_model(family))
     plain = generate(make_model(family), tokenizer, PROMPTS, max_new_tokens=10, stop_token_ids=())
     got = generate(wrapped, tokenizer, PROMPTS, max_new_tokens=10, stop_token_ids=(),
-                   decoder=Decoder(wrapped, fuse=fuse))  # fmt: skip
+                   decoder=Decoder(wrapped, layout=layout))  # fmt: skip
     with wrapped.disable_adapter():
         off = generate(wrapped, tokenizer, PROMPTS, max_new_tokens=10, stop_token_ids=(),
-                       decoder=Decoder(wrapped, fuse=fuse))  # fmt: skip
+                       decoder=Decoder(wrapped, layout=layout))  # fmt: skip
     merged = generate(wrapped.merge_and_unload(), tokenizer, PROMPTS, max_new_tokens=10, stop_token_ids=())
     assert [c.token_ids for c in got] == [c.token_ids for c in merged]
     assert [c.token_ids for c in got] != [c.token_ids for c in plain], "the adapter does something"
     assert [c.token_ids for c in off] == [c.token_ids for c in plain]
 
 
-def test_a_fused_snapshot_knows_that_it_is_old_and_is_refreshed_in_place() -> None:
+@pytest.mark.parametrize("layout", ["joined", "transposed", "tiled", "transposed,plain,tiled"])
+def test_a_snapshot_knows_that_it_is_old_and_is_refreshed(layout: str) -> None:
+    """In place, but for oneDNN's own order: CUDA graphs read these places."""
     model = make_model("qwen2")
-    decoder, fresh = Decoder(model, fuse=True), Decoder(model)
-    shared = [w for w in (layer._qkv[0].weight for layer in decoder.layers)]
-    places = [w.data_ptr() for w in shared]
-    joined = sum(p.numel() for name, p in model.named_parameters() if "proj.weight" in name) + 300 * 32
+    decoder, fresh = Decoder(model, layout=layout), Decoder(model)
+    places = [form.data_ptr() for part in decoder._parts for name, form in part.forms.items() if name != "tiled"]
+    grouped = sum(p.numel() for n, p in model.named_parameters() if re.search("[qkv]_proj.weight|(gate|up)_proj.w", n))
+    alone = sum(p.numel() for n, p in model.named_parameters() if re.search("(o|down)_proj.weight", n)) + 300 * 32
+    weights = {"joined": grouped, "transposed,plain,tiled": 2 * (grouped + alone)}.get(layout, grouped + alone)
     biases = sum(4 * 16 for _ in decoder.layers)  # of queries, keys and values
-    assert decoder.snapshot_bytes == 4 * (3 * joined + biases), "as it is, transposed and tiled: three times"
+    assert decoder.snapshot_bytes == 4 * (weights + biases), "a module that stands alone is joined already"
     assert fresh.snapshot_bytes == 0
     with torch.no_grad():
         for parameter in model.parameters():
@@ -109,14 +115,16 @@ def test_a_fused_snapshot_knows_that_it_is_old_and_is_refreshed_in_place() -> No
     with pytest.raises(RuntimeError, match=r"got version 0 of 1: call refresh_\(\)"):
         decoder.prefill([[1, 2]], decoder.new_cache(1, 4))
     decoder.refresh_()
-    want = fresh.prefill([[1, 2]], fresh.new_cache(1, 4))
-    assert (decoder.prefill([[1, 2]], decoder.new_cache(1, 4)) - want).abs().max() < ROUNDING
-    assert [layer._qkv[0].weight.data_ptr() for layer in decoder.layers] == places, "CUDA graphs read these places"
+    for prompt in ([5], [1, 2], list(range(20))):  # one row, few and many
+        want = fresh.prefill([prompt], fresh.new_cache(1, 20))
+        assert (decoder.prefill([prompt], decoder.new_cache(1, 20)) - want).abs().max() < ROUNDING
+    now = [form.data_ptr() for part in decoder._parts for name, form in part.forms.items() if name != "tiled"]
+    assert now == places
 
 
 @pytest.mark.parametrize("params", [MIXED, MIXED[1], SamplingParams(0.0), SamplingParams(0.0, repetition_penalty=1.3)])
-@pytest.mark.parametrize("fuse", [False, True], ids=["unfused", "fused"])
-def test_steps_on_fixed_tensors_are_the_eager_ones(params, fuse: bool, tokenizer) -> None:  # noqa: F811
+@pytest.mark.parametrize("layout", ["plain", "joined", "tiled"])
+def test_steps_on_fixed_tensors_are_the_eager_ones(params, layout: str, tokenizer) -> None:  # noqa: F811
     """What CUDA graphs record, run as it is: buckets of rows and columns, buffers in place, no branches."""
     model, recorded = make_model("qwen2", max_position_embeddings=512), []
 
@@ -128,7 +136,7 @@ def test_steps_on_fixed_tensors_are_the_eager_ones(params, fuse: bool, tokenizer
     # Tokens that end rows early and one by one, so that they leave the batch in the middle.
     options["stop_token_ids"] = list(range(0, 263, 9))
     want = generate(model, tokenizer, RAGGED, **options)
-    decoder = Decoder(model, fuse=fuse, recorder=recorder)
+    decoder = Decoder(model, layout=layout, recorder=recorder)
     for _ in range(2):
         got = generate(model, tokenizer, RAGGED, decoder=decoder, **options)
         assert [c.token_ids for c in got] == [c.token_ids for c in want]
@@ -248,8 +256,8 @@ def test_models_it_cannot_decode_are_refused() -> None:
     with pytest.raises(ValueError, match="rope_type must be fixed"):
         Decoder(moving)
     wrapped = get_peft_model(make_model("qwen2"), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
-    with pytest.raises(ValueError, match="fuse must be off for adapters that are not plain LoRA"):
-        Decoder(wrapped, fuse=True)
+    with pytest.raises(ValueError, match="layout must be plain for adapters that are not plain LoRA"):
+        Decoder(wrapped, layout="joined")
 
 
 def test_scaled_ropes_are_the_models_own() -> None:

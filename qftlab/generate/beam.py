@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from qftlab.core.checks import check_at_least
+from qftlab.core.filters import RowParams, SamplingParams, penalise
 from qftlab.generate.decoder import Decoder
+from qftlab.generate.layouts import layout_for
 from qftlab.generate.prompts import Prompt, check_prompts, default_stop_ids, encode_prompts, head_rows
 from qftlab.generate.texts import continuation_text
 from qftlab.model.modules import module_mode
@@ -234,9 +236,11 @@ def beam_search(
             running beam, were it to end now, would not beat the worst of them. "never": when it would not even with the
             length that suits it best.
         num_return_sequences: hypotheses returned a prompt.
-        repetition_penalty: multiplies the log-probabilities of tokens that stand in the prompt or the beam; 1 is off.
+        repetition_penalty: multiplies the log-probabilities of tokens that stand in the prompt or the beam, as in
+            transformers, so that below 1 it favours them too; with one beam it acts on logits, as greedy decoding's
+            does. 1 is off.
         stop_token_ids: tokens that end a completion; by default `default_stop_ids(model, tokenizer)`.
-        decoder: one made for this model before, such as a fused one.
+        decoder: as in `generate`.
         batch_size: beams decoded together, of one prompt at least.
         on_step: called with what each step decided for each prompt.
 
@@ -262,7 +266,8 @@ def beam_search(
     by_length = sorted(searches, key=lambda search: len(search.prompt_ids))
     size = max(1, batch_size // num_beams)
     with module_mode(model, False):
-        decoder = decoder or Decoder(model)
+        steps = max_new_tokens * -(-len(by_length) // size)
+        decoder = decoder or Decoder(model, layout=layout_for(model, steps))
         for start in range(0, len(by_length), size):
             _decode(decoder, by_length[start : start + size], plan)
     return [hypothesis for search in searches for hypothesis in search.hypotheses(tokenizer)]
@@ -297,15 +302,24 @@ def _decode(decoder: Decoder, running: list[_Search], plan: _Plan) -> None:
 
 def _select(logits: Tensor, seen: Tensor | None, running: list[_Search], plan: _Plan, length: int) -> None:
     """Scores all continuations and hands each search its best ones."""
-    scores = logits.float().log_softmax(-1)
-    if plan.vocab_limit < plan.num_rows:
-        scores[:, plan.vocab_limit :] = -math.inf
-    if seen is not None:
+    logits, is_greedy = logits.float(), plan.num_beams == 1
+    if is_greedy and seen is not None:
+        settings = SamplingParams(temperature=0.0, repetition_penalty=plan.repetition_penalty)
+        logits = penalise(logits, RowParams.of(settings, len(logits), logits.device), seen)
+    scores = logits.log_softmax(-1)
+    if not is_greedy and seen is not None:
         scores = torch.where(seen, scores * plan.repetition_penalty, scores)
+    scores[:, plan.vocab_limit :] = -math.inf
     scores += torch.tensor([score for s in running for score in s.scores], device=scores.device).unsqueeze(1)
-    best = scores.view(len(running), -1).topk(plan.num_candidates)  # (P, K)
-    values, places = best.values.tolist(), best.indices.tolist()
-    bad = [s.prompt for s, row in zip(running, values, strict=True) if row[0] != row[0]]  # topk puts nan first
+    scores = scores.view(len(running), -1)
+    if is_greedy:  # by the logits: a long sum rounds the difference of two tokens away
+        first = logits[:, : plan.vocab_limit].argmax(-1, keepdim=True)
+        others = scores.scatter(1, first, -math.inf).topk(plan.num_candidates - 1).indices
+        places = torch.cat([first, others], dim=1)
+    else:
+        places = scores.topk(plan.num_candidates).indices  # (P, K)
+    values, places = scores.gather(1, places).tolist(), places.tolist()
+    bad = [s.prompt for s, row in zip(running, values, strict=True) if row[0] != row[0]]  # nan comes first
     if bad:
         raise ValueError(f"logits must be numbers, got nan after prompts {bad}: check the weights and their dtype")
     for search, row, place in zip(running, values, places, strict=True):

@@ -8,7 +8,6 @@ only the last position reaches the head.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 from qftlab.generate.attend import attend_shared
 from qftlab.generate.cache import KVCache
-from qftlab.generate.fuse import Fused
+from qftlab.generate.fuse import Layout, Projections, is_plain_linear
 from qftlab.model.modules import causal_model
 
 FAMILIES = ("qwen2", "qwen3", "llama")
@@ -28,32 +27,33 @@ PREFILL_TOKENS = 16_384  # read in one pass; more prompts than that take several
 
 
 class Decoder:
-    """Decodes with a model's weights; nothing is copied unless `fuse` is set.
+    """Decodes with a model's weights; nothing is copied as long as the layout is plain.
 
     Args:
         model: a causal transformers model of a family named in `FAMILIES`, or one wrapped by peft.
-        fuse: join each layer's projections, adapters folded in, in a snapshot of `snapshot_bytes`: faster, and to be
-            refreshed after every update of the weights.
+        layout: of the products, as `Layout` or as the text that spells it; any but `plain` is a snapshot of
+            `snapshot_bytes`, adapters folded in, to be refreshed after every update of the weights. `choose_layout`
+            finds the fastest.
         recorder: turns a step that works on tensors at fixed places into what replays it; by default CUDA graphs on
             CUDA, and every step run as it is elsewhere.
 
     Raises:
-        ValueError: for another family, sharded weights, or, with `fuse`, weights that cannot be folded.
+        ValueError: for another family, sharded weights, or a layout that the weights cannot take.
     """
 
-    def __init__(self, model: nn.Module, *, fuse: bool = False, recorder: Recorder | None = None) -> None:
+    def __init__(self, model: nn.Module, *, layout: Layout | str = "plain", recorder: Recorder | None = None) -> None:
         self.model = causal_model(model)
         self.config = self.model.config
         _check_supported(model, self.config)
         body = self.model.get_decoder()
         self.rotary, self.last_norm = body.rotary_emb, body.norm
-        self.layers = [_Layer(layer, fuse) for layer in body.layers]
+        self.layout = Layout.parse(layout) if isinstance(layout, str) else layout
+        self.layers = [DecoderLayer(layer, self.layout) for layer in body.layers]
         self.scale = body.layers[0].self_attn.scaling
-        self.embed, self.head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        self.vocabulary = self.head.weight.shape[0]
-        if fuse and self.weight.device.type == "cpu" and _is_plain(self.head):
-            self.head = Fused((self.head,))  # for its layout; elsewhere there is nothing to join
-        self.fused, self.version = fuse, weights_version(model)
+        self.embed, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        self.vocabulary = head.weight.shape[0]
+        self.head = Projections((head,), self.layout if is_plain_linear(head) else Layout())
+        self.version = weights_version(model)
         self.recorder = CudaGraphs() if recorder is None and self.weight.device.type == "cuda" else recorder
         self.spare = None  # the tensors of the last batch, for the next one
         self._angles: tuple[Tensor, Tensor] | None = None
@@ -65,17 +65,18 @@ class Decoder:
 
     @property
     def snapshot_bytes(self) -> int:
-        """Memory of the fused snapshot; 0 without one."""
-        head = self.head.num_bytes if isinstance(self.head, Fused) else 0
-        return head + sum(layer.snapshot_bytes for layer in self.layers)
+        """Memory of the snapshot; 0 without one."""
+        return sum(part.num_bytes for part in self._parts)
+
+    @property
+    def _parts(self) -> list[Projections]:
+        return [self.head, *(part for layer in self.layers for part in layer.parts)]
 
     @torch.no_grad()
     def refresh_(self) -> None:
-        """Brings the fused snapshot up to the model's weights, in place; without one there is nothing to do."""
-        for layer in self.layers:
-            layer.refresh_()
-        if isinstance(self.head, Fused):
-            self.head.refresh_()
+        """Brings the snapshot up to the model's weights, in place; without one there is nothing to do."""
+        for part in self._parts:
+            part.refresh_()
         self.version = weights_version(self.model)
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
@@ -95,7 +96,7 @@ class Decoder:
             (P, V) logits after the last token of each prompt, in the model's dtype.
 
         Raises:
-            RuntimeError: if the fused snapshot is older than the weights.
+            RuntimeError: if the snapshot is older than the weights.
         """
         self.check_version()
         logits, rows = [], max(1, PREFILL_TOKENS // max(map(len, prompts)))
@@ -137,7 +138,7 @@ class Decoder:
 
         Raises:
             ValueError: if the cache is full.
-            RuntimeError: if the fused snapshot is older than the weights.
+            RuntimeError: if the snapshot is older than the weights.
         """
         self.check_version()
         lengths, width = cache.lengths, max(cache.lengths) + 1
@@ -216,14 +217,14 @@ class Decoder:
         return self._angles
 
     def check_version(self) -> None:
-        """Refuses to go on with a fused snapshot that is older than the weights.
+        """Refuses to go on with a snapshot that is older than the weights.
 
         Raises:
             RuntimeError: naming both versions.
         """
-        if self.fused and self.version != weights_version(self.model):
+        if not self.layout.is_plain and self.version != weights_version(self.model):
             raise RuntimeError(
-                f"the fused snapshot must be as new as the weights, got version {self.version} of "
+                f"the snapshot must be as new as the weights, got version {self.version} of "
                 f"{weights_version(self.model)}: call refresh_() after each update"
             )
 
@@ -241,10 +242,10 @@ class CudaGraphs:
         return graph.replay
 
 
-class _Layer:
-    """The parts of one decoder layer, with its projections as they are or fused."""
+class DecoderLayer:
+    """The parts of one decoder layer, with its products in a layout."""
 
-    def __init__(self, layer: nn.Module, fuse: bool) -> None:
+    def __init__(self, layer: nn.Module, layout: Layout) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.head_dim = attention.head_dim
@@ -252,27 +253,12 @@ class _Layer:
         self.heads = attention.config.num_attention_heads
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.activation = mlp.act_fn
-        qkv, up = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
-        groups = (qkv, up, (attention.o_proj,), (mlp.down_proj,))
-        self._qkv, self._up, [self.output], [self.down] = (
-            (Fused(group),) if fuse else tuple(map(_projection, group)) for group in groups
-        )
-
-    @property
-    def _parts(self) -> list[Fused]:
-        return [part for part in (*self._qkv, *self._up, self.output, self.down) if isinstance(part, Fused)]
-
-    @property
-    def snapshot_bytes(self) -> int:
-        return sum(part.num_bytes for part in self._parts)
-
-    def refresh_(self) -> None:
-        for part in self._parts:
-            part.refresh_()
+        self.parts = [Projections(group, layout) for group in linear_groups(layer)]
+        self.qkv, self.output, self.up, self.down = self.parts
 
     def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, D) → (N, H, d), (N, H_kv, d), (N, H_kv, d), queries and keys rotated."""
-        joined = _joined(self._qkv, x).unflatten(1, (-1, self.head_dim))  # (N, H + 2·H_kv, d)
+        joined = self.qkv(x).unflatten(1, (-1, self.head_dim))  # (N, H + 2·H_kv, d)
         qk, v = joined[:, : -self.kv_heads], joined[:, -self.kv_heads :]
         if self.q_norm is not None:
             qk = torch.cat([_norm(qk[:, : self.heads], self.q_norm), _norm(qk[:, self.heads :], self.k_norm)], dim=1)
@@ -280,21 +266,16 @@ class _Layer:
         return qk[:, : self.heads], qk[:, self.heads :], v
 
     def mlp(self, x: Tensor) -> Tensor:
-        gate, up = (part(x) for part in self._up) if len(self._up) == 2 else self._up[0](x).chunk(2, dim=-1)
+        """(N, D) → (N, D)."""
+        gate, up = self.up.each(x)
         return self.down(self.activation(gate).mul_(up))
 
 
-def _projection(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The module, or the product it amounts to: a plain one needs no call of a module."""
-    return partial(F.linear, weight=module.weight, bias=module.bias) if _is_plain(module) else module
-
-
-def _is_plain(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
-
-
-def _joined(parts: Sequence, x: Tensor) -> Tensor:
-    return parts[0](x) if len(parts) == 1 else torch.cat([part(x) for part in parts], dim=-1)
+def linear_groups(layer: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:
+    """The linear modules of a layer, those of one input together: queries, keys, values; output; gate, up; down."""
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv = attention.q_proj, attention.k_proj, attention.v_proj
+    return qkv, (attention.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
 
 
 def _norm(x: Tensor, norm: nn.Module) -> Tensor:
@@ -307,7 +288,7 @@ def weights_version(model: nn.Module) -> int:
 
 
 def bump_weights_version_(model: nn.Module) -> None:
-    """Counts an update of the weights: fused snapshots older than it then refuse to decode.
+    """Counts an update of the weights: snapshots older than it then refuse to decode.
 
     A training loop calls it after each optimizer step; tensors' own version counters miss fused optimizers.
     """

@@ -17,6 +17,7 @@ from qftlab.core.checks import check_at_least
 from qftlab.core.sampling import SamplingParams
 from qftlab.generate.batch import Batch, Settings
 from qftlab.generate.decoder import Decoder
+from qftlab.generate.layouts import layout_for
 from qftlab.generate.prompts import Prompt, check_prompts, default_stop_ids, encode_prompts, head_rows
 from qftlab.generate.texts import TextStream, continuation_text, find_stop
 from qftlab.model.modules import module_mode
@@ -124,7 +125,8 @@ def generate(
         batch_size: rows decoded together; halved, with one log line, when memory runs out.
         num_generations: completions of each prompt; they share its prefill.
         return_logprobs: whether completions carry log-probabilities.
-        decoder: a `Decoder` of the same model, to keep its fused weights and CUDA graphs from call to call.
+        decoder: a `Decoder` of the same model, to keep its snapshot and CUDA graphs from call to call; by default one
+            made anew, in the layout that pays on this machine (`layouts.layout_for`).
         on_text: gets (completion's number, piece of text) as the text grows; the pieces joined are the text.
         should_stop: asked after every token; once true, what is not finished ends as "cancelled".
         progress: whether to draw a `tqdm.auto` bar of completions.
@@ -205,7 +207,8 @@ def _run(model, decoder: Decoder | None, rows: list[_Row], batch_size: int) -> I
     """Decodes all rows, those with short prompts first; yields a row whenever it has got a token."""
     waiting = sorted(rows, key=lambda row: len(row.prompt_ids))
     with module_mode(model, False):
-        decoder = decoder or Decoder(model)
+        steps = max((row.limit for row in rows), default=0) * -(-len(rows) // batch_size)
+        decoder = decoder or Decoder(model, layout=layout_for(model, steps))
         while waiting:
             batch = waiting[:batch_size]
             try:

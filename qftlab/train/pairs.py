@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from qftlab.core.sampling import SamplingParams
 from qftlab.data.batching import Example
+from qftlab.generate.decoder import Decoder
 from qftlab.generate.engine import Completion, generate
+from qftlab.generate.layouts import layout_for
 from qftlab.text.chat import row_to_messages
 from qftlab.train.pair_rows import Pair
 from qftlab.train.rollouts import Reward
@@ -28,6 +30,7 @@ class SampledPairs:
         all_right, all_wrong: prompts whose answers all were right, or all wrong.
         unfinished: prompts whose right, or whose wrong answers all ran into the limit of tokens.
         accuracy: share of right answers among all.
+        layout: of the decoder that sampled them; another differs in the last bits, and so now and then in a token.
     """
 
     pairs: list[Pair]
@@ -37,6 +40,7 @@ class SampledPairs:
     all_wrong: int
     unfinished: int
     accuracy: float
+    layout: str
 
     def summary(self) -> str:
         """One line for a log."""
@@ -59,7 +63,7 @@ def sample_pairs(
     batch_size: int = 256,
     decoder=None,
 ) -> SampledPairs:
-    """Samples answers to each prompt and pairs a right one with a wrong one; a function of its arguments alone.
+    """Samples answers to each prompt and pairs a right one with a wrong one; from its arguments and its layout alone.
 
     Args:
         model, tokenizer: as in `generate`.
@@ -79,6 +83,8 @@ def sample_pairs(
     if num_generations < 2:
         raise ValueError(f"num_generations must be at least 2, got {num_generations}: a pair needs two answers")
     prompts = [row_to_messages(row)[:-1] for row in rows]
+    steps = max_new_tokens * -(-len(rows) * num_generations // batch_size)
+    decoder = decoder or Decoder(model, layout=layout_for(model, steps))
     answers = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size,
                        params=SamplingParams(temperature=temperature), num_generations=num_generations,
                        decoder=decoder)  # fmt: skip
@@ -95,7 +101,8 @@ def sample_pairs(
         else:
             why = "all_right" if good == num_generations else "unfinished" if good else "all_wrong"
             counts[why] += 1
-    found = SampledPairs(pairs, kept, len(rows), **counts, accuracy=num_right / max(1, len(answers)))
+    found = SampledPairs(pairs, kept, len(rows), **counts, accuracy=num_right / max(1, len(answers)),
+                         layout=str(decoder.layout))  # fmt: skip
     log.info("%s", found.summary())
     return found
 

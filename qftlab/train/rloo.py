@@ -16,11 +16,12 @@ from qftlab.core.rewards import answer_reward, countdown_reward, exact_reward, f
 from qftlab.data.batching import Example
 from qftlab.data.countdown import countdown_row, random_problem
 from qftlab.data.sources import load
+from qftlab.generate.layouts import choose_layout
 from qftlab.generate.prompts import known_id
 from qftlab.model.loading import save_model
-from qftlab.train.checkpoint import Checkpoints, step_of, training_identity
+from qftlab.train.checkpoint import Checkpoints, read_state, step_of, training_identity
 from qftlab.train.config import AGENT, EDIT, TrainConfig
-from qftlab.train.distributed import processes, unsharded, wrap
+from qftlab.train.distributed import World, processes, unsharded, wrap
 from qftlab.train.loop import TrainResult, train
 from qftlab.train.policy_config import PolicyConfig, RLOOConfig
 from qftlab.train.policy_source import RolloutSource, held_out_rewards
@@ -112,7 +113,9 @@ def fit_prompts(
     if isinstance(checkpoints, str | Path):
         identity = policy_identity(model, config, policy, prompts, held_out, rewards)
         checkpoints = Checkpoints(checkpoints, identity, config.keep)
-    sampler = sampler or ModelSampler(model, tokenizer, policy)
+    if sampler is None:
+        layout = keep_layout_(checkpoints, model) if checkpoints else None
+        sampler = ModelSampler(model, tokenizer, policy, layout)
     step = wrap(bare, config.sharding, config.precision)
     source = RolloutSource(prompts, rewards, sampler, config, policy, bare.step, reference)
     notes = _Notes(source, bare, on_log)
@@ -183,6 +186,20 @@ def policy_identity(
     settings = {name: value for name, value in asdict(policy).items() if name not in neutral}
     start = trained_digest(model) if policy.beta and policy.reference == "start" else "none"
     return training_identity(model, config, *sets) | {"policy": settings, "rewards": list(rewards), "reference": start}
+
+
+def keep_layout_(checkpoints: Checkpoints, model) -> str:
+    """Puts the layout that rollouts are decoded in into the checkpoints' identity, and returns it.
+
+    Layouts differ in the last bits, and so in what is sampled: a run that is resumed keeps the one it began with, also
+    on a machine that is faster with another.
+    """
+    if "layout" not in checkpoints.identity:
+        last = checkpoints.last()
+        recorded = read_state(last)["identity"].get("layout") if last else None
+        layouts = World.current().gather(recorded or str(choose_layout(model)))
+        checkpoints.identity["layout"] = layouts[0]
+    return checkpoints.identity["layout"]
 
 
 def trained_digest(model) -> str:
@@ -259,6 +276,8 @@ def _rloo(config: RLOOConfig, progress: bool) -> Path:
     identity = sft_identity(config) | policy_identity(model, config.train, config.policy, prompts, held_out, rewards)
     identity.pop("server")  # another address is no other run
     checkpoints = Checkpoints(run.checkpoints / "rloo", identity, config.train.keep)
+    if not config.server.url:
+        keep_layout_(checkpoints, model)
     last = checkpoints.last()
     if last:
         checkpoints.check(last)

@@ -15,6 +15,7 @@ from qftlab.data.batching import Example
 from qftlab.data.schemas import convert_row
 from qftlab.generate.decoder import Decoder, bump_weights_version_
 from qftlab.generate.engine import Completion, generate
+from qftlab.generate.layouts import choose_layout
 from qftlab.text.chat import render_prompt, row_to_messages
 from qftlab.train.policy_config import PolicyConfig
 
@@ -71,15 +72,16 @@ class Sampler(Protocol):
 class ModelSampler:
     """Samples from the model as it is when `sample` is called, through one decoder that is kept.
 
-    The decoder is fused where the weights allow it: a snapshot that is refreshed before each rollout.
+    Its snapshot, if its layout has one, is refreshed before each rollout.
 
     Args:
         model, tokenizer: as in `generate`.
         config: limits.
+        layout: of the decoder, as `Layout` spells it; by default the one that `choose_layout` finds.
     """
 
-    def __init__(self, model, tokenizer, config: PolicyConfig) -> None:
-        self.model, self.tokenizer, self.config = model, tokenizer, config
+    def __init__(self, model, tokenizer, config: PolicyConfig, layout: str | None = None) -> None:
+        self.model, self.tokenizer, self.config, self.layout = model, tokenizer, config, layout
         self._decoder: Decoder | None = None
 
     def sample(
@@ -93,13 +95,11 @@ class ModelSampler:
     def _fresh(self) -> Decoder:
         """The decoder, with the weights of now."""
         if self._decoder is None:
-            try:
-                self._decoder = Decoder(self.model, fuse=True)
-                log.info("rollouts use a fused copy of the weights, %.0f MB", self._decoder.snapshot_bytes / 1e6)
-            except ValueError as error:
-                self._decoder = Decoder(self.model)
-                log.info("rollouts use the weights as they are, unfused: %s", error)
-        elif self._decoder.fused:
+            self.layout = self.layout or str(choose_layout(self.model))
+            self._decoder = Decoder(self.model, layout=self.layout)
+            log.info("rollouts are decoded in the layout %s, a snapshot of %.0f MB", self.layout,
+                     self._decoder.snapshot_bytes / 1e6)  # fmt: skip
+        elif not self._decoder.layout.is_plain:
             bump_weights_version_(self.model)
             self._decoder.refresh_()
         return self._decoder
