@@ -308,6 +308,32 @@ def test_run_is_generate(tiny, model, preset, chat) -> None:
         assert [step.chosen.token for step in state.trace().steps] == wanted.token_ids
 
 
+@pytest.mark.parametrize("preset", ["greedy", "plain", "hot"])
+def test_run_goes_to_the_end_and_a_second_run_goes_on(tiny, model, preset) -> None:
+    """By default as far as a turn is long; cut short, run after run adds what one long run would have written."""
+    prompt = "Question: Why did the"
+    wanted = generate(model, tiny, [prompt], params=PRESETS[preset], seed=4, max_new_tokens=64)[0].token_ids
+    assert len(wanted) > 12 and wanted[-1] == tiny.eos_token_id
+    assert run(DecodingState(model, tiny, prompt, preset=preset, seed=4)).token_ids == wanted
+    state = DecodingState(model, tiny, prompt, preset=preset, seed=4, max_new_tokens=7)
+    for count in range(7, len(wanted) + 7, 7):
+        assert run(state).token_ids == wanted[:count]
+    state.undo()
+    assert state.token_ids == wanted[: (len(wanted) - 1) // 7 * 7]
+
+
+def test_a_search_that_is_over_begins_anew_after_its_best_path(tiny, model) -> None:
+    state = DecodingState(model, tiny, PROMPT, preset="beam", max_new_tokens=4)
+    first = run(state).token_ids
+    assert not state.is_finished and len(first) == 4
+    for go_on in (run, DecodingState.step):
+        go_on(state)
+        again = beam_search(model, tiny, [state.prompt_ids + first], max_new_tokens=4, num_beams=4)[0].token_ids
+        assert state.token_ids == first + again[: len(state.token_ids) - 4] and len(state.token_ids) > 4
+        state.undo()
+        assert state.token_ids == first
+
+
 SEARCHES = [BeamParams(), BeamParams(2, 0.0), BeamParams(5, 2.0, "never"), BeamParams(3, -1.0, True)]
 
 
@@ -433,9 +459,7 @@ def test_bad_input_is_refused_and_changes_nothing(tiny, model, name, mode) -> No
 
 def test_the_end_of_a_text_and_of_the_context(tiny, model) -> None:
     state = DecodingState(model, tiny, PROMPT, preset="greedy", max_new_tokens=3)
-    run(state)
-    with pytest.raises(ValueError, match="new tokens must be above 3, which are there, got 3"):
-        run(state)
+    assert len(run(state).token_ids) == 3
     state.force(tiny.eos_token_id)
     assert state.is_finished and state.distribution() is None
     for action in (state.step, lambda: run(state), lambda: state.force(50)):
@@ -443,14 +467,16 @@ def test_the_end_of_a_text_and_of_the_context(tiny, model) -> None:
             action()
     full = DecodingState(model, tiny, "a" * 512, max_new_tokens=9) if len(tiny("a" * 512).input_ids) < 512 else None
     full = full or DecodingState(model, tiny, "a" * 511, max_new_tokens=9)
-    with pytest.raises(ValueError, match=r"context of 512 tokens, got \d+ \+ 9"):
-        full.set_prompt("7" * 510)
+    with pytest.raises(ValueError, match=r"context of 512 tokens, got 512 \+ 1: shorten"):
+        full.set_prompt("7" * 512)
+    full.set_prompt("7" * 510)
+    for mode in ("sample", "beam"):
+        full.set_mode(mode)
+        full.reset()
         run(full)
-    full.set_mode("beam")
-    run(full)
-    assert len(full.token_ids) == 2 or full.is_finished
-    with pytest.raises(ValueError, match="context of 512|has ended"):
-        full.step()
+        assert len(full.token_ids) == 2 or full.is_finished
+        with pytest.raises(ValueError, match="context of 512|has ended"):
+            run(full)
 
 
 # The lab

@@ -12,6 +12,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from qftlab.teach.drawing import BLUE, GREY, INK, MARGIN, MONO, PALE_BLUE, PALE_GREY, SANS, WIDTH, image, svg_page
+from qftlab.teach.pictures import picture
 from qftlab.teach.tokens import cells, column, shorten, token_bytes, visible
 
 if TYPE_CHECKING:
@@ -262,9 +263,8 @@ class DistributionView:
                 f"kept mass {percent(seen.kept_mass)}, {kept}")  # fmt: skip
 
     def picture(self):
-        """The rows as a PNG (a `views.Picture`), for GitHub and paper."""
+        """The rows as a PNG (a `Picture`), for GitHub and paper."""
         from qftlab.core import plots
-        from qftlab.teach.views import picture
 
         rows = self.distribution.candidates
         ax = plots.new_axes(None, 7.5, 0.9 + 0.36 * len(rows))

@@ -28,7 +28,7 @@ SAMPLE_SLIDERS = (
     ("repetition_penalty", "repetition", 1.0, 2.0, 0.05),
 )
 BEAM_SLIDERS = (("num_beams", "beams", 1, 8, 1), ("length_penalty", "len. penalty", -1.0, 2.0, 0.25))
-LENGTH_SLIDER = ("max_new_tokens", "new tokens", 1, 32, 1)
+LENGTH_SLIDER = ("max_new_tokens", "new tokens", 1, 128, 1)
 STYLE = f"""<style>
 .qftlab-decoding {{ max-width: 900px; }}
 .qftlab-decoding .qftlab-token, .qftlab-decoding .qftlab-chip {{ font-family: "DejaVu Sans Mono", Menlo, Consolas,
@@ -60,7 +60,7 @@ class DecodingLab:
     """
 
     def __init__(self, model, tokenizer, prompt: str = "12 + 7 =", *, preset: str = "plain", chat: bool = False,
-                 seed: int = 0, max_new_tokens: int = 12) -> None:  # fmt: skip
+                 seed: int = 0, max_new_tokens: int = 64) -> None:  # fmt: skip
         """Reads the prompt and shows what may come next; the arguments are those of `DecodingState`.
 
         Raises:

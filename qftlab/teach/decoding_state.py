@@ -57,11 +57,11 @@ class DecodingState:
         params, beams: the settings of the two tabs.
         mode: "sample" or "beam".
         seed: of the draws: with it `run` writes what `generate(..., seed=seed)` writes.
-        max_new_tokens: the most tokens that `run` lets the text grow to, and the beams after it.
+        max_new_tokens: the most tokens that one `run` adds to the text, and one search to what was taken before it.
     """
 
     def __init__(self, model, tokenizer, prompt: str, *, preset: str = "plain", chat: bool = False, seed: int = 0,
-                 max_new_tokens: int = 12) -> None:  # fmt: skip
+                 max_new_tokens: int = 64) -> None:  # fmt: skip
         """Reads the prompt.
 
         Args:
@@ -187,43 +187,40 @@ class DecodingState:
             self.shown = min(self.shown, len(self._searched(self.beams)))
 
     def step(self) -> None:
-        """Draws a token, or shows another step of the search.
+        """Draws a token, or shows another step of the search; one that is over begins anew after its best path.
 
         Raises:
             ValueError: if the text has ended or fills the context.
         """
         self._check_open()
         if self.mode == "beam":
-            searched = self._searched(self.beams)
-            if self.shown == len(searched):
-                raise ValueError(f"the search is over after {self.shown} steps: raise new tokens, or go back")
+            is_over = self.shown and self.shown == len(self._searched(self.beams))
+            steps, shown = (self._committed(), 1) if is_over else (self.steps, self.shown + 1)
             self._remember()
-            self.shown += 1
+            self.steps, self.shown = steps, shown
         else:
             taken = self._drawn()
             self._remember()
             self.steps += (taken,)
 
     def run(self) -> Iterator[None]:
-        """Goes on to a stop token or `max_new_tokens`, pausing after each token; one `undo` takes all of it back.
+        """Goes on to a stop token, or by `max_new_tokens`, pausing after each; one `undo` takes all of it back.
 
         Raises:
-            ValueError: if there is nothing to do.
+            ValueError: if the text has ended or fills the context.
         """
         self._check_open()
         if self.mode == "beam":
-            self.step()  # or says what is the matter
+            self.step()
             self.shown = len(self._searched(self.beams))
             yield
             return
-        if len(self.steps) >= self.max_new_tokens:
-            raise ValueError(f"new tokens must be above {len(self.steps)}, which are there, got {self.max_new_tokens}: "
-                             "raise it, or go back")  # fmt: skip
-        self._check_room(self.prompt_ids, self.max_new_tokens)
         self._remember()
-        while len(self.steps) < self.max_new_tokens and not self.is_finished:
+        for _ in range(self._room()):
             self.steps += (self._drawn(),)
             yield
+            if self.is_finished:
+                return
 
     def force(self, token: int) -> None:
         """Appends a token by hand; in beam mode the search then begins after it.
@@ -290,6 +287,10 @@ class DecodingState:
             raise ValueError(f"the text has ended with {self.texts()[-1]}: undo, rewind or reset to go on")
         self._check_room(self.prompt_ids, len(self.token_ids) + 1)
 
+    def _room(self) -> int:
+        """Tokens that a run or a search may add after those taken: `max_new_tokens`, less where the context is full."""
+        return min(self.max_new_tokens, self._context - len(self._ids_taken()))
+
     def _about(self, ids: list[int]) -> dict:
         return {"seen_ids": torch.tensor(ids, device=self._model.device), "vocab_limit": self._limit}
 
@@ -316,8 +317,7 @@ class DecodingState:
         return tuple(steps)
 
     def _searched(self, beams: BeamParams) -> list[BeamStep]:
-        ids = self._ids_taken()
-        length = min(self.max_new_tokens, self._context - len(ids))
+        ids, length = self._ids_taken(), self._room()
         key = (tuple(ids), beams, length)
         if length and (self._search is None or self._search[0] != key):
             steps: list[BeamStep] = []
