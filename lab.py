@@ -67,6 +67,8 @@ def lab_env(venv: Path | None = VENV) -> dict[str, str]:
         env["VIRTUAL_ENV"] = str(venv)
         env["PATH"] = str(venv_python(venv).parent) + os.pathsep + env.get("PATH", "")
         env.pop("PYTHONHOME", None)
+    else:  # --here installs nothing: what is imported is this checkout, also by kernels that start in another folder
+        env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     return env
 
 

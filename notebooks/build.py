@@ -2,7 +2,7 @@
 
     python notebooks/build.py                     build and run every notebook whose text form has changed
     python notebooks/build.py 00 03 --force       these only, changed or not
-    python notebooks/build.py --badges OWNER/NAME write the Colab badge and the REPO of the install cell
+    python notebooks/build.py --badges OWNER/NAME write the Colab badges, which the setup cell reads
 
 A notebook has no link to its text form (a jupytext sync could erase a student's answers), no widget state, and ids
 that depend on its text only, so that building twice gives the same file but for what the cells print.
@@ -27,7 +27,6 @@ HERE = Path(__file__).resolve().parent
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 BADGE = "[![Open in Colab]"
 BADGE_IMAGE = "https://colab.research.google.com/assets/colab-badge.svg"
-REPO_LINE = re.compile(r'^(\s*REPO = )"[^"]*"', re.MULTILINE)
 
 
 def pairs(root: Path = HERE) -> list[tuple[Path, Path]]:
@@ -104,7 +103,7 @@ def with_badge(markdown: str, line: str) -> str:
 
 
 def write_badge(text: Path, target: Path, repo: str, root: Path = HERE) -> None:
-    """Put the badge in the first markdown cell, and the repository in `REPO = "..."`, of text form and notebook."""
+    """Put the badge in the first markdown cell of text form and notebook; the setup cell finds the repository in it."""
     line = badge_line(repo, target, root)
     head, mark, rest = text.read_text(encoding="utf-8").partition("# %% [markdown]\n")
     if not mark:
@@ -112,8 +111,7 @@ def write_badge(text: Path, target: Path, repo: str, root: Path = HERE) -> None:
     cell, next_mark, tail = rest.partition("\n# %%")
     plain = "\n".join(re.sub(r"^# ?", "", row) for row in cell.rstrip().split("\n"))
     marked = "\n".join(f"# {row}".rstrip() for row in with_badge(plain, line).split("\n"))
-    whole = f"{head}{mark}{marked}\n{next_mark}{tail}"
-    text.write_text(REPO_LINE.sub(rf'\1"{repo}"', whole), encoding="utf-8")
+    text.write_text(f"{head}{mark}{marked}\n{next_mark}{tail}", encoding="utf-8")
     if target.is_file():
         notebook, wanted = nbformat.read(target, as_version=4), from_text(text)
         for cell, new in zip(notebook.cells, wanted.cells, strict=True):

@@ -103,14 +103,26 @@ def test_the_library_never_prints() -> None:
 
 
 def test_environment_yml_is_pyproject() -> None:
+    """conda-forge gives what is compiled, torch's CPU build unless the user writes another; pip would bring CUDA."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"]
+    wanted = {*project["dependencies"], *sum((project["optional-dependencies"][x] for x in ("lab", "test")), [])}
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
-    pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
-    assert sorted(re.split("[=<>]", entry)[0] for entry in conda) == ["pip", "python"]
-    assert pip[:2] == ["-c constraints.txt", "-e ."]
-    assert set(pip[2:]) == {*project["dependencies"], *extras["lab"], *extras["test"]}
+    [pip] = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    assert conda[:2] == ["python=3.11", "pip"] and environment["channels"] == ["conda-forge"]
+    assert {entry.replace("pytorch-cpu>", "torch>") for entry in conda[2:]} | set(pip) == wanted
+    assert len(conda[2:]) + len(pip) == len(wanted), "each from one place: conda's pip upgrades what it is given"
+    assert not [entry for entry in pip if not entry[0].isalpha()], "an option or a path depends on the folder"
+    compiled = "accelerate datasets ipywidgets jupyterlab matplotlib numpy pandas peft pyyaml safetensors tokenizers"
+    assert {*compiled.split(), "pytorch-cpu", "transformers"} <= {re.split("[=<>]", entry)[0] for entry in conda}
+
+
+def test_here_imports_this_checkout_from_any_folder(tmp_path: Path) -> None:
+    """As conda's environment has no qftlab installed; -S hides what this one has."""
+    env = load("lab.py").lab_env(None)
+    code = "import qftlab; print(qftlab.__file__)"
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert Path(done.stdout.strip()) == ROOT / "qftlab" / "__init__.py", done.stderr
 
 
 def test_constraints_pin_every_direct_dependency() -> None:
@@ -141,14 +153,14 @@ def test_badges_are_written_once(tmp_path: Path) -> None:
     build = load("notebooks/build.py")
     (tmp_path / "source").mkdir()
     text = tmp_path / "source" / "00_demo.py"
-    text.write_text('# %% [markdown]\n# # Demo\n# Hello.\n\n# %%\nREPO = "OWNER/qftlab"\n')
+    text.write_text("# %% [markdown]\n# # Demo\n# Hello.\n\n# %%\n1 + 1\n")
     target = build.pairs(tmp_path)[0][1]
     notebook = build.from_text(text)
     notebook.cells[1].execution_count = 1
     build.nbformat.write(notebook, target)
     build.write_badge(text, target, "ann/lab", tmp_path)
     once = text.read_text(), target.read_text()
-    assert "github/ann/lab/blob/main/notebooks/00_demo.ipynb" in once[0] and 'REPO = "ann/lab"' in once[0]
+    assert all("github/ann/lab/blob/main/notebooks/00_demo.ipynb" in form for form in once)
     assert build.differences(text, target) == []
     build.write_badge(text, target, "ann/lab", tmp_path)
     assert (text.read_text(), target.read_text()) == once
