@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import yaml
@@ -166,3 +166,56 @@ def test_badges_are_written_once(tmp_path: Path) -> None:
     assert (text.read_text(), target.read_text()) == once
     build.write_badge(text, target, "bob/fork", tmp_path)
     assert text.read_text().count("Open in Colab") == 1 and "ann/lab" not in text.read_text() + target.read_text()
+
+
+def setup_cells() -> dict[str, list[str]]:
+    """The cells tagged `setup` of each lesson and solution, by the name of its text form."""
+    build = load("notebooks/build.py")
+    notebooks = {text: build.from_text(text) for text, _ in build.pairs()}
+    return {
+        text.relative_to(ROOT).as_posix(): [c.source for c in notebook.cells if "setup" in c.metadata.get("tags", [])]
+        for text, notebook in notebooks.items()
+    }
+
+
+def test_every_notebook_has_the_one_setup_cell() -> None:
+    """Short, the same everywhere, and the only address of a repository is a badge."""
+    cells = setup_cells()
+    wanted = cells["notebooks/source/00_tour.py"][:1]
+    assert not [name for name, found in cells.items() if found != wanted], "another setup cell than 00's"
+    lines = [line for line in wanted[0].splitlines() if line.strip()]
+    assert len(lines) <= 8 and max(map(len, lines)) <= 88
+    for name in cells:
+        prose = [row for row in (ROOT / name).read_text(encoding="utf-8").splitlines() if "Open in Colab" not in row]
+        assert not re.search(r"github[.com]*/[\w.-]+/[\w.-]+/blob/", "\n".join(prose)), name
+
+
+COPY = {"metadata": {"colab": {"provenance": [{"file_id": "https://github.com/ann/lab/blob/spring/25/notebooks/00.ipynb"}]}}}
+BADGED = {"cells": [{"source": ["# 00\n", "[![Open in Colab](x.svg)](https://colab.research.google.com/github/eve/qft.lab/"
+                                "blob/main/notebooks/solutions/01_tokens.ipynb)"]}]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("opened", "notebook", "source"),
+    [
+        ("fileId=https%3A%2F%2Fgithub.com%2Fbob%2Ffork%2Fblob%2Fmain%2Fnotebooks%2F00_tour.ipynb", {}, "bob/fork@main"),
+        ("fileId=https%3A%2F%2Fgithub.com%2Fbob%2Ffork%2Fblob%2Fmain%2Fnotebooks%2F00.ipynb", BADGED, "bob/fork@main"),
+        ("fileId=1wJVqk0", COPY, "ann/lab@spring/25"),
+        ("fileId=1wJVqk0", BADGED, "eve/qft.lab@main"),
+        ("curl: (7) Failed to connect to host", BADGED, "eve/qft.lab@main"),
+        ("fileId=1wJVqk0", {"cells": [{"source": "see github.com/x/y/blob/main/README.md"}]}, None),
+    ],
+)
+def test_the_setup_cell_installs_from_where_the_notebook_came(monkeypatch, opened, notebook, source) -> None:
+    """Opened from GitHub, copied to Drive, or with a badge; what Colab's server and page would answer is given."""
+    ran, asked = [], []
+    shell = SimpleNamespace(getoutput=lambda command: [f'[{{"path": "{opened}"}}]'], system=ran.append)
+    message = SimpleNamespace(blocking_request=lambda kind: asked.append(kind) or {"ipynb": notebook})
+    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(_message=message))
+    cell = setup_cells()["notebooks/source/00_tour.py"][0]
+    if source is None:
+        with pytest.raises(AssertionError, match="put here instead: !pip install git.https://github.com/OWNER/NAME"):
+            exec(cell, {"get_ipython": lambda: shell})
+    else:
+        exec(cell, {"get_ipython": lambda: shell})
+        assert ran == [f"pip install -q git+https://github.com/{source}"] and asked == ["get_ipynb"]
