@@ -1,4 +1,4 @@
-"""Pictures of notebook 07: a bandit's policies, the logs of runs and what they hide, habits, taste and search."""
+"""Pictures of notebook 07: a bandit, an easy preference, runs and what their logs hide, habits, taste and search."""
 
 from __future__ import annotations
 
@@ -7,32 +7,68 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from qftlab.core.plots import DASHES, FONT_SIZE, HATCHES, MARKERS, PALETTE, new_axes
+from qftlab.core.plots import DASHES, FONT_SIZE, HATCHES, MARKERS, PALETTE, finish, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Figures = Sequence[Mapping[str, float]]  # along a run
+SIDES = {"chosen": ("-", "o"), "rejected": ("--", "v")}
 
-def _panels(widths: Sequence[float] = (1, 1), height: float = 3.6, **options) -> Sequence[Axes]:
+
+def _panels(widths: Sequence[float] = (1, 1), height: float = 4.0, **options) -> Sequence[Axes]:
     from matplotlib import pyplot
 
-    axes = pyplot.subplots(1, len(widths), figsize=(9.5, height), width_ratios=widths, layout="constrained", **options)[
-        1
-    ]
-    for ax in axes:
-        ax.tick_params(labelsize=FONT_SIZE)
-        ax.spines[["top", "right"]].set_visible(False)
-    return axes
-
-
-def _name(ax: Axes, xlabel: str, ylabel: str, title: str = "") -> None:
-    ax.set_xlabel(xlabel, fontsize=FONT_SIZE)
-    ax.set_ylabel(ylabel, fontsize=FONT_SIZE)
-    ax.set_title(title, fontsize=FONT_SIZE, loc="left")
+    size = (9.5, height)
+    return pyplot.subplots(1, len(widths), figsize=size, width_ratios=widths, layout="constrained", **options)[1]
 
 
 def _legend(ax: Axes, **options) -> None:
-    ax.legend(fontsize=FONT_SIZE, frameon=False, title_fontsize=FONT_SIZE, **options)
+    """Over the picture, where no line can cross it."""
+    options = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2} | options
+    ax.legend(fontsize=FONT_SIZE, frameon=False, title_fontsize=FONT_SIZE, alignment="left", **options)
+
+
+def runs(ax: Axes, x: Sequence[float], values: Sequence[Sequence[float]], line: str, **look) -> None:
+    """Some runs of one kind: each a thin line, and their mean a bold one.
+
+    Args:
+        ax: axes to draw into.
+        x: of all runs.
+        values: run by run, each as long as `x`.
+        line: marker and dash, as matplotlib has them; the marker is the mean's.
+        look: colour and label.
+    """
+    for run in values:
+        ax.plot(x, run, line[1:], color=look["color"], linewidth=0.8, alpha=0.4)
+    means = [sum(column) / len(column) for column in zip(*values, strict=True)]
+    ax.plot(x, means, line, linewidth=2.2, markersize=6, **look)
+
+
+def bars(
+    ax: Axes, names: Sequence[str], groups: Mapping[str, Sequence[Sequence[float]]], *, flat: bool = False
+) -> None:
+    """Bars side by side: the mean of some runs, and a point for each run.
+
+    Args:
+        ax: axes to draw into.
+        names: what the bars stand for, group by group of the same.
+        groups: label → for each name the shares in [0, 1], one for each run.
+        flat: whether the bars lie.
+    """
+    for i, (label, shares) in enumerate(groups.items()):
+        at = [k + 0.4 * i for k in range(len(names))]
+        draw, width = (ax.barh, "height") if flat else (ax.bar, "width")
+        draw(at, [100 * sum(s) / len(s) for s in shares], **{width: 0.38}, color=PALETTE[(5, 1)[i]], hatch=HATCHES[i],
+             edgecolor="black", label=label)  # fmt: skip
+        for where, found in zip(at, shares, strict=True):
+            if len(found) > 1:
+                points = [100 * share for share in found], [where] * len(found)
+                ax.plot(*(points if flat else points[::-1]), "k.", markersize=4, zorder=3)
+    ticks = [k + 0.2 for k in range(len(names))]
+    (ax.set_yticks if flat else ax.set_xticks)(ticks, names)
+    if flat:
+        ax.invert_yaxis()
 
 
 def bandit(
@@ -49,131 +85,149 @@ def bandit(
         names: of the answers.
         ax: axes to draw into.
     """
-    ax = new_axes(ax, 7.0, 3.6)
+    ax = new_axes(ax)
     for i, name in enumerate(names):
         ax.plot(fine, exact[:, i].tolist(), DASHES[i], color=PALETTE[i], linewidth=2)
         ax.plot(betas, found[:, i].tolist(), MARKERS[i], color=PALETTE[i], markersize=8, label=name)
     ax.set_xscale("log")
-    ax.set_xticks(betas, [f"{beta:g}" for beta in betas], fontsize=FONT_SIZE)
+    ax.set_xticks(betas, [f"{beta:g}" for beta in betas])
     ax.minorticks_off()
-    _name(ax, "β", "probability of the answer")
     _legend(ax)
-    return ax
+    return finish(ax, "β", "probability of the answer", "")
 
 
-def logs(paths: Mapping[str, Sequence[Mapping[str, float]]], every: int) -> Axes:
+def both_sides(ax: Axes, paths: Sequence[Figures], seen: Sequence[int], color: str, name: str = "") -> Axes:
+    """Draws the log-probabilities of chosen (solid) and rejected answers (dashed) of some runs into `ax`."""
+    for side, (dash, marker) in SIDES.items():
+        values = [[point[f"{side}_logprob"] for point in path] for path in paths]
+        runs(ax, seen, values, marker + dash, color=color, label=f"{name}: {side}" if name else f"{side} answers")
+    return finish(ax, "pairs seen", "log-probability (nats)", "")
+
+
+def easy(path: Figures, before: Sequence[float], after: Sequence[float]) -> Axes:
+    """A preference that is easy to learn: both log-probabilities along a run, and how often the trait is shown.
+
+    Args:
+        path: records of the training loop ("pairs", "chosen_logprob", "rejected_logprob").
+        before, after: shares of answers with the trait, greedy and sampled, in [0, 1].
+    """
+    left, right = _panels((3, 2))
+    both_sides(left, [path], [point["pairs"] for point in path], PALETTE[0])
+    bars(right, ["greedy", "sampled"], {"before DPO": [[s] for s in before], "after DPO": [[s] for s in after]})
+    _legend(left, ncols=2)
+    _legend(right)
+    finish(right, "", "answers with the ending (%)", "")
+    return left
+
+
+def logs(draws: Sequence[Mapping[str, Mapping]], names: Sequence[str], every: int) -> Axes:
     """Margin and preference accuracy of several runs: what every log of DPO shows.
 
     Args:
-        paths: run → its held-out figures ("margin", "preference_accuracy") along the way.
+        draws: one for each seed: run → its "path" of held-out figures ("margin", "preference_accuracy").
+        names: of the runs.
         every: pairs seen between two of them.
     """
     left, right = _panels()
-    for i, (name, path) in enumerate(paths.items()):
-        look = {"color": PALETTE[i], "label": name, "markersize": 6}
-        seen = [every * k for k in range(len(path))]
-        left.plot(seen, [point["margin"] for point in path], MARKERS[i] + DASHES[i], **look)
-        right.plot(seen, [100 * point["preference_accuracy"] for point in path], MARKERS[i] + DASHES[i], **look)
-    _name(left, "pairs seen", "margin (nats)")
-    _name(right, "pairs seen", "preference accuracy (%)")
+    for i, name in enumerate(names):
+        paths = [draw[name]["path"] for draw in draws]
+        seen, look = [every * k for k in range(len(paths[0]))], {"color": PALETTE[i], "label": name}
+        for ax, key, unit in ((left, "margin", 1), (right, "preference_accuracy", 100)):
+            runs(ax, seen, [[unit * point[key] for point in path] for path in paths], MARKERS[i] + DASHES[i], **look)
     right.set_ylim(0, 100)
-    _legend(right, loc="lower right")
+    _legend(left, ncols=2)
+    finish(left, "pairs seen", "margin (nats)", "")
+    finish(right, "pairs seen", "preference accuracy (%)", "")
     return left
 
 
-def both_sides(ax: Axes, path: Sequence[Mapping[str, float]], every: int, color: str, name: str = "") -> None:
-    """Draws the log-probabilities of chosen (solid) and rejected answers (dashed) of one run into `ax`."""
-    seen = [every * k for k in range(len(path))]
-    for side, dash, marker in (("chosen", "-", "o"), ("rejected", "--", "v")):
-        label = f"{name}: {side}" if name else side
-        ax.plot(seen, [p[f"{side}_logprob"] for p in path], dash + marker, color=color, linewidth=2, label=label)
-    _name(ax, "pairs seen", "log-probability (nats)")
-
-
-def collapse(
-    paths: Mapping[str, Sequence[Mapping[str, float]]], solved: Mapping[str, Sequence[float]], every: int,
-    shown: Sequence[str],
-) -> Axes:  # fmt: skip
+def collapse(draws: Sequence[Mapping[str, Mapping]], names: Sequence[str], shown: Sequence[str], every: int) -> Axes:
     """Both log-probabilities of the runs `shown`, and bars of what each model solves: what a margin hides.
 
     Args:
-        paths: run → its held-out figures ("chosen_logprob", "rejected_logprob") along the way.
-        solved: model → shares in [0, 1], greedy and sampled.
-        every: pairs seen between two figures.
+        draws: one for each seed: run, or "before", → "solved", shares greedy and sampled, and of a run the "path" of
+            held-out figures.
+        names: of the runs; a run has one colour in all pictures.
         shown: which runs are drawn on the left.
+        every: pairs seen between two figures.
     """
-    left, right = _panels((3, 2), 4.0)
-    for i, name in enumerate(shown):
-        both_sides(left, paths[name], every, PALETTE[(3, 0)[i % 2]], name)
-    _legend(left)
-    for i, how in enumerate(("greedy", "sampled")):
-        right.barh([k + 0.4 * i for k in range(len(solved))], [100 * shares[i] for shares in solved.values()], 0.38,
-                   color=PALETTE[5 - 4 * i], hatch=HATCHES[i], edgecolor="black", label=how)  # fmt: skip
-    right.set_yticks([k + 0.2 for k in range(len(solved))], list(solved), fontsize=FONT_SIZE)
-    right.invert_yaxis()
-    _legend(right, loc="center right", bbox_to_anchor=(1.0, 0.68))
-    _name(right, "solved (%)", "")
+    left, right = _panels((3, 2), 4.6)
+    for name in shown:
+        paths = [draw[name]["path"] for draw in draws]
+        both_sides(left, paths, [every * k for k in range(len(paths[0]))], PALETTE[names.index(name)], name)
+    models = ["before", *names]
+    solved = {how: [[draw[name]["solved"][i] for draw in draws] for name in models]
+              for i, how in enumerate(("greedy", "sampled"))}  # fmt: skip
+    bars(right, models, solved, flat=True)
+    _legend(left, ncols=2)
+    _legend(right, ncols=2)
+    finish(right, "solved (%)", "", "")
     return left
 
 
-def habits(names: Sequence[str], before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -> Axes:
-    """Bars before and after DPO, a panel a model: what it prefers, and what it says.
+def habits(draws: Sequence[Mapping[str, Sequence[Mapping]]], endings: Sequence[str]) -> Axes:
+    """Bars before and after DPO, a panel for each ending: what is preferred, and what is said.
 
     Args:
-        names: of the models.
-        before, after: for each model three shares in [0, 1]: preferred, said when greedy, said when sampled.
+        draws: one for each seed: ending → two dicts, before and after, with "preferred", a share in [0, 1], and "said",
+            ending → shares greedy and sampled.
+        endings: those drawn.
     """
-    axes = _panels(height=3.4, sharey=True)
-    for ax, name, values in zip(axes, names, zip(before, after, strict=True), strict=True):
-        for i, when in enumerate(("before", "after")):
-            ax.bar([k + 0.4 * i for k in range(3)], [100 * v for v in values[i]], 0.38, label=f"{when} DPO",
-                   color=PALETTE[i], hatch=HATCHES[i], edgecolor="black")  # fmt: skip
-        _name(ax, "", "", name)
-        ax.set_xticks([k + 0.2 for k in range(3)], ["preferred", "said (greedy)", "said (sampled)"], fontsize=FONT_SIZE)
-    axes[0].set_ylabel("per cent", fontsize=FONT_SIZE)
-    _legend(axes[0])
+    axes = _panels(sharey=True)
+    for ax, ending in zip(axes, endings, strict=True):
+        groups = {}
+        for k, when in enumerate(("before DPO", "after DPO")):
+            values = [(draw[ending][k]["preferred"], *draw[ending][k]["said"][ending]) for draw in draws]
+            groups[when] = list(zip(*values, strict=True))
+        bars(ax, ["preferred", "said (greedy)", "said (sampled)"], groups)
+        finish(ax, f"…{ending}", "", "")
+    _legend(axes[0], ncols=2)
+    axes[0].set_ylabel("%", fontsize=FONT_SIZE)
     return axes[0]
 
 
-def taste(tokens: Tensor, scores: Mapping[str, Tensor], right: Tensor, lengths: Sequence[int]) -> Axes:
-    """Mean score of two reward models by length of the answer, and the share of right answers beside it.
+def taste(lengths: Sequence[int], draws: Sequence[Mapping[str, Mapping]], judges: Sequence[str]) -> Axes:
+    """Mean score of some reward models by length of the answer, and the share of right answers beside it.
 
     Args:
-        tokens, right: length and verdict of each answer.
-        scores: judge → score of each answer, drawn in its standard deviations.
-        lengths: those drawn.
+        lengths: in tokens.
+        draws: one for each seed: judge → "score" in standard deviations and "right", a share in [0, 1] and the same
+            for all judges, for each length.
+        judges: those drawn.
     """
     left, truth = _panels()
-    for i, (name, score) in enumerate(scores.items()):
-        means = [((score - score.mean()) / score.std())[tokens == length].mean().item() for length in lengths]
-        left.plot(lengths, means, MARKERS[i] + DASHES[i], color=PALETTE[3 * i], linewidth=2, label=name)
-    shares = [100 * right[tokens == length].mean().item() for length in lengths]
-    truth.bar(lengths, shares, color=PALETTE[5], edgecolor="black")
-    _name(left, "tokens of the answer", "mean score (std)")
-    _name(truth, "tokens of the answer", "right answers (%)")
+    for i, name in enumerate(judges):
+        values = [draw[name]["score"] for draw in draws]
+        runs(left, lengths, values, MARKERS[i] + DASHES[i], color=PALETTE[3 * i], label=name)
+    shares = [[100 * share for share in draw[judges[0]]["right"]] for draw in draws]
+    runs(truth, lengths, shares, "^-", color=PALETTE[2], label="")
+    truth.set_ylim(bottom=0)
     _legend(left, title="the annotator …")
+    finish(left, "tokens of the answer", "mean score (std)", "")
+    finish(truth, "tokens of the answer", "right answers (%)", "")
     return left
 
 
-def search(sizes: Sequence[int], proxy: Mapping[str, Sequence[float]], truth: Mapping[str, Sequence[float]]) -> Axes:
+def search(sizes: Sequence[int], draws: Sequence[Mapping[str, Mapping]], judges: Sequence[str]) -> Axes:
     """Score and truth of the best of n answers against n, a line for each judge.
 
     Args:
         sizes: the values of n.
-        proxy: judge → mean score of the choice, in standard deviations.
-        truth: judge → share of right choices, in [0, 1].
+        draws: one for each seed: judge → "proxy", the mean score of the choice in standard deviations, and "truth",
+            share of right choices in [0, 1], for each n.
+        judges: those drawn.
     """
     axes = _panels()
-    for i, name in enumerate(proxy):
-        look = {"color": PALETTE[3 * i], "label": name, "linewidth": 2}
-        axes[0].plot(sizes, proxy[name], MARKERS[i] + DASHES[i], **look)
-        axes[1].plot(sizes, [100 * share for share in truth[name]], MARKERS[i] + DASHES[i], **look)
+    for i, name in enumerate(judges):
+        for ax, key, unit in zip(axes, ("proxy", "truth"), (1, 100), strict=True):
+            values = [[unit * value for value in draw[name][key]] for draw in draws]
+            runs(ax, sizes, values, MARKERS[i] + DASHES[i], color=PALETTE[3 * i], label=name)
     for ax in axes:
         ax.set_xscale("log")
-        ax.set_xticks(sizes, sizes, fontsize=FONT_SIZE)
+        ax.set_xticks(sizes, sizes)
         ax.minorticks_off()
-    _name(axes[0], "n, answers to choose from", "score of the choice (std)", "the proxy")
-    _name(axes[1], "n, answers to choose from", "choices that are right (%)", "the truth")
     axes[1].set_ylim(bottom=0)
     _legend(axes[0], title="the annotator …")
+    finish(axes[0], "n, answers to choose from", "score of the choice (std)", "")
+    finish(axes[1], "n, answers to choose from", "choices that are right (%)", "")
     return axes[0]

@@ -1,11 +1,13 @@
-"""Helpers of notebook 07: answers and their verdicts, gains token by token, and an annotator who likes long answers."""
+"""Helpers of notebook 07: answers and verdicts, gains by token, an annotator who likes long answers, best of n."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from qftlab.core.rewards import countdown_reward
 from qftlab.core.sampling import SamplingParams
@@ -57,6 +59,24 @@ def share_of_products(answers: Sequence[Answer]) -> float:
     return sum(has_product(text) for _, _, text, _ in answers) / len(answers)
 
 
+def share_ending(
+    model, tokenizer, rows: Sequence[dict], ending: str, *, temperature: float = 0.0, seed: int = 0
+) -> float:
+    """The share of answers to the prompts of `rows` that have an ending, in [0, 1].
+
+    Args:
+        model, tokenizer: as in `generate`.
+        rows: with "prompt", as `style_pairs` gives them.
+        ending: the last characters that count.
+        temperature: 0 is greedy.
+        seed: of the sampling.
+    """
+    prompts = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+    params = SamplingParams(temperature=temperature)
+    said = generate(model, tokenizer, prompts, max_new_tokens=48, seed=seed, params=params)
+    return sum(answer.text.endswith(ending) for answer in said) / len(said)
+
+
 @torch.no_grad()
 def token_gains(policy, reference, example: Example) -> list[float | None]:
     """How much more likely the policy finds each trained token than the reference, in nats; None for the others.
@@ -94,3 +114,55 @@ def careless(rows: Sequence[dict], share: float, seed: int = 0) -> list[dict]:
         first, second = ("chosen", "rejected") if is_kept else ("rejected", "chosen")
         labelled.append({"prompt": row["prompt"], "chosen": row[first], "rejected": row[second]})
     return labelled
+
+
+def standard(scores: Tensor) -> Tensor:
+    """Scores in their standard deviations, around 0; a reward model's have no unit of their own."""
+    return (scores - scores.mean()) / scores.std()
+
+
+def by_length(scores: Tensor, answers: Sequence[Answer], lengths: Sequence[int]) -> dict[str, list[float]]:
+    """What a reward model thinks of answers of each length, and how many of them are right.
+
+    Args:
+        scores: one for each answer, in any shape.
+        answers: in the same order.
+        lengths: in tokens; each must be that of some answer.
+
+    Returns:
+        "score", the mean in standard deviations, and "right", the share in [0, 1], for each length.
+    """
+    tokens = torch.tensor([len(ids) for _, ids, _, _ in answers])
+    right = torch.tensor([float(is_right(answer)) for answer in answers])
+    columns = {"score": standard(scores).flatten(), "right": right}
+    return {name: [column[tokens == n].mean().item() for n in lengths] for name, column in columns.items()}
+
+
+def best_of_curve(
+    scores: Tensor, answers: Sequence[Answer], sizes: Sequence[int], best_of: Callable[[list, list, int], float]
+) -> dict[str, list[float]]:
+    """What best-of-n finds as n grows, by the judge's score and by the verifier.
+
+    Args:
+        scores: (P, G) of G answers to each of P prompts.
+        answers: the P · G answers, prompt after prompt.
+        sizes: the values of n, at most G.
+        best_of: the mean value of the best-scored of n answers, from their scores, their values and n (exercise 07.5).
+
+    Returns:
+        "proxy", the mean score of the answer taken in standard deviations, and "truth", the share of right ones in
+        [0, 1], for each n.
+    """
+    right = torch.tensor([float(is_right(answer)) for answer in answers]).view(scores.shape)
+
+    def curve(values: Tensor) -> list[float]:
+        both = list(zip(scores.tolist(), values.tolist(), strict=True))
+        return [sum(best_of(s, v, n) for s, v in both) / len(both) for n in sizes]
+
+    return {"proxy": curve(standard(scores)), "truth": curve(right)}
+
+
+def spread(shares: Sequence[float], digits: int = 0) -> str:
+    """Mean and standard deviation of some runs' shares, as words in per cent."""
+    mean, deviation = (100 * measure(shares) for measure in (statistics.mean, statistics.stdev))
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f} %"

@@ -5,12 +5,15 @@
 # different; the check decides. If you have not tried yet, go back: ten minutes of your own are worth more than this page.
 
 # %% tags=["setup"]
+import re
 import sys
 
-if "google.colab" in sys.modules:  # on Colab only: fetch the library, leave torch and transformers as they are
-    REPO = "OWNER/qftlab"
-    get_ipython().run_line_magic("pip", f"install -q --no-deps git+https://github.com/{REPO}")
-    get_ipython().run_line_magic("pip", "install -q jsonargparse")
+if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
+    at = get_ipython().getoutput("curl $COLAB_JUPYTER_IP:$KMP_TARGET_PORT/api/sessions")
+    at = f"{at} {colab._message.blocking_request('get_ipynb')}".replace("%2F", "/")
+    repo = re.search(r"github[.com]*/([\w.-]+/[\w.-]+)/blob/([\w./-]+?)/notebooks/", at)
+    assert repo, "put here instead: !pip install git+https://github.com/OWNER/NAME"
+    get_ipython().system(repo.expand(r"pip install -q git+https://github.com/\1@\2"))
 
 # %%
 import itertools
@@ -27,7 +30,7 @@ SEED = 0
 # %% [markdown]
 # ## Exercise 07.1 · The DPO loss
 #
-# `F.logsigmoid` is the point. Its argument may be −400 without harm; `torch.log(torch.sigmoid(…))` is minus infinity from about −104 on, and its gradient is no number from there.
+# `F.logsigmoid` is the point. Its argument may be −400 without harm; `torch.sigmoid(−90)` is 0 in float32, the log of 0 is minus infinity, and the gradient is not a number.
 
 # %%
 def my_dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
@@ -37,14 +40,23 @@ def my_dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
 
 checks.check("07.1", my_dpo_loss)
 
+# %%
+far = torch.tensor([-90.0], requires_grad=True)
+torch.sigmoid(far).log().backward()
+print(f"naive: {torch.sigmoid(far).log().item()}, gradient {far.grad.item()};", end=" ")
+print(f"logsigmoid: {F.logsigmoid(far).item()}")
+assert torch.sigmoid(far).item() == 0 and F.logsigmoid(far).item() == -90
+
 # %% [markdown]
 # The gradient says what DPO does: each pair is weighted by β times the probability that the policy still has it wrong, and pulls one answer up as hard as it pushes the other down.
 
 # %%
 chosen, rejected = (torch.tensor([x], requires_grad=True) for x in (-3.0, -2.0))
-my_dpo_loss(chosen, rejected, torch.tensor([-3.0]), torch.tensor([-3.0]), 0.5).backward()
+reference = torch.tensor([-3.0])
+my_dpo_loss(chosen, rejected, reference, reference, 0.5).backward()
 weight = 0.5 * torch.sigmoid(torch.tensor(0.5))  # h is -1
-print(f"gradients {chosen.grad.item():.2f} and {rejected.grad.item():.2f}; β σ(−βh) = {weight:.2f}")
+print(f"gradients {chosen.grad.item():.2f} and {rejected.grad.item():.2f};", end=" ")
+print(f"β σ(−βh) = {weight:.2f}")
 assert torch.allclose(-chosen.grad, weight) and torch.allclose(rejected.grad, weight)
 
 # %% [markdown]
@@ -62,7 +74,8 @@ checks.check("07.2", my_smoothed_loss)
 
 # %%
 scores = torch.linspace(-6, 6, 13)
-assert torch.allclose(my_smoothed_loss(scores, 0.1), -F.logsigmoid(scores) + 0.1 * scores, atol=1e-6)
+plain = -F.logsigmoid(scores)
+assert torch.allclose(my_smoothed_loss(scores, 0.1), plain + 0.1 * scores, atol=1e-6)
 
 # %% [markdown]
 # ## Exercise 07.3 · Preference accuracy, with ties
@@ -93,21 +106,25 @@ checks.check("07.4", my_implicit_reward)
 
 # %%
 generator = torch.Generator().manual_seed(SEED)
-draws = torch.randn(4, 5, 7, generator=generator)  # chosen, rejected, and both under the reference; 5 pairs, 7 tokens
+# chosen, rejected, and both under the reference; 5 pairs, 7 tokens
+draws = torch.randn(4, 5, 7, generator=generator)
 mask = torch.ones(5, 7, dtype=torch.bool)
-reward_up, reward_down = my_implicit_reward(draws[0], draws[2], mask, 0.1), my_implicit_reward(draws[1], draws[3], mask, 0.1)
-assert torch.allclose(my_dpo_loss(*draws.sum(2), 0.1), -F.logsigmoid(reward_up - reward_down), atol=1e-6)
+reward_up = my_implicit_reward(draws[0], draws[2], mask, 0.1)
+reward_down = my_implicit_reward(draws[1], draws[3], mask, 0.1)
+losses = my_dpo_loss(*draws.sum(2), 0.1)
+assert torch.allclose(losses, -F.logsigmoid(reward_up - reward_down), atol=1e-6)
 
 # %% [markdown]
 # ## Exercise 07.5 · The best of n, without sampling again
 #
-# The answer at rank $i$ is the best of a choice if the other $n - 1$ all come from the $i$ answers below it. Listing all choices gives the same, and takes
-# forever at 32: there are 601,080,390 ways to choose 16 of them.
+# The answer at rank $i$ is the best of a choice if the other $n - 1$ all come from the $i$ answers below it. Listing all choices gives the same, but at 32 answers it
+# takes minutes for each prompt: there are 601,080,390 ways to choose 16 of them.
 
 # %%
 def my_best_of(scores, values, n):
     ranked = [value for _, value in sorted(zip(scores, values, strict=True))]
-    return sum(math.comb(i, n - 1) * value for i, value in enumerate(ranked)) / math.comb(len(ranked), n)
+    won = sum(math.comb(i, n - 1) * value for i, value in enumerate(ranked))
+    return won / math.comb(len(ranked), n)
 
 
 checks.check("07.5", my_best_of)
@@ -115,9 +132,11 @@ checks.check("07.5", my_best_of)
 # %%
 scores, values = [0.3, -1.0, 2.0, 0.9, 0.1], [1.0, 0.0, 0.0, 1.0, 0.0]
 for n in range(1, 6):
-    listed = [max(choice)[1] for choice in itertools.combinations(zip(scores, values, strict=True), n)]
+    choices = itertools.combinations(zip(scores, values, strict=True), n)
+    listed = [max(choice)[1] for choice in choices]
     assert abs(my_best_of(scores, values, n) - sum(listed) / len(listed)) < 1e-9
-print([f"{my_best_of(scores, values, n):.2f}" for n in range(1, 6)], "and", f"{math.comb(32, 16):,} choices of 16 in 32")
+print([f"{my_best_of(scores, values, n):.2f}" for n in range(1, 6)])
+print(f"{math.comb(32, 16):,} choices of 16 in 32")
 
 # %% [markdown]
 # The five answers make a small over-optimisation: the judge likes a wrong answer best, so the truth rises at $n = 2$ and then falls to zero.
@@ -132,10 +151,15 @@ print([f"{my_best_of(scores, values, n):.2f}" for n in range(1, 6)], "and", f"{m
 # Ask for the log-probability of the chosen answers on held-out pairs, which must not fall far below where it began, and for the accuracy of *generated* answers, which
 # must not fall at all. The margin may then be as large as it likes.
 #
+# ## Predict, then run: the ending it never said
+#
+# Preferred in all held-out pairs, and never said. Preferred means: likelier, relative to the reference, than the bare answer. At the start that takes a fraction of a nat. Said means: likelier
+# than all else. From −93 nats no margin that 320 pairs can teach leads there.
+#
 # ## Predict, then run: best of 32
 #
-# With the model of the annotator who checks, more answers are right than at $n = 1$, though the best $n$ is smaller than 32: from some point on the search finds what the
-# reward model overrates. With the careless annotator's model fewer are right, and the more one searches the fewer: the longest of 32 answers is hardly ever the right one.
+# With the model of the annotator who checks, more answers are right than at $n = 1$, but most of that is there at $n = 4$: from then on the search finds what the
+# reward model overrates as often as what is right. With the careless annotator's model fewer are right at $n = 32$ than at $n = 1$, because the longest of 32 answers is seldom right.
 
 # %%
 checks.progress("07")
