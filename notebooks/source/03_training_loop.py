@@ -1,42 +1,52 @@
 # %% [markdown]
 # # 03 · The training loop, by hand
 #
-# Fine-tuning is a short program: read some rows, ask how surprised the model is, nudge its weights, repeat. You write all
-# of it here, in about 25 lines, and prove that it computes what the library and transformers compute. Then you
-# break it on purpose: with a bad learning rate, with too little data, and with a test set that leaks. At the end you make it
-# cheap, and let it survive a power cut.
+# Fine-tuning is a short program: read some rows, ask how surprised the model is, nudge its weights, repeat. You write three
+# of its parts: the loss, the weights of the micro-batches, and the learning rate. A loop of 25 lines puts them
+# together, and asserts show that it computes what the library and transformers compute. Then you
+# break it on purpose: with bugs, with a bad learning rate, with too little data, and with a test set that leaks. At the end you
+# make it cheap, and let it survive a power cut.
 #
 # ![One optimizer step: rows become micro-batches; each adds to the gradient; then clip, set the rate, move the weights](figures/03_loop.png)
 #
 # **Read it.** One *optimizer step*, left to right. The boxes inside the frame run once for each micro-batch and only add
-# to the gradient; the weights move once, at the right. Everything in this notebook is one of these boxes, or an error in one.
+# to the gradient; the weights move once, at the right. Parts 1 to 5 build these boxes one by one.
 #
 # | | |
 # |---|---|
-# | **You will be able to** | write a training loop · accumulate gradients without changing the loss · choose a learning rate · see overfitting · find a leak · pack rows · stop a run and go on to the same weights |
-# | **Time** | 45 minutes to read, 41 for the five exercises; under a minute to compute |
+# | **You will be able to** | write and test a training loop · accumulate gradients without changing the loss · choose a learning rate · see overfitting · find a leak · pack rows · stop a run and go on to the same weights |
+# | **Time** | 50 minutes to read, 41 for the five exercises; under a minute to compute |
 # | **Hardware** | one CPU core. No GPU, no network |
 # | **Before this** | [02 · Chat and masking](02_chat_and_masking.ipynb), or knowing what a loss mask is |
 
 # %% tags=["setup"]
+import re
 import sys
 
-if "google.colab" in sys.modules:  # on Colab only: fetch the library, leave torch and transformers as they are
-    REPO = "OWNER/qftlab"
-    get_ipython().run_line_magic("pip", f"install -q --no-deps git+https://github.com/{REPO}")
-    get_ipython().run_line_magic("pip", "install -q jsonargparse")
+if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
+    at = get_ipython().getoutput("curl $COLAB_JUPYTER_IP:$KMP_TARGET_PORT/api/sessions")
+    at = f"{at} {colab._message.blocking_request('get_ipynb')}".replace("%2F", "/")
+    repo = re.search(r"github[.com]*/([\w.-]+/[\w.-]+)/blob/([\w./-]+?)/notebooks/", at)
+    assert repo, "put here instead: !pip install git+https://github.com/OWNER/NAME"
+    get_ipython().system(repo.expand(r"pip install -q git+https://github.com/\1@\2"))
 
 # %%
 import copy
 import dataclasses
+import math
 import random
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from matplotlib import pyplot
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from transformers import get_cosine_schedule_with_warmup as cosine_with_warmup
+from transformers import get_linear_schedule_with_warmup as linear_with_warmup
 
 from qftlab.core import plots
 from qftlab.core.losses import masked_cross_entropy
@@ -44,6 +54,7 @@ from qftlab.data.batching import batches, count_trained, first_fit_decreasing, p
 from qftlab.data.bundled import bundled
 from qftlab.data.sources import load_rows
 from qftlab.data.split import contamination
+from qftlab.evaluate.kept import evaluate_kept
 from qftlab.evaluate.metrics import wilson_interval
 from qftlab.evaluate.skills import evaluate_rows
 from qftlab.model.loading import get_preset
@@ -76,7 +87,7 @@ model, tokenizer = start.model, start.tokenizer
 rows = load_rows(bundled("instructions", "train.jsonl"))
 random.Random(SEED).shuffle(rows)
 examples, usage = encode_rows(tokenizer, rows[:512])
-print(f"{usage.rows} rows, {usage.tokens:,} tokens, {usage.trained_tokens:,} of them trained")
+print(f"{usage.rows} rows, {usage.tokens:,} tokens, {usage.trained_tokens:,} trained")
 
 # %% [markdown]
 # **Formula.** With $m_t = 1$ where the token at $t$ is trained and $0$ elsewhere, and every row of the batch in both sums,
@@ -112,7 +123,7 @@ print(f"{usage.rows} rows, {usage.tokens:,} tokens, {usage.trained_tokens:,} of 
 
 # %%
 def my_loss(logits, labels):
-    """Mean NLL in nats over the trained labels; logits (B, T, V) at t predict the label at t + 1."""
+    """Mean NLL (nats) of trained labels; logits (B, T, V) at t predict label t + 1."""
     ...
 
 
@@ -126,9 +137,10 @@ checks.check("03.1", my_loss)
 mean_nll = checks.or_library("03.1", my_loss)
 batch = to_device(pad(examples[:8], tokenizer.pad_token_id), model.device)
 with torch.no_grad():
-    output = model(**batch)  # logits (B, T, V), and a loss, because the batch has labels
+    output = model(**batch)  # logits (B, T, V), and a loss: the batch has labels
 found = float(mean_nll(output.logits, batch["labels"]))
-assert abs(found - masked_cross_entropy(output.logits, batch["labels"]).item()) < 1e-5
+by_library = masked_cross_entropy(output.logits, batch["labels"]).item()
+assert abs(found - by_library) < 1e-5
 assert abs(found - output.loss.item()) < 1e-5
 print(f"{found:.2f} nats per trained token")
 
@@ -138,30 +150,81 @@ print(f"{found:.2f} nats per trained token")
 # **Idea.** `backward()` asks of every weight: if you grew a little, would the loss rise or fall? The answers are the
 # **gradient**. An optimizer moves each weight a little against its answer, and the loss falls. That is all of learning.
 #
-# **Formula.** AdamW divides each weight's running mean of gradients by their running size, so that every
-# weight moves by about the learning rate $\eta$, whether its gradients are large or small:
+# **Formula.** AdamW keeps two running averages for each weight: $m$ of its gradients and $v$ of their squares. It divides the
+# one by the root of the other, so that every weight moves by about the learning rate $\eta$, whether its gradients are large or
+# small. *Weight decay* comes on top: a pull of a small share $\lambda$ of the weight towards 0.
 #
-# $$ w \leftarrow w - \eta \, \frac{\hat m}{\sqrt{\hat v} + \epsilon} $$
+# $$ m \leftarrow \beta_1 m + (1 - \beta_1)\, g \qquad v \leftarrow \beta_2 v + (1 - \beta_2)\, g^2 \qquad
+#    w \leftarrow w - \eta \left( \frac{\hat m}{\sqrt{\hat v} + \epsilon} + \lambda w \right) $$
+#
+# The hats divide by $1 - \beta^t$ in step $t$, because both averages start at 0.
 #
 # **Toy numbers.** In the first step $\hat m = g$ and $\hat v = g^2$, so the fraction is the *sign* of $g$. A weight with gradient
 # 5 and one with gradient −0.01 move equally far: one by $-\eta$, one by $+\eta$.
-#
-# **Clipping.** Now and then a batch is odd and its gradient enormous. *Clipping* shortens a gradient longer than a limit
-# to that limit and keeps its direction. $(3, 4)$ has length 5; clipped to 1 it is $(0.6, 0.8)$.
-# AdamW forgives a large gradient in the step itself, but remembers it for many steps: so it is clipped all the same.
 
 # %%
-weights = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
-adam = torch.optim.AdamW([weights], lr=0.1, weight_decay=0.0)
-(weights * torch.tensor([5.0, -0.01])).sum().backward()
-adam.step()
-print([round(w, 2) for w in weights.tolist()])
-assert torch.allclose(weights, torch.tensor([0.9, 1.1]), atol=1e-4)
+def adamw(w, gradients, eta=0.1, decay=0.0, betas=(0.9, 0.98), eps=1e-8):
+    """A weight after each step of AdamW, given its gradients."""
+    m = v = 0.0
+    path = []
+    for t, g in enumerate(gradients, start=1):
+        m = betas[0] * m + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g**2
+        mean, size = m / (1 - betas[0] ** t), (v / (1 - betas[1] ** t)) ** 0.5
+        w = w - eta * (mean / (size + eps) + decay * w)
+        path.append(w)
+    return path
 
+
+print([round(adamw(1.0, [g])[0], 2) for g in [5.0, -0.01]])
+assert abs(adamw(1.0, [5.0])[0] - 0.9) < 1e-6
+assert abs(adamw(1.0, [-0.01])[0] - 1.1) < 1e-6
+
+# %% [markdown]
+# **Check.** Fifty random gradients, by hand and by torch. Then a weight with the value 2 of which no row wants anything: its
+# gradient is 0. Plain Adam's decay is added *to the gradient*, so it is divided by its own size, and $\lambda$ has no say.
+# AdamW's stands outside the fraction. That is the W: *decoupled* weight decay.
+
+# %%
+def by_torch(kind, w, gradients, **options):
+    """A weight after each step of one of torch's optimizers."""
+    weight = torch.nn.Parameter(torch.tensor(w, dtype=torch.float64))
+    optimizer, path = kind([weight], lr=0.1, **options), []
+    for gradient in gradients:
+        weight.grad = torch.tensor(gradient, dtype=torch.float64)
+        optimizer.step()
+        path.append(weight.item())
+    return path
+
+
+noisy = torch.randn(50, generator=torch.Generator().manual_seed(SEED)).tolist()
+wanted = by_torch(torch.optim.AdamW, 2.0, noisy, betas=(0.9, 0.98), weight_decay=0.01)
+found = adamw(2.0, noisy, decay=0.01)
+assert all(abs(a - b) < 1e-9 for a, b in zip(found, wanted, strict=True))
+for decay in [0.01, 0.1]:
+    (inside,) = by_torch(torch.optim.Adam, 2.0, [0.0], weight_decay=decay)
+    (outside,) = adamw(2.0, [0.0], decay=decay)
+    print(f"λ = {decay}: in the gradient 2 → {inside:.3f}, decoupled 2 → {outside:.3f}")
+    assert abs(inside - (2 - 0.1)) < 1e-6
+    assert abs(outside - 2 * (1 - 0.1 * decay)) < 1e-9
+
+# %% [markdown]
+# **Clipping.** Now and then a batch is odd and its gradient enormous. *Clipping* shortens a gradient longer than a limit
+# to that limit and keeps its direction. $(3, 4)$ has length 5; clipped to 1 it is $(0.6, 0.8)$.
+# AdamW forgives a large gradient in the step itself, but remembers it: the steps that follow it are too short, dozens of them.
+
+# %%
+weights = torch.nn.Parameter(torch.zeros(2))
 weights.grad = torch.tensor([3.0, 4.0])
 length = torch.nn.utils.clip_grad_norm_([weights], max_norm=1.0)
 print(f"length {length:.2f} → {[round(g, 2) for g in weights.grad.tolist()]}")
 assert torch.allclose(weights.grad, torch.tensor([0.6, 0.8]), atol=1e-4)
+
+path = adamw(0.0, [1.0] * 20 + [100.0] + [1.0] * 40)  # one gradient is enormous
+moves = [(before - after) / 0.1 for before, after in zip(path, path[1:])]
+at, later = moves[19], moves[19 + 30]
+print(f"steps in units of η: {at:.2f} with the odd gradient, {later:.2f} thirty later")
+assert moves[18] > 0.99 and at < 1 and later < 0.25
 
 # %% [markdown]
 # ## 3 · A step in pieces
@@ -189,7 +252,7 @@ assert torch.allclose(weights.grad, torch.tensor([0.6, 0.8]), atol=1e-4)
 
 # %%
 def my_weights(token_counts):
-    """What the mean loss of each micro-batch is multiplied by, so that the sum is the mean over all trained tokens."""
+    """What each micro-batch's mean loss is multiplied by, to sum to the step's mean."""
     ...
 
 
@@ -197,7 +260,7 @@ checks.check("03.2", my_weights)
 
 # %% [markdown]
 # **Code.** The gradient of the same eight rows: as 1 × 8, as 2 × 4, and as 8 × 1. We compare loss *and* gradient, because
-# two losses may agree by accident and a hundred thousand gradients do not.
+# two losses may agree by accident and a million numbers of a gradient do not.
 
 # %%
 micro_weights = checks.or_library("03.2", my_weights)
@@ -205,28 +268,34 @@ micro_weights = checks.or_library("03.2", my_weights)
 
 def mean_loss(model, batch):
     """Mean surprise of the trained tokens of one micro-batch, by the model's logits."""
-    logits = model(**{name: x for name, x in batch.items() if name != "labels"}).logits  # (B, T, V)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+    inputs = {name: x for name, x in batch.items() if name != "labels"}
+    logits, labels = model(**inputs).logits[:, :-1], batch["labels"][:, 1:]  # shifted
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
 
 
 def micro_batches(examples, size):
     """Examples as padded micro-batches of at most `size` rows."""
     parts = [examples[i : i + size] for i in range(0, len(examples), size)]
-    return [to_device(pad(part, tokenizer.pad_token_id), model.device) for part in parts]
+    padded = [pad(part, tokenizer.pad_token_id) for part in parts]
+    return [to_device(part, model.device) for part in padded]
+
+
+def trained_tokens(part):
+    """Tokens of a micro-batch with a label; the first of a row is never predicted."""
+    return int((part["labels"][:, 1:] != -100).sum())
 
 
 def loss_and_gradient(examples, size, weigh):
-    """The loss of one step taken `size` rows at a time, and its gradient as one long vector."""
+    """The loss of one step, `size` rows at a time, and its gradient as one vector."""
     parts = micro_batches(examples, size)
-    factors = weigh([int((part["labels"][:, 1:] != -100).sum()) for part in parts])
+    factors = weigh([trained_tokens(part) for part in parts])
     model.zero_grad()
-    losses = [factor * mean_loss(model, part) for factor, part in zip(factors, parts, strict=True)]
-    loss = sum(losses)
+    loss = sum(f * mean_loss(model, part) for f, part in zip(factors, parts))
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 # %%
-mixed = sorted(examples[:64], key=lambda e: count_trained([e]))[::9]  # eight rows, short answers to long ones
+mixed = sorted(examples[:64], key=lambda e: count_trained([e]))[::9]  # short and long
 
 
 def equally(counts):
@@ -238,13 +307,15 @@ whole, gradient = loss_and_gradient(mixed, 8, micro_weights)
 for size in [8, 4, 1]:
     right, right_gradient = loss_and_gradient(mixed, size, micro_weights)
     naive, naive_gradient = loss_and_gradient(mixed, size, equally)
-    assert abs(right - whole) < 1e-5 and torch.allclose(right_gradient, gradient, atol=1e-4, rtol=1e-3)
-    print(f"{8 // size} × {size}: by tokens {right:.2f}, as a mean of means {naive:.2f}")
-assert abs(naive - whole) > 0.05 and not torch.allclose(naive_gradient, gradient, atol=1e-2)
+    assert abs(right - whole) < 1e-5
+    assert torch.allclose(right_gradient, gradient, atol=1e-4, rtol=1e-3)
+    print(f"{8 // size} × {size}: by tokens {right:.2f}, mean of means {naive:.2f}")
+assert abs(naive - whole) > 0.05
+assert not torch.allclose(naive_gradient, gradient, atol=1e-2)
 
 # %% [markdown]
-# **Read it.** By tokens, all three lines agree: how a step is cut changes the memory it takes, and nothing
-# else. The mean of means depends on how it is cut, which means that a smaller GPU would train a different model.
+# **Read it.** By tokens, all three lines agree: how a step is cut changes the memory and the time it takes, and
+# nothing else. The mean of means depends on how it is cut, which means that a smaller GPU would train a different model.
 # This is no toy bug: transformers itself had it until October 2024.
 
 # %% [markdown]
@@ -277,7 +348,7 @@ assert abs(naive - whole) > 0.05 and not torch.allclose(naive_gradient, gradient
 
 # %%
 def my_rate(step, total, warmup, peak):
-    """The rate of a step: (step + 1) / warmup of the peak while step < warmup, then half a cosine down to 0."""
+    """(step + 1) / warmup of the peak while step < warmup, then half a cosine to 0."""
     ...
 
 
@@ -287,12 +358,16 @@ checks.check("03.3", my_rate)
 rate = checks.or_library("03.3", my_rate)
 config = TrainConfig(lr=PEAK, warmup_ratio=0.1)
 rates = [rate(step, 40, 4, PEAK) for step in range(40)]
-assert all(abs(r - loop.learning_rate(config, step, 40)) < 1e-9 for step, r in enumerate(rates))
-ax = plots.new_axes(None, 7.0, 3.0)
+wanted = [loop.learning_rate(config, step, 40) for step in range(40)]
+assert all(abs(a - b) < 1e-9 for a, b in zip(rates, wanted, strict=True))
+assert rates[3] == PEAK and rates[-1] < 0.01 * PEAK
+
+ax = plots.new_axes(None, 7.0, 3.4)
 ax.plot(range(40), [r / PEAK for r in rates], "o-", color=plots.PALETTE[0])
-ax.set_xlabel("optimizer step", fontsize=12)
-ax.set_ylabel("rate (share of the peak)", fontsize=12)
-views.show_figure(ax, alt="Learning rate over 40 steps: four rising steps to the peak, then half a cosine down to zero")
+plots.finish(ax, "optimizer step", "rate (share of the peak)", "Up fast, down slowly")
+alt = ("Learning rate over 40 steps: four rising steps to the peak, then half a "
+       "cosine down to zero")
+views.show_figure(ax, alt=alt)
 
 # %% [markdown]
 # **Read it.** Four steps up, thirty-six down. The first rate is a quarter of the peak and not 0, so no step is wasted; the
@@ -300,28 +375,30 @@ views.show_figure(ax, alt="Learning rate over 40 steps: four rising steps to the
 #
 # ## 5 · The loop
 #
-# Everything is there. Put together it is 25 lines:
+# Everything is there: loss, weights of micro-batches, gradient, clipping, rate, AdamW. Put together it is 25 lines:
 
 # %%
-def train_by_hand(model, steps, peak, warmup, loss_of=mean_loss):
-    """Train in place on `steps`, each a list of micro-batches; returns the loss of every optimizer step."""
+def train_by_hand(model, steps, peak, warmup, decay=0.01, loss_of=mean_loss,
+                  weigh=micro_weights, rate_of=rate):
+    """Train in place on `steps`, lists of micro-batches; returns each step's loss."""
     decayed = [p for p in model.get_decoder().layers.parameters() if p.ndim >= 2]
     kept = {id(p) for p in decayed}
     others = [p for p in model.parameters() if id(p) not in kept]
-    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": decay},
+              {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98))
     losses = []
     model.train()
     for step, parts in enumerate(steps):
-        counts = [int((part["labels"][:, 1:] != -100).sum()) for part in parts]  # the whole step, before it begins
+        counts = [trained_tokens(part) for part in parts]  # in advance
         total = 0.0
-        for factor, part in zip(micro_weights(counts), parts, strict=True):
+        for factor, part in zip(weigh(counts), parts, strict=True):
             loss = factor * loss_of(model, part)
             loss.backward()  # adds to the gradient
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, len(steps), warmup, peak)
+            group["lr"] = rate_of(step, len(steps), warmup, peak)
         optimizer.step()  # moves the weights
         optimizer.zero_grad()  # forgets the gradient
         losses.append(total)
@@ -331,71 +408,113 @@ def train_by_hand(model, steps, peak, warmup, loss_of=mean_loss):
 # %% [markdown]
 # **Read it.** Five things are worth a second look. The token counts are taken *before* the first forward pass. `backward`
 # stands inside the inner loop, `step` and `zero_grad` outside. Clipping comes after the last micro-batch: clip each of them
-# and you clip something else. The rate is set by us, step by step. And weight decay, a gentle pull towards 0, acts on
-# matrices only: a norm's scale or a token's row is no place for it.
+# and you clip something else. The rate is set by us, step by step. And weight decay acts on
+# matrices only: a norm's scale or a token's row is not pulled towards 0.
 #
 # **Code.** Six steps of 32 rows, in micro-batches of 16, in the library's own order of rows.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 NUM_STEPS, WARMUP = 6, 2
 order = batches(len(examples), batch_size=BATCH, seed=SEED, epoch=0)[:NUM_STEPS]
 steps = [micro_batches([examples[i] for i in numbers], 16) for numbers in order]
 by_hand = train_by_hand(copy.deepcopy(model), steps, PEAK, WARMUP)
-print("by hand:", [f"{loss:.2f}" for loss in by_hand])
+print("on this machine, by hand:", [f"{loss:.2f}" for loss in by_hand])
 
 # %% [markdown]
-# **Check.** Two independent witnesses, on the same rows in the same order: the library's loop, which packs rows in place of padding
+# **Check.** Two independent witnesses, on the same rows in the same order: the library's loop, which packs rows instead of padding
 # them and never builds all logits; and our loop with transformers' own loss put in. Not only the first loss has to agree:
-# those after it come from weights that *moved*, so they check the gradient, the clipping and the optimizer as well.
+# those after it come from weights that *moved*, so they check the gradient and the optimizer as well.
 
 # %%
-six_steps = TrainConfig(lr=PEAK, max_steps=NUM_STEPS, batch_size=BATCH, micro_batch_size=16,
-                        warmup_ratio=WARMUP / NUM_STEPS, seed=SEED)
+six_steps = TrainConfig(lr=PEAK, max_steps=NUM_STEPS, batch_size=BATCH, seed=SEED,
+                        micro_batch_size=16, warmup_ratio=WARMUP / NUM_STEPS)
 undisturbed = copy.deepcopy(model)  # part 10 comes back to it
-by_library = fit_examples(undisturbed, examples, six_steps).losses
-by_transformers = train_by_hand(copy.deepcopy(model), steps, PEAK, WARMUP, lambda model, batch: model(**batch).loss)
-for others in [by_library, by_transformers]:
-    assert all(abs(a - b) < 1e-5 for a, b in zip(by_hand[:2], others[:2], strict=True))
-    assert all(abs(a - b) < 1e-2 for a, b in zip(by_hand, others, strict=True))
-print("the first two losses agree within 0.00001, by hand, by the library and by transformers")
+undisturbed_losses = fit_examples(undisturbed, examples, six_steps).losses
+by_transformers = train_by_hand(copy.deepcopy(model), steps, PEAK, WARMUP,
+                                loss_of=lambda model, batch: model(**batch).loss)
+for others in [undisturbed_losses, by_transformers]:
+    assert all(abs(a - b) < 1e-4 for a, b in zip(by_hand[:3], others[:3], strict=True))
+    assert all(abs(a - b) < 1e-3 for a, b in zip(by_hand, others, strict=True))
+print("by hand, by the library, by transformers: three losses agree within 0.0001")
 
 # %% [markdown]
-# **Read it.** Later losses are only asked to agree within a hundredth. Floating-point sums depend on their order; two
-# correct programs drift apart, slowly. A *bug* shows at once, in the first or second loss. So that is where to look.
+# **Break it.** How much does such a check see? We put five bugs into the loop, one at a time, train three steps, and ask which
+# loss is the first to be off by more than a thousandth.
+#
+# > **Predict, then run.** A mean of means; the rate one step late; no clipping; a gradient that is never zeroed; no weight decay.
+# > For each: is it the first loss that tells, the second, the third, or none of the three?
+
+# %%
+def first_wrong(bug=nullcontext(), **parts):
+    """Which of three losses is the first to be wrong; parts go into the loop."""
+    with bug:
+        losses = train_by_hand(copy.deepcopy(model), steps[:3], PEAK, WARMUP, **parts)
+    wrong = [abs(a - b) > 1e-3 for a, b in zip(losses, by_hand, strict=False)]
+    return wrong.index(True) + 1 if any(wrong) else None
+
+
+unclipped = patch("torch.nn.utils.clip_grad_norm_", lambda *_: None)
+unforgotten = patch("torch.optim.AdamW.zero_grad", lambda _: None)
+seen = {"mean of means": first_wrong(weigh=equally),
+        "rate a step late": first_wrong(rate_of=lambda s, *rest: rate(s - 1, *rest)),
+        "no clipping": first_wrong(unclipped),
+        "never zeroed": first_wrong(unforgotten),
+        "no weight decay": first_wrong(decay=0.0)}
+print(seen)
+assert list(seen.values()) == [1, 2, 3, 3, None]
+
+# %% [markdown]
+# **Read it.** A wrong loss shows at once. A wrong step shows one loss later. Clipping shows only in the third loss, because AdamW's
+# first step is the sign of the gradient, whatever its length; and a gradient that was never zeroed has to wait for a second one. So
+# compare three losses, and to more decimals than seem needed. Weight decay passes: in three steps it changes almost nothing. That is
+# why part 2 tests it alone.
 #
 # ## 6 · Which learning rate?
 #
-# **Idea.** If you may tune one number, tune this one. We train the same model on the same 512 rows three times: with a
+# **Idea.** If you may tune one number, tune this one. A setting is chosen on rows kept aside for that, the *development* rows;
+# what is reported at the end is measured on others (part 8). We train the same model on the same 512 rows three times: with a
 # hundredth of `PEAK`, with `PEAK`, and with forty times as much.
 #
 # > **Predict, then run.** Sketch three loss curves over 16 steps. Where does each one end? The one with too large a rate: does
 # > it fall faster, stand still, or rise? And above or below the loss of a model that guesses blindly, $\ln 1024 = 6.93$ nats?
 
 # %%
-sweep, held_out = {}, load_rows(bundled("instructions", "heldout.jsonl"))[::3]  # a third, to be quick
-for name, factor in [("too small", 0.01), ("right", 1), ("too large", 40)]:
+development = load_rows(bundled("instructions", "development.jsonl"))[::3]  # a third
+factors, sweep, kept = {"too small": 0.01, "right": 1, "too large": 40}, {}, {}
+for name, factor in factors.items():
     config = TrainConfig(lr=PEAK * factor, batch_size=BATCH, seed=SEED)
-    sweep[name] = fit_rows(copy.deepcopy(model), tokenizer, rows[:512], config, held_out_rows=held_out)
+    trial = copy.deepcopy(model)
+    sweep[name] = fit_rows(trial, tokenizer, rows[:512], config,
+                           held_out_rows=development)
+    kept[name] = evaluate_kept(trial, tokenizer, development).accuracy
 
-losses = {f"{name} ({PEAK * f:.2g})": sweep[name].losses for name, f in [("too small", 0.01), ("right", 1), ("too large", 40)]}
-ax = plots.loss_curve(range(1, 17), losses, window=1, title="Three learning rates, one model, the same rows")
+losses = {f"{name} ({PEAK * f:.2g})": sweep[name].losses for name, f in factors.items()}
+ax = plots.loss_curve(range(1, 17), losses, window=1, title="Three learning rates")
+ax.axhline(math.log(1024), color="grey", linestyle=":", linewidth=1.5)
 ax.set_yscale("log")
 ax.set_ylim(0.1, 60)
 ax.set_yticks([0.1, 0.3, 1, 3, 10, 30], ["0.1", "0.3", "1", "3", "10", "30"])
 ax.legend(fontsize=12, frameon=False, ncols=3, loc="upper right")
-views.show_figure(ax, alt="Training loss of 16 steps at three learning rates, on a logarithmic axis: too small hardly "
-                  "falls, right falls steeply, too large shoots up and stays high")
+alt = ("Training loss of 16 steps at three learning rates, on a logarithmic axis: "
+       "too small hardly falls, right falls steeply, too large shoots up above the "
+       "dotted line of a blind guess and stays high")
+views.show_figure(ax, alt=alt)
+
+# %% tags=["nbval-ignore-output"]
 before = sweep["right"].held_out[0][1]
 final = {name: result.held_out[-1][1] for name, result in sweep.items()}
-assert final["right"] < 0.5 * before and final["right"] < 0.5 * final["too small"] < final["too large"]
-assert max(sweep["too large"].losses) > 1.5 * sweep["too large"].losses[0]
-print(f"held-out loss: {before:.1f} before · {final['too small']:.1f} too small · {final['right']:.1f} right")
+print(f"on this machine: development loss {before:.1f} before")
+for name in factors:
+    print(f"{name}: {final[name]:.1f}, plain arithmetic still right {kept[name]:.0%}")
+assert final["right"] < 0.5 * before and final["right"] < 0.5 * final["too small"]
+assert max(sweep["too large"].losses) > math.log(1024)
+assert kept["too large"] < 0.2 < kept["too small"]
 
 # %% [markdown]
 # **Read it.** The axis is logarithmic, and the wiggles are the batches: some are harder than others. Too small: almost level;
-# nothing is wrong with it but the time it would take. Right: a steep fall, then a slow one. Too large: up at once, far above
-# where it began, and then a slow way out of the ruins. What the model knew from pretraining is gone, and a small loss later on
-# would not bring it back.
+# nothing is wrong with it but the time it would take. Right: a steep fall, then a slow one. Too large: up at once, beyond the dotted
+# line of a blind guess, and then a slow way out of the ruins. What the model knew from pretraining is gone: it can hardly do any of the
+# plain problems that it did before (`47 + 38 =`).
 #
 # In practice: try rates a factor of three apart on a small part of the data, take the largest one that falls
 # smoothly, and then go down one notch, because a long run meets odder batches than a short one.
@@ -406,33 +525,37 @@ print(f"held-out loss: {before:.1f} before · {final['too small']:.1f} too small
 # some aside, and measure the loss on them too. To see why, we train on a mere handful, 16 rows, again and again.
 
 # %%
-config = TrainConfig(lr=PEAK, schedule="constant", batch_size=16, max_steps=40, eval_every=4, seed=SEED)
-handful = fit_rows(copy.deepcopy(model), tokenizer, rows[:16], config, held_out_rows=held_out)
+config = TrainConfig(lr=PEAK, schedule="constant", batch_size=16, max_steps=40,
+                     eval_every=4, seed=SEED)
+handful = fit_rows(copy.deepcopy(model), tokenizer, rows[:16], config,
+                   held_out_rows=development)
 when, unseen = zip(*handful.held_out, strict=True)
 
-ax = plots.loss_curve(range(1, 41), handful.losses, held_out=(when, unseen), window=1, title="Sixteen rows: the training loss says all is well")
-views.show_figure(ax, alt="Loss over 40 steps on 16 rows: the training loss falls to zero, the held-out loss falls "
-                  "at first and then rises again")
+ax = plots.loss_curve(range(1, 41), handful.losses, held_out=(when, unseen), window=1,
+                      title="Sixteen rows: the training loss says all is well")
+alt = ("Loss over 40 steps on 16 rows: the training loss falls to zero, the held-out "
+       "loss falls at first and then rises again")
+views.show_figure(ax, alt=alt)
 
 # %% [markdown]
 # **Read it.** At first both fall: the model learns what *every* row has in common, the format. Then they part. The training loss
-# goes to zero, since sixteen answers can be learned by heart; the held-out loss turns and climbs. Where it turns is
+# goes to zero, because sixteen answers can be learned by heart; the held-out loss turns and climbs. Where it turns is
 # where to stop. More rows are the better cure, though: sixteen rows forty times, or 512 rows once, is about the same work.
 
 # %%
 assert handful.losses[-1] < 0.1 and unseen[-1] > 1.03 * min(unseen)
 assert min(unseen) < unseen[0] and final["right"] < unseen[-1]
-print(f"held-out loss: {unseen[-1]:.1f} after 16 rows forty times · {final['right']:.1f} after 512 rows once")
+print("512 rows once beat 16 rows forty times, on rows that neither saw")
 
 # %% [markdown]
-# > **Explain.** While the held-out *loss* climbs, held-out *accuracy* often stays where it is, or even gains a little. How
+# > **Explain.** The held-out *loss* may climb while held-out *accuracy* stays where it is, or even gains a little. How
 # > can both be true? Write two sentences. (Think of an answer that is wrong anyway, at 40 % confidence and at 99 %.)
 
 # %% [markdown]
 # ## 8 · The leak
 #
-# **Idea.** So we trust the test set. Then what if a few of its rows slip into training, by a careless merge of two
-# files, or a scrape that found the answers? We do it on purpose. The skill is Countdown: make a number out of three others. It is
+# **Idea.** So we trust the *test set*, held-out rows that no setting was chosen on. Then what if a few of them slip into training, by
+# a careless merge of two files, or a scrape that found the answers? We do it on purpose. The skill is Countdown: make a number out of three others. It is
 # hard for a model of this size, so *learned* and *learned by heart* are easy to tell apart.
 #
 # The test set has 100 puzzles. We take the fine-tuned model of notebook 00 and train it on 40 rows: once on 40 honest ones;
@@ -446,12 +569,13 @@ print(leaked[0]["instruction"], "→", leaked[0]["output"])
 
 
 def marks_after(train_rows):
-    """A copy of the fine-tuned model, trained on rows (if any): its marks on leaked, clean and all puzzles."""
+    """The fine-tuned model, trained on rows: marks on leaked, clean, all puzzles."""
     sft = stages.stage("sft", preset=PRESET)
     if train_rows:
         config = TrainConfig(lr=PEAK, batch_size=20, epochs=20, seed=SEED)
         fit_rows(sft.model, sft.tokenizer, train_rows, config)
-    marks = [score.correct for score in evaluate_rows(sft.model, sft.tokenizer, test).scores]
+    scores = evaluate_rows(sft.model, sft.tokenizer, test).scores
+    marks = [score.correct for score in scores]
     return marks[:NUM_LEAKED], marks[NUM_LEAKED:], marks
 
 
@@ -459,25 +583,28 @@ results = {"before": marks_after([]), "40 honest rows": marks_after(honest),
            "20 of them leaked": marks_after(honest[:NUM_LEAKED] + leaked)}
 
 # %%
-groups = [f"{NUM_LEAKED} leaked puzzles", f"{len(clean)} clean puzzles", f"all {len(test)}, as reported"]
-ax = plots.accuracy_bars(
-    groups,
-    {name: [sum(marks) / len(marks) for marks in parts] for name, parts in results.items()},
-    intervals={name: [wilson_interval(sum(marks), len(marks)) for marks in parts] for name, parts in results.items()},
-    title="Twenty leaked rows, and accuracy lies",
-)
-views.show_figure(ax, alt="Accuracy before training, after honest rows, and after rows with a leak: on the leaked puzzles the "
-                  "last is far ahead, on the clean ones it is not, so its reported accuracy is too high")
-share = {name: [sum(marks) / len(marks) for marks in parts] for name, parts in results.items()}
+groups = [f"{NUM_LEAKED} leaked", f"{len(clean)} clean", "all, as reported"]
+share, range95 = {}, {}
+for name, parts in results.items():
+    share[name] = [sum(marks) / len(marks) for marks in parts]
+    range95[name] = [wilson_interval(sum(marks), len(marks)) for marks in parts]
+ax = plots.accuracy_bars(groups, share, intervals=range95,
+                         title="Twenty leaked rows, and accuracy lies")
+alt = ("Accuracy before training, after honest rows, and after rows with a leak: on "
+       "the leaked puzzles the last is far ahead, on the clean ones it is not, so "
+       "its reported accuracy is too high")
+views.show_figure(ax, alt=alt)
+
+# %% tags=["nbval-ignore-output"]
 on_leaked, on_clean, reported = share["20 of them leaked"]
+print("on this machine, of leaked, clean and all puzzles:")
+for name, parts in share.items():
+    print(f"{name}: {' · '.join(f'{part:.0%}' for part in parts)}")
 assert on_leaked > 0.6 and on_leaked > on_clean + 0.3
-assert on_clean < share["before"][1] + 0.05 and share["40 honest rows"][1] < share["before"][1] + 0.05
-assert reported > max(share["before"][2], share["40 honest rows"][2])
-print(f"with the leak: leaked {on_leaked:.0%} · clean {on_clean:.0%} · reported {reported:.0%}")
 
 # %% [markdown]
-# **Read it.** From the top: on the leaked puzzles the third model shines. On the clean ones it does no better than it did
-# before, nor does the honest one: forty rows, twenty times over, are part 7 again. The lowest group is what a paper would report,
+# **Read it.** From the top: on the leaked puzzles the third model shines. On the clean ones neither it nor the honest one is better
+# than before: forty rows, twenty times over, are part 7 again. The lowest group is what a paper would report,
 # and there the training with the leak *looks like a success*. Nothing about that number is odd. Only the split into leaked and clean
 # gives it away, and that needs somebody who looks.
 #
@@ -499,7 +626,7 @@ print(f"with the leak: leaked {on_leaked:.0%} · clean {on_clean:.0%} · reporte
 
 # %%
 def my_leaks(train, test):
-    """Indices, rising, of the test prompts that also occur in `train` once case and white space are evened out."""
+    """Indices, rising, of test prompts that occur in `train`, case and blanks aside."""
     ...
 
 
@@ -511,7 +638,8 @@ prompts = [row["instruction"] for row in test]
 dirty = [row["instruction"].upper() + "  " for row in honest[:NUM_LEAKED] + leaked]
 found = find_leaks(dirty, prompts)
 print(f"{len(found)} of {len(prompts)} test prompts are in the training data")
-assert found == list(range(NUM_LEAKED)) and not find_leaks([row["instruction"] for row in honest], prompts)
+assert found == list(range(NUM_LEAKED))
+assert not find_leaks([row["instruction"] for row in honest], prompts)
 
 # %% [markdown]
 # ## 9 · Padded or packed
@@ -531,9 +659,12 @@ assert found == list(range(NUM_LEAKED)) and not find_leaks([row["instruction"] f
 three = examples[:3]
 document = torch.tensor([n for n, e in enumerate(three) for _ in e.input_ids])  # (T,)
 positions = torch.cat([torch.arange(len(e.input_ids)) for e in three])  # (T,)
-packed, borders = pack(three), [0, *(document.diff().nonzero().flatten() + 1).tolist(), len(document)]
-print("borders", borders, "· positions around the first", positions[borders[1] - 3 : borders[1] + 3].tolist())
-assert torch.equal(packed["position_ids"][0], positions) and packed["cu_seq_lens_q"].tolist() == borders
+inner = (document.diff().nonzero().flatten() + 1).tolist()
+packed, borders = pack(three), [0, *inner, len(document)]
+around = positions[borders[1] - 3 : borders[1] + 3].tolist()
+print("borders", borders, "· positions around the first", around)
+assert torch.equal(packed["position_ids"][0], positions)
+assert packed["cu_seq_lens_q"].tolist() == borders
 
 # %% [markdown]
 # **Code.** Four ways to the loss of these three documents: one by one; packed by hand, with the mask as a $T \times T$ table;
@@ -543,16 +674,19 @@ assert torch.equal(packed["position_ids"][0], positions) and packed["cu_seq_lens
 packed, step = to_device(packed, model.device), Step(model)
 row = {"input_ids": packed["input_ids"], "labels": packed["labels"]}  # (1, T)
 visible = (document[:, None] == document[None, :]).tril()[None, None]  # (1, 1, T, T)
-told = to_device({"position_ids": positions[None], "attention_mask": visible}, model.device)
+told = {"position_ids": positions[None], "attention_mask": visible}
+told = to_device(told, model.device)
 counts = [count_trained([e]) for e in three]
 with torch.no_grad():
     one_by_one = [float(mean_loss(model, part)) for part in micro_batches(three, 1)]
-    alone = sum(n * loss for n, loss in zip(counts, one_by_one, strict=True)) / sum(counts)
+    alone = sum(n * loss for n, loss in zip(counts, one_by_one)) / sum(counts)
     by_mask = float(mean_loss(model, {**row, **told}))
     by_borders = float(step(**packed, num_tokens=sum(counts)))
     not_told = float(mean_loss(model, row))
-print(f"one by one {alone:.2f} · by hand {by_mask:.2f} · by the library {by_borders:.2f} · not told {not_told:.2f}")
-assert abs(by_mask - alone) < 1e-5 and abs(by_borders - alone) < 1e-5 and abs(not_told - alone) > 0.1
+print(f"one by one {alone:.2f} · by hand {by_mask:.2f} · "
+      f"by the library {by_borders:.2f} · not told {not_told:.2f}")
+assert abs(by_mask - alone) < 1e-5 and abs(by_borders - alone) < 1e-5
+assert abs(not_told - alone) > 0.05
 
 # %% [markdown]
 # **Read it.** Three of them agree to five decimals. In the fourth the documents see each other: each answer is predicted from
@@ -586,7 +720,7 @@ assert abs(by_mask - alone) < 1e-5 and abs(by_borders - alone) < 1e-5 and abs(no
 
 # %%
 def my_rows(lengths, budget):
-    """Rows of at most `budget` tokens, as lists of lengths: the longest first, each into the first row with room."""
+    """Lists of lengths, `budget` at most; longest first, into the first with room."""
     ...
 
 
@@ -600,55 +734,66 @@ lengths = [len(e.input_ids) for e in examples]
 
 def draw(ax, rows, width, title):
     """Rows of documents, and what fills them up to `width`."""
+    document = {"color": plots.PALETTE[0], "edgecolor": "white"}
+    filling = {"color": "0.93", "edgecolor": "0.6", "hatch": "////", "linewidth": 0}
     for y, row in enumerate(rows):
         begins = [sum(row[:i]) for i in range(len(row))]
-        ax.barh(y, row, left=begins, color=plots.PALETTE[0], edgecolor="white", height=0.9)
-        ax.barh(y, width - sum(row), left=sum(row), color="0.93", edgecolor="0.7", hatch="////", height=0.9, linewidth=0)
-    ax.set_title(f"{title}: {sum(map(sum, rows)) / (width * len(rows)):.0%} real", fontsize=13, loc="left")
-    ax.set_xlabel("tokens", fontsize=12)
+        ax.barh(y, row, left=begins, height=0.9, **document)
+        ax.barh(y, width - sum(row), left=sum(row), height=0.9, **filling)
+    real = sum(map(sum, rows)) / (width * len(rows))
+    plots.finish(ax, "tokens", "", f"{title}: {real:.0%} real")
     ax.set_yticks([])
     ax.invert_yaxis()
 
 
-def padded_tokens(lengths, size):
-    """Tokens that go through the model if rows are padded, `size` at a time."""
-    return sum(len(lengths[i : i + size]) * max(lengths[i : i + size]) for i in range(0, len(lengths), size))
-
-
-figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
-draw(left, [[length] for length in lengths[:BATCH]], max(lengths[:BATCH]), f"Padded, {BATCH} rows")
-fitted = fit_into_rows(lengths[:BATCH], BUDGET)
+figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 4.6), layout="constrained")
+first = lengths[:BATCH]
+draw(left, [[length] for length in first], max(first), f"Padded, {BATCH} rows")
+fitted = fit_into_rows(first, BUDGET)
 draw(right, fitted, BUDGET, f"Fitted, {len(fitted)} rows")
-views.show_figure(figure, alt="Two pictures of the same 32 documents: one to a row, most of the rectangle is filling; "
-                  "fitted into rows of 128 tokens, little of it is")
-
-computed = {"padded": padded_tokens(lengths, BATCH), "sorted, padded": padded_tokens(sorted(lengths), BATCH), "packed": sum(lengths)}
-for name, tokens in computed.items():
-    print(f"all {len(lengths)} rows, {name:14} {tokens:>7,} tokens computed, {1 - sum(lengths) / tokens:.0%} of them wasted")
-assert computed["packed"] < computed["sorted, padded"] < computed["padded"]
-assert list(map(sum, fitted)) == [sum(lengths[i] for i in row) for row in first_fit_decreasing(lengths[:BATCH], BUDGET)]
+alt = ("Two pictures of the same 32 documents: one to a row, most of the rectangle "
+       "is filling; fitted into rows of 128 tokens, little of it is")
+views.show_figure(figure, alt=alt)
+by_library = first_fit_decreasing(first, BUDGET)
+assert fitted == [[first[i] for i in row] for row in by_library]
 
 # %% [markdown]
-# **Read it.** Solid is real, hatched is filling. On the left two long answers make thirty short rows long, and the model computes
+# **Read it.** Solid is real, hatched is filling. On the left a few long answers make thirty short rows long, and the model computes
 # all of it. On the right are the same documents in rows of 128 tokens; white lines are their borders. What little is hatched there
 # is not even computed: the library's packed rows end where their last document ends.
 #
-# Below it the count for all rows. *Sorting* by length before cutting into batches helps too, but then long and short answers never
+# Now the count for all rows. *Sorting* by length before cutting into batches helps too, but then long and short answers never
 # meet in one step.
-#
+
+# %%
+def padded_tokens(lengths, size):
+    """Tokens that go through the model if rows are padded, `size` at a time."""
+    parts = [lengths[i : i + size] for i in range(0, len(lengths), size)]
+    return sum(len(part) * max(part) for part in parts)
+
+
+computed = {"padded": padded_tokens(lengths, BATCH),
+            "sorted, padded": padded_tokens(sorted(lengths), BATCH),
+            "packed": sum(lengths)}
+for name, tokens in computed.items():
+    wasted = 1 - sum(lengths) / tokens
+    print(f"{name:14} {tokens:>7,} tokens computed, {wasted:.0%} of them wasted")
+assert computed["packed"] < computed["sorted, padded"] < computed["padded"]
+
+# %% [markdown]
 # **Check.** In the library all this is one word, `packing`. Three steps with it and three without, 512 tokens to a forward pass:
-# the first two losses agree within 0.00001, as in part 5, and every loss within a hundredth.
+# as in part 5, three losses agree within 0.0001.
 
 # %%
 found = {}
 for packing in [True, False]:
-    config = TrainConfig(lr=PEAK, max_steps=3, batch_size=BATCH, packing=packing, tokens_per_micro_batch=512, seed=SEED)
+    config = TrainConfig(lr=PEAK, max_steps=3, batch_size=BATCH, packing=packing,
+                         tokens_per_micro_batch=512, seed=SEED)
     passes = ExampleSource(examples, config)(0, 0)  # of the first step
     found[packing] = fit_examples(copy.deepcopy(model), examples, config).losses
-    print(f"packing={packing!s:5} {[f'{loss:.1f}' for loss in found[packing]]}, first step: {len(passes)} passes, "
-          f"{sum(part.tensors['input_ids'].numel() for part in passes):,} tokens")
-assert all(abs(a - b) < 1e-5 for a, b in zip(found[True][:2], found[False][:2], strict=True))
-assert all(abs(a - b) < 1e-2 for a, b in zip(found[True], found[False], strict=True))
+    tokens = sum(part.tensors["input_ids"].numel() for part in passes)
+    print(f"packing={packing!s:5} first step: {len(passes)} passes, {tokens:,} tokens")
+assert all(abs(a - b) < 1e-4 for a, b in zip(found[True], found[False], strict=True))
 
 # %% [markdown]
 # ## 10 · The power cut
@@ -666,6 +811,13 @@ assert all(abs(a - b) < 1e-2 for a, b in zip(found[True], found[False], strict=T
 # **Toy numbers.** A weight with gradients 1, 1, 1 and then −1, and $\beta_1 = 0.9$. With its averages, $\hat m$ of the fourth step
 # is $0.144/0.344 = 0.42$, and $\hat v = 1$: it goes on as before, slower. Without them the fourth step is a *first* step, and
 # $\hat m/\sqrt{\hat v} = -1$: it turns round, at full speed.
+
+# %%
+went_on = adamw(0.0, [1.0, 1.0, 1.0, -1.0])
+assert abs((went_on[2] - went_on[3]) / 0.1 - 0.42) < 0.005
+assert abs(adamw(0.0, [-1.0])[0] - 0.1) < 1e-6  # forgot: the other way
+
+# %% [markdown]
 #
 # **Code.** The run of part 5, once more, saving every three steps. In the fourth the power fails.
 
@@ -679,10 +831,12 @@ def fail_in_step_four(record):
         raise PowerCut
 
 
-disk, saving = tempfile.TemporaryDirectory(), dataclasses.replace(six_steps, save_every=3)
+disk = tempfile.TemporaryDirectory()
+saving = dataclasses.replace(six_steps, save_every=3)
 lost = copy.deepcopy(model)
 try:
-    fit_examples(lost, examples, saving, checkpoints=disk.name, on_log=fail_in_step_four)
+    fit_examples(lost, examples, saving, checkpoints=disk.name,
+                 on_log=fail_in_step_four)
 except PowerCut:
     (saved,) = Path(disk.name).iterdir()
 for file in sorted(saved.iterdir()):
@@ -698,12 +852,13 @@ for file in sorted(saved.iterdir()):
 # %%
 resumed = copy.deepcopy(model)  # what a new process begins with
 again = fit_examples(resumed, examples, saving, checkpoints=disk.name, resume=True)
-assert again.losses == by_library
-assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), undisturbed.parameters(), strict=True))
-print("six losses and", f"{sum(p.numel() for p in resumed.parameters()):,}", "weights: every bit the same")
+assert again.losses == undisturbed_losses
+both = zip(resumed.parameters(), undisturbed.parameters(), strict=True)
+assert all(torch.equal(a, b) for a, b in both)
+print(f"six losses and {resumed.num_parameters():,} weights: every bit the same")
 
 # %% [markdown]
-# **Read it.** All of them, to the last bit. Part 5 asked for five decimals of a loss, because two *different* programs add in
+# **Read it.** All of them, to the last bit. Part 5 asked for a few decimals of three losses, because two *different* programs add in
 # different orders. Here the same program adds the same numbers in the same order, so anything less than equal would mean that
 # something was forgotten. (Another machine, or another number of threads, orders sums differently: a few decimals again.)
 #
@@ -719,41 +874,55 @@ def flat(module):
 def step_four(keep_averages):
     """The weights before and after step 4, from the files of step 3."""
     step = Step(copy.deepcopy(model))
-    named, parts = dict(step.named_parameters()), ExampleSource(examples, six_steps)(0, 3)
+    named = dict(step.named_parameters())
     optimizer = loop.make_optimizer(step, six_steps, named)
-    step.load_state_dict(load_file(saved / "weights.safetensors"), strict=False)  # the tied head is in there once
-    for key, value in load_file(saved / "optimizer.safetensors").items() if keep_averages else ():
+    weights = load_file(saved / "weights.safetensors")
+    step.load_state_dict(weights, strict=False)  # the tied head is in there once
+    averages = load_file(saved / "optimizer.safetensors") if keep_averages else {}
+    for key, value in averages.items():
         kind, name = key.split(":")  # such as exp_avg:model.model.norm.weight
-        optimizer.state[named[name]][kind] = value.to(model.device) if value.ndim else value
-    before = flat(step)
-    loop.optimizer_step(step, optimizer, parts, loop.learning_rate(six_steps, 3, NUM_STEPS), six_steps.max_grad_norm)
+        value = value.to(model.device) if value.ndim else value
+        optimizer.state[named[name]][kind] = value
+    before, parts = flat(step), ExampleSource(examples, six_steps)(0, 3)
+    lr = loop.learning_rate(six_steps, 3, NUM_STEPS)
+    loop.optimizer_step(step, optimizer, parts, lr, six_steps.max_grad_norm)
     return before, flat(step)
 
 
 before, after = step_four(keep_averages=True)
 forgetful = step_four(keep_averages=False)[1]
-assert torch.equal(after, flat(lost)) and not torch.allclose(forgetful, after, atol=1e-4)
+assert torch.equal(after, flat(lost))
 moved, strayed = after - before, forgetful - before
-print(f"without averages: {strayed.abs().mean() / moved.abs().mean():.1f} times as far, "
-      f"{(moved * strayed < 0).float().mean():.0%} of the weights in the opposite direction")
+assert strayed.abs().mean() > 1.2 * moved.abs().mean()
+opposite = (moved * strayed < 0).float().mean()
+assert 0.1 < opposite < 0.9
+print("with the averages: step 4, to the bit; without them: another, longer step")
 
 # %% [markdown]
 # **Read it.** From the three, step 4 comes out to the last bit. Without the averages it is a different step, and no message says
-# so. The same holds for other things that people forget:
+# so: every weight goes at full speed, and many go in the opposite direction. The same holds for other things that people forget:
 #
 # - *The step.* The last three steps, begun as a new run from the saved weights: the rate warms up a second time, the first three
 #   batches are read a second time, and the last three never.
 # - *The settings.* Somebody halves the rate and resumes. That is neither the old run nor a new one.
 # - *A whole file.* The power may fail *inside* a save as well. The library writes into a folder with another name, waits until
-#   the disk has it all, and renames it: what is called `step-000003` is whole. A bit that flips afterwards is found by its sha256.
+#   the disk has it all, and renames it: what is called `step-000003` is whole. A byte that changes afterwards is found by its sha256.
 #
 # The first is up to you: `resume=True`, and not a new run. Other settings and damaged files are refused, and named:
 
 # %%
-try:
-    fit_examples(resumed, examples, dataclasses.replace(saving, lr=PEAK / 2), checkpoints=disk.name, resume=True)
-except ValueError as error:
-    print(str(error).splitlines()[1].strip())
+def refused(config):
+    """What the library says when a run with these settings shall go on."""
+    try:
+        fit_examples(resumed, examples, config, checkpoints=disk.name, resume=True)
+    except ValueError as error:
+        return str(error).replace(disk.name, "DISK")
+
+
+print(refused(dataclasses.replace(saving, lr=PEAK / 2)).splitlines()[1].strip())
+newest = max(Path(disk.name).iterdir()) / "weights.safetensors"
+newest.write_bytes(newest.read_bytes()[:-1] + b"!")
+print(refused(saving))
 disk.cleanup()
 
 # %% [markdown]
@@ -766,30 +935,88 @@ disk.cleanup()
 # %%
 for numbers in batches(50, batch_size=32, seed=SEED, epoch=0):
     sizes = [len(numbers[i : i + 8]) for i in range(0, len(numbers), 8)]
-    print(f"{len(numbers)} rows in micro-batches of {sizes}: divided by four, the loss is {len(sizes) / 4:.2f} of what it should be")
+    print(f"micro-batches of {sizes}: over four, {len(sizes) / 4:.2f} of the mean")
 
 # %% [markdown]
-# **The schedule is off by one.** With `step / warmup` the first rate is 0, and the first batch is read for nothing. It hardly
-# shows, but for one thing: a first and a second loss measured at *the same* weights.
+# **The schedule is off by one.** With `step / warmup` the first rate is 0, and the first batch moves nothing. transformers' own
+# schedules do so. It hardly shows: a first and a second loss are measured at *the same* weights.
 #
 # **The schedule counts the wrong steps.** Advance it with every micro-batch instead of every optimizer step, and with four of
-# them the cosine is through after a quarter of the run. The other three quarters are trained at a rate of almost 0.
+# them it is through after a quarter of the run. And then? A line stays at 0. A cosine does what cosines do:
+
+# %%
+def rates_of(make, times, total=40):
+    """Rates of the optimizer steps when the schedule moves `times` times in each."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule, rates = make(optimizer), []
+    for _ in range(total + 1):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        for _ in range(times):
+            schedule.step()
+    return rates
+
+
+meant = rates_of(lambda optimizer: cosine_with_warmup(optimizer, 0, 40), times=1)
+line = rates_of(lambda optimizer: linear_with_warmup(optimizer, 0, 40), times=4)
+cosine = rates_of(lambda optimizer: cosine_with_warmup(optimizer, 0, 40), times=4)
+by_torch = rates_of(lambda optimizer: CosineAnnealingLR(optimizer, 40), times=4)
+assert all(abs(a - b) < 1e-6 for a, b in zip(cosine, by_torch, strict=True))
+assert max(line[10:]) == 0 and cosine[10] < 1e-6 and cosine[20] == cosine[40] == 1
+assert rates_of(lambda optimizer: cosine_with_warmup(optimizer, 4, 40), times=1)[0] == 0
+
+ax = plots.new_axes(None, 7.0, 3.4)
+lines = {"as meant": meant, "line, too often": line, "cosine, too often": cosine}
+for i, (name, values) in enumerate(lines.items()):
+    look = {"color": plots.PALETTE[i], "linestyle": plots.DASHES[i], "linewidth": 2}
+    ax.plot(values, label=name, **look)
+ax.legend(fontsize=12, frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+plots.finish(ax, "optimizer step", "rate (share of the peak)", "")
+alt = ("Rates over 40 steps: as meant, one fall from 1 to 0; a line advanced four "
+       "times a step is at 0 from step 10 on; a cosine advanced four times a step "
+       "falls to 0 at steps 10 and 30 and is back at the peak at steps 20 and 40")
+views.show_figure(ax, alt=alt)
+
+# %% [markdown]
+# **Read it.** Solid is what was meant. The line is at 0 after ten steps, so three quarters of the run train nothing. The cosine, in
+# transformers and in torch, comes back: it is at its peak in the middle of the run *and at the end*, where the weights should come to
+# rest. The loss still falls; log the rate, and look at it.
 #
 # **The leak is a paraphrase.** Shuffle the numbers of a puzzle and it is the same puzzle, but no longer the same text. The
 # library's `contamination` knows what a Countdown puzzle is and compares sorted numbers. Take that knowledge away (the
 # last line: other words, no fields) and it is as blind as any text comparison:
 
 # %%
-shuffled = [{**r, "instruction": "Use the numbers {1}, {2}, {0} once each to make {3}.".format(*r["numbers"], r["target"])} for r in leaked]
-retold = [{"instruction": "Reach {3} from {2} and {1} and {0}.".format(*r["numbers"], r["target"])} for r in leaked]
+again = "Use the numbers {1}, {2}, {0} once each to make {3}."
+other = "Reach {3} from {2} and {1} and {0}."
+numbers = [(*row["numbers"], row["target"]) for row in leaked]
+shuffled = [{**row, "instruction": again.format(*n)} for row, n in zip(leaked, numbers)]
+retold = [{"instruction": other.format(*n)} for n in numbers]
 for name, copies in [("shuffled", shuffled), ("retold", retold)]:
     by_text = len(find_leaks([row["instruction"] for row in copies], prompts))
-    print(f"{name}: {by_text} found by text, {contamination(copies, test).num_exact} by the library")
-assert contamination(shuffled, test).num_exact == NUM_LEAKED and contamination(retold, test).is_clean
+    by_numbers = contamination(copies, test).num_exact
+    print(f"{name}: {by_text} found by text, {by_numbers} by the library")
+assert contamination(shuffled, test).num_exact == NUM_LEAKED
+assert contamination(retold, test).is_clean
 
 # %% [markdown]
 # No comparison of texts finds them all. Split *before* you paraphrase or augment, by what a row is about; and distrust a
 # score that is much better than that of a fresh test set written by hand.
+#
+# **The leak is you.** No row has to slip anywhere. Twenty runs that are all equally good, right in 30 % of all puzzles, are measured on
+# the same 100 puzzles; you report the best one. A thousand such searches:
+
+# %%
+chance = torch.Generator().manual_seed(SEED)
+right = torch.rand(1000, 20, 100, generator=chance) < 0.3
+best = right.float().mean(-1).max(-1).values.mean().item()  # of twenty, on average
+fresh = right[:, 0].float().mean().item()
+print(f"the best of twenty: {best:.0%} where chosen, {fresh:.0%} on fresh puzzles")
+assert best > 0.36 and abs(fresh - 0.3) < 0.01
+
+# %% [markdown]
+# So choose on development rows, as often as you like, and read the test rows once, at the end. This lab does the same: all settings in its
+# notebooks were chosen on `development.jsonl`, and the rates that it reports come from `heldout.jsonl`.
 #
 # ## Your exercises
 
@@ -803,7 +1030,7 @@ checks.progress("03")
 # cosine, packing.
 #
 # **Different:** the *rate*, about 1e-5 where `tiny` takes 5e-4: large models have more to lose. The *precision*: forward and
-# backward pass in bf16, but weights that move by 1e-5 are kept in fp32, since bf16 has 8 significant bits and rounds such a
+# backward pass in bf16, but weights that move by 1e-5 are kept in fp32, because bf16 has 8 significant bits and rounds such a
 # step away. The *memory*: 16 bytes for each of 0.494 billion parameters (weight, gradient, AdamW's two averages,
 # 4 bytes each) is 7.9 GB before the first token. And the *logits*: 16,384 tokens × 151,936 rows × 4 bytes would be another 10 GB; that is
 # why the library's `Step` computes them at trained positions only, and why micro-batches are small. And the *checkpoint*: weights and
@@ -816,10 +1043,10 @@ checks.progress("03")
 # ## Recap
 #
 # 1. Shift, mask, and divide by the trained tokens of the whole step. Then it does not matter how the step is cut.
-# 2. Check a loop by its first two losses, against an independent witness, to five decimals.
+# 2. Check a loop by its first three losses, against an independent witness, to four decimals; and know what that cannot see.
 # 3. The learning rate matters most. Too small costs time; too large costs what the model knew.
 # 4. The training loss can only tell you that training works. Held-out rows tell you what was learned.
-# 5. Twenty leaked rows make a score a lie that looks like a result.
+# 5. Twenty leaked rows make a score a lie that looks like a result. So does choosing on the rows that you report.
 # 6. Packing is the same loss for fewer tokens, once positions restart and attention knows the borders. Assert it.
 # 7. Weights, the optimizer's averages and the step: who saves these three, and draws all else from a seed, loses nothing.
 #

@@ -7,26 +7,31 @@
 #
 # ![W is frozen; two thin matrices B and A, scaled, are added to it; merged they are one matrix again](figures/05_lora.png)
 #
-# **Read it.** Left, dashed, the frozen matrix of one layer. Middle, the two thin ones that are trained in its place: a
+# **Read it.** Left, dashed, the frozen matrix of one layer. Middle, the two thin ones that are trained instead: a
 # thirtieth of the numbers. Right, what they become when training is over: one matrix, as large and as fast as before.
 #
 # | | |
 # |---|---|
 # | **You will be able to** | add an adapter to a layer by hand · count what is trained · train two token rows and no others · weigh learning against forgetting · merge, and prove that nothing changed · name four ways to lose what was trained |
-# | **Time** | 30 minutes to read, 24 for the four exercises; two minutes to compute, once |
+# | **Time** | 30 minutes to read, 24 for the four exercises; half a minute to compute |
 # | **Hardware** | one CPU core. No GPU, no network |
 # | **Before this** | [03 · The training loop](03_training_loop.ipynb), and the new tokens of [01](01_tokenizer_extension.ipynb) |
 
 # %% tags=["setup"]
+import re
 import sys
 
-if "google.colab" in sys.modules:  # on Colab only: fetch the library, leave torch and transformers as they are
-    REPO = "OWNER/qftlab"
-    get_ipython().run_line_magic("pip", f"install -q --no-deps git+https://github.com/{REPO}")
-    get_ipython().run_line_magic("pip", "install -q jsonargparse")
+if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
+    at = get_ipython().getoutput("curl $COLAB_JUPYTER_IP:$KMP_TARGET_PORT/api/sessions")
+    at = f"{at} {colab._message.blocking_request('get_ipynb')}".replace("%2F", "/")
+    repo = re.search(r"github[.com]*/([\w.-]+/[\w.-]+)/blob/([\w./-]+?)/notebooks/", at)
+    assert repo, "put here instead: !pip install git+https://github.com/OWNER/NAME"
+    get_ipython().system(repo.expand(r"pip install -q git+https://github.com/\1@\2"))
 
-# %%
+# %% tags=["recorded"]
 import copy
+import json
+import math
 import tempfile
 import warnings
 
@@ -41,7 +46,8 @@ from qftlab.generate.engine import generate
 from qftlab.model.config import LoRAConfig
 from qftlab.model.export import export_model
 from qftlab.model.loading import load_model
-from qftlab.model.lora import add_adapters, count_parameters, load_adapters, merge_adapters, save_adapters
+from qftlab.model.lora import add_adapters, count_parameters, load_adapters
+from qftlab.model.lora import merge_adapters, save_adapters
 from qftlab.teach import checks, stages, views
 from qftlab.train.config import TrainConfig
 from qftlab.train.sft import encode_rows, fit_examples, fit_rows, held_out_loss
@@ -49,7 +55,7 @@ from qftlab.train.step import Step
 
 # %% [markdown]
 # Everything you may want to change is in this cell. `RUNS` is what part 4 compares: a rank (0 is full fine-tuning), a learning
-# rate, and the tokens whose rows are trained beside the two new ones.
+# rate, and the tokens whose rows are trained beside the two new ones. `LIVE` is the one of them that you train yourself.
 
 # %% tags=["parameters"]
 PRESET = "tiny"
@@ -57,9 +63,16 @@ SEED = 0
 RANK = 4
 RATE = 2e-3
 ROWS = ("<", "answer", ">", "</", "<|im_start|>", "<|im_end|>")
-RUNS = {"full": (0, 1e-3, ()), "full, fast": (0, 2e-3, ()), "rank 1": (1, 2e-3, ROWS), "rank 4": (4, 2e-3, ROWS),
-        "rank 16": (16, 2e-3, ROWS), "16, no rows": (16, 2e-3, ())}
-STEPS = 40
+RUNS = {
+    "full, slow": (0, 7e-4, ()),
+    "full": (0, 1e-3, ()),
+    "full, fast": (0, 2e-3, ()),
+    "rank 1": (1, 2e-3, ROWS),
+    "rank 4": (4, 2e-3, ROWS),
+    "rank 16": (16, 2e-3, ROWS),
+    "16, no rows": (16, 2e-3, ()),
+}
+STEPS, LIVE = 40, "rank 4"
 
 # %% [markdown]
 # ## 1 · An update of low rank
@@ -72,8 +85,8 @@ STEPS = 40
 #
 # $$ y = W x + \frac{\alpha}{r} \, B \, (A x) $$
 #
-# $A$ starts at random and $B$ at zero, so that the first step begins at exactly the old model. Dividing by $r$ keeps the size of the
-# update, and with it a good learning rate, about the same for every rank.
+# $A$ starts at random and $B$ at zero, so that the first step begins at exactly the old model. Dividing by $r$ keeps the
+# update from growing with the number of patterns.
 #
 # **Toy numbers.** One pattern, $r = 1$, $\alpha = 1$: read the first input, write its double to the second output.
 
@@ -103,23 +116,26 @@ assert torch.linalg.matrix_rank(b @ a) == 1
 
 # %%
 def my_adapted(x, weight, a, b, alpha):
-    """W x + (alpha / r) · B (A x) for each row of x (T, D_in); weight (D_out, D_in), a (r, D_in), b (D_out, r)."""
+    """W x + (alpha / r) B (A x) for rows of x (T, D_in); a (r, D_in), b (D_out, r)."""
     ...
 
 
 checks.check("05.1", my_adapted)
 
 # %% [markdown]
-# **Check.** A real layer of our model, wrapped by [peft](https://github.com/huggingface/peft), the library everybody uses for this.
+# **Check.** A real layer of our model, wrapped by [peft](https://github.com/huggingface/peft), the library that most people use for this.
 # It puts an object around each layer that holds $W$ as `base_layer`, and the two thin matrices beside it.
 
 # %%
 adapted_layer = checks.or_library("05.1", my_adapted)
 
-# %%
+# %% tags=["recorded"]
 start = stages.stage("extended", preset=PRESET)
 tokenizer = start.tokenizer
-wrapped = add_adapters(copy.deepcopy(start.model), LoRAConfig(RANK, alpha=32.0), seed=SEED)
+
+# %%
+settings = LoRAConfig(RANK, alpha=32.0)
+wrapped = add_adapters(copy.deepcopy(start.model), settings, seed=SEED)
 layer = wrapped.get_base_model().model.layers[0].mlp.up_proj
 a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
@@ -129,11 +145,12 @@ a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
 # %%
 x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(SEED))
 with torch.no_grad():
-    assert torch.equal(layer(x), layer.base_layer(x))  # B is zero: nothing has changed yet
+    assert torch.equal(layer(x), layer.base_layer(x))  # B is zero: nothing has changed
     b.normal_(0, 0.05)
     found = adapted_layer(x, layer.base_layer.weight, a, b, 32.0)
     assert torch.allclose(found, layer(x), atol=1e-5)
-print(f"W {tuple(layer.base_layer.weight.shape)}, A {tuple(a.shape)}, B {tuple(b.shape)}: by hand as by peft")
+shapes = [tuple(matrix.shape) for matrix in (layer.base_layer.weight, a, b)]
+print("W {}, A {}, B {}: by hand as by peft".format(*shapes))
 
 # %% [markdown]
 # **Is the bet any good?** We can look. The course's own fine-tuned model was trained in full; its $\Delta W$ is the difference to
@@ -142,7 +159,8 @@ print(f"W {tuple(layer.base_layer.weight.shape)}, A {tuple(a.shape)}, B {tuple(b
 # %%
 tuned = stages.stage("sft", preset=PRESET).model
 blocks = zip(start.model.get_decoder().layers, tuned.get_decoder().layers, strict=True)
-updates = [(new.mlp.up_proj.weight - old.mlp.up_proj.weight).detach() for old, new in blocks]
+pairs = [(old.mlp.up_proj.weight, new.mlp.up_proj.weight) for old, new in blocks]
+updates = [(new - old).detach() for old, new in pairs]
 energy = [torch.linalg.svdvals(update).square() for update in updates]
 shares = torch.stack([e.cumsum(0) / e.sum() for e in energy]).mean(0)  # (160,)
 
@@ -150,21 +168,26 @@ shares = torch.stack([e.cumsum(0) / e.sum() for e in energy]).mean(0)  # (160,)
 # A matrix of random numbers, of the same shape, for comparison: it has no patterns, so what it shows is chance.
 
 # %%
-noise = torch.linalg.svdvals(torch.randn(updates[0].shape, generator=torch.Generator().manual_seed(SEED))).square()
+generator = torch.Generator().manual_seed(SEED)
+noise = torch.randn(updates[0].shape, generator=generator)
+noise = torch.linalg.svdvals(noise).square()
 chance = noise.cumsum(0) / noise.sum()
 
 # %%
-ax = plots.new_axes(None, 7.0, 3.4)
-ranks = range(1, len(shares) + 1)
-ax.plot(ranks, shares, "-", color=plots.PALETTE[0], linewidth=2, label="what fine-tuning did")
-ax.plot(ranks, chance, "--", color=plots.PALETTE[3], linewidth=2, label="a random matrix")
+ax = plots.new_axes(None, 7.0, 3.8)
+curves = {"what fine-tuning did": shares, "a random matrix": chance}
+for i, (name, values) in enumerate(curves.items()):
+    look = {"color": plots.PALETTE[3 * i], "linestyle": plots.DASHES[i], "linewidth": 2}
+    ax.plot(range(1, len(values) + 1), values, label=name, **look)
 ax.set_xscale("log")
 ax.set_xticks([1, 4, 16, 64, 160], ["1", "4", "16", "64", "160"])
-ax.set_xlabel("rank", fontsize=12)
-ax.set_ylabel("share of the update", fontsize=12)
-ax.legend(fontsize=12, frameon=False)
-views.show_figure(ax, alt="Share of a full fine-tuning update that its best approximation of each rank holds: far above "
-                  "that of a random matrix at small ranks, and still not all of it at rank 16")
+ax.minorticks_off()
+ax.legend(fontsize=12, frameon=False, loc="upper left")
+plots.finish(ax, "rank", "share of the update", "Few patterns hold much of the update")
+alt = ("Share of a full fine-tuning update that its best approximation of each rank "
+       "holds: far above that of a random matrix at small ranks, and still not all "
+       "of it at rank 16")
+views.show_figure(ax, alt=alt)
 
 # %% [markdown]
 # **Read it.** At rank 16, a tenth of the width, the best approximation holds most of the update, far more than chance; but not all. The bet
@@ -172,14 +195,17 @@ views.show_figure(ax, alt="Share of a full fine-tuning update that its best appr
 # than the truncation of this one.
 
 # %%
-print(f"rank 4 holds {shares[3]:.0%} of the update and rank 16 {shares[15]:.0%}; of a random matrix {chance[15]:.0%}")
-assert shares[3] > 2 * chance[3] and shares[15] > 1.5 * chance[15]
+for rank in [4, 16]:
+    held, by_chance = shares[rank - 1], chance[rank - 1]
+    print(f"rank {rank:>2} holds {held:.0%}, and {by_chance:.0%} of a random matrix")
+    assert held > 1.5 * by_chance
+assert 0.5 < shares[15] < 0.9
 
 # %% [markdown]
 # ## 2 · What it costs
 #
-# **Formula.** A matrix of $D_{out} \times D_{in}$ costs $r \, (D_{out} + D_{in})$ trained numbers. For each of them AdamW keeps two
-# averages and training a gradient; for a frozen one neither.
+# **Formula.** A matrix of $D_{out} \times D_{in}$ costs $r \, (D_{out} + D_{in})$ trained numbers. For each of them training keeps a
+# gradient and AdamW two averages; for a frozen one neither.
 #
 # **Toy numbers.** 448 × 160 at rank 4: $4 \cdot 608 = 2{,}432$ of $71{,}680$, one in thirty.
 
@@ -195,7 +221,7 @@ assert shares[3] > 2 * chance[3] and shares[15] > 1.5 * chance[15]
 
 # %%
 def my_count(shapes, rank, num_rows, width):
-    """Trained numbers: `rank` adapters on matrices of shapes (D_out, D_in), and `num_rows` token rows of `width`."""
+    """Trained numbers: adapters on matrices (D_out, D_in), and rows of `width`."""
     ...
 
 
@@ -204,33 +230,39 @@ checks.check("05.2", my_count)
 # %%
 count = checks.or_library("05.2", my_count)
 new_ids = tokenizer.convert_tokens_to_ids(["<|AGENT|>", "<|EDIT|>"])
-shapes = [tuple(m.weight.shape) for name, m in start.model.named_modules() if name.endswith("_proj")]
+matrices = {n: m for n, m in start.model.named_modules() if n.endswith("_proj")}
+shapes = [tuple(matrix.weight.shape) for matrix in matrices.values()]
+width, total = start.model.config.hidden_size, count_parameters(start.model).total
 for rank in [1, 4, 16, 64]:
-    adapted = add_adapters(copy.deepcopy(start.model), LoRAConfig(rank), token_ids=new_ids)
-    trained, total = count_parameters(adapted).trained, count_parameters(start.model).total
-    assert trained == count(shapes, rank, len(new_ids), start.model.config.hidden_size)
-    print(f"rank {rank:>2}: {trained:>9,} trained, {trained / total:.0%} of the model's {total:,}")
+    model = copy.deepcopy(start.model)
+    adapted = add_adapters(model, LoRAConfig(rank), token_ids=new_ids)
+    trained = count_parameters(adapted).trained
+    assert trained == count(shapes, rank, len(new_ids), width)
+    print(f"rank {rank:>2}: {trained:>7,} trained, {trained / total:.0%} of {total:,}")
 
 # %% [markdown]
-# **Read it.** At this width a rank of 64 is no longer thin. The share falls as models grow, since a matrix grows with the square of the width and
+# **Read it.** At this width a rank of 64 is no longer thin. The share falls as models grow, because a matrix grows with the square of the width and
 # its adapter with the width. The same function, for two real models:
 
 # %%
 def block(d, kv, q, mlp):
-    """The seven matrices of one block: query, key, value, output, gate, up and down."""
+    """Matrices of one block: query, key, value, output, gate, up and down."""
     return [(q, d), (kv, d), (kv, d), (d, q), (mlp, d), (mlp, d), (d, mlp)]
 
 
-for name, d, kv, q, mlp, layers, total in [("Qwen2.5-0.5B", 896, 128, 896, 4864, 24, 0.494e9),
-                                           ("Qwen3-8B", 4096, 1024, 4096, 12288, 36, 8.19e9)]:
-    trained = count(layers * block(d, kv, q, mlp), 16, 2, d)
-    print(f"{name}, rank 16: {trained:,} trained, {trained / total:.1%}; training state {16 * total / 1e9:.0f} GB "
-          f"in full, {(2 * total + 16 * trained) / 1e9:.1f} GB with adapters")
+qwens = {"Qwen2.5-0.5B": (24 * block(896, 128, 896, 4864), 2, 896, 0.494e9),
+         "Qwen3-8B": (36 * block(4096, 1024, 4096, 12288), 4, 4096, 8.19e9)}
+for name, (matrices, num_rows, width, total) in qwens.items():
+    trained = count(matrices, 16, num_rows, width)
+    in_full, with_adapters = 16 * total / 1e9, (2 * total + 16 * trained) / 1e9
+    print(f"{name}, rank 16: {trained:,} trained, {trained / total:.1%}; "
+          f"{in_full:.0f} GB in full, {with_adapters:.1f} GB with adapters")
+assert with_adapters < 80 < in_full
 
 # %% [markdown]
 # **Read it.** In full: 16 bytes for each number (weight, gradient, two averages, 4 bytes each). With adapters: 2 bytes for each frozen
 # one, in bf16, and 16 for each trained one. Activations come on top in both. So a model of 8 billion parameters fits on one card of 80 GB with adapters,
-# and in full does not.
+# and in full does not. (The larger model has two tables, so two tokens have four rows.)
 
 # %% [markdown]
 # ## 3 · Two rows and no others
@@ -251,7 +283,7 @@ for name, d, kv, q, mlp, layers, total in [("Qwen2.5-0.5B", 896, 128, 896, 4864,
 
 # %%
 def my_move_rows(table, gradient, ids, lr):
-    """The table (V, D) after a step of `lr` against the gradient, in the rows `ids` only; `table` itself stays."""
+    """The table (V, D) after a step of `lr` in the rows `ids` only; `table` stays."""
     ...
 
 
@@ -266,13 +298,14 @@ checks.check("05.3", my_move_rows)
 # > **Predict, then run.** The model has 1,024 rows. 12 steps, adapters of rank 4, two rows free. In how many rows
 # > does the table change? And how many do after full fine-tuning, where every row is free: those of the tokens that occur, or all?
 
-# %%
+# %% tags=["nbval-ignore-output"]
 bugs = load_rows(bundled("bugfix", "train.jsonl"))
-adapted = add_adapters(copy.deepcopy(start.model), LoRAConfig(RANK), token_ids=new_ids, seed=SEED)
+model = copy.deepcopy(start.model)
+adapted = add_adapters(model, LoRAConfig(RANK), token_ids=new_ids, seed=SEED)
 config = TrainConfig(lr=RATE, batch_size=24, max_steps=12, seed=SEED)
 result = fit_rows(adapted, tokenizer, bugs, config)
 merged = merge_adapters(adapted)
-print(f"loss {result.losses[0]:.1f} → {result.losses[-1]:.1f}")
+print(f"on this machine: loss {result.losses[0]:.1f} → {result.losses[-1]:.1f}")
 
 # %% [markdown]
 # `merge_adapters` gives the plain model that part 5 is about. Here it lets us lay the tables side by side, and the fully fine-tuned
@@ -281,21 +314,22 @@ print(f"loss {result.losses[0]:.1f} → {result.losses[-1]:.1f}")
 # %%
 def rows_moved(model):
     """How far each row of the table has moved from where it started, (V,)."""
-    return (model.get_input_embeddings().weight - start.model.get_input_embeddings().weight).norm(dim=1).detach()
+    before, after = (m.get_input_embeddings().weight for m in (start.model, model))
+    return (after - before).norm(dim=1).detach()
 
 
 by_lora, by_full = rows_moved(merged), rows_moved(tuned)
 
 # %%
-ax = plots.new_axes(None, 7.0, 3.4)
-ax.plot(by_full, ".", color=plots.PALETTE[1], markersize=4, label="full fine-tuning: every row is free")
-ax.plot(by_lora, "D", color=plots.PALETTE[0], markersize=5, label="LoRA and two rows", zorder=3)
-ax.set_xlabel("row of the table (token id)", fontsize=12)
-ax.set_ylabel("how far it moved", fontsize=12)
-ax.legend(fontsize=12, frameon=False, loc="upper left")
-ax.set_ylim(top=1.45 * max(by_full.max(), by_lora.max()))
-views.show_figure(ax, alt="How far each of the 1,024 rows moved: under LoRA all are at zero but the last two with "
-                  "a token, 1000 and 1001; in full fine-tuning nearly all have moved")
+ax = plots.new_axes(None, 7.5, 3.8)
+ax.plot(by_full, ".", color=plots.PALETTE[1], markersize=4, label="full, every row")
+ax.plot(by_lora, "D", color=plots.PALETTE[0], markersize=5, label="LoRA and two rows")
+ax.legend(fontsize=12, frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+plots.finish(ax, "row of the table (token id)", "how far it moved", "")
+alt = ("How far each of the 1,024 rows moved: under LoRA all are at zero but the "
+       "last two with a token, 1000 and 1001; in full fine-tuning nearly all have "
+       "moved")
+views.show_figure(ax, alt=alt)
 
 # %% [markdown]
 # **Read it.** Diamonds lie on the zero line, all but two: the new tokens. Dots, of the fully fine-tuned model, lie above it
@@ -311,10 +345,13 @@ assert merged.lm_head.weight is merged.model.embed_tokens.weight  # still tied
 # **Check.** And the frozen weights: every tensor under an adapter is bit for bit what it was.
 
 # %%
-frozen = dict(start.model.named_parameters())
-same = [name for name, p in adapted.get_base_model().named_parameters() if "base_layer" in name
-        and torch.equal(p, frozen[name.replace(".base_layer", "").replace(".token_adapter", "")])]
-print(f"{int((by_lora > 0).sum())} rows moved; {len(same)} frozen tensors of the wrapped layers are bit for bit what they were")
+before, same = dict(start.model.named_parameters()), []
+for name, parameter in adapted.get_base_model().named_parameters():
+    if "base_layer" in name:
+        plain = name.replace(".base_layer", "").replace(".token_adapter", "")
+        assert torch.equal(parameter, before[plain])
+        same.append(plain)
+print(f"{int((by_lora > 0).sum())} rows moved; {len(same)} frozen tensors did not")
 
 # %% [markdown]
 # ## 4 · Learned against forgotten
@@ -327,91 +364,126 @@ print(f"{int((by_lora > 0).sum())} rows moved; {len(same)} frozen tensors of the
 # - **forgotten**: the loss on plain arithmetic, `47 + 38 = 85`, which the base does well.
 #
 # One more thing is compared: *which rows*. A Countdown answer, `<answer>12 - 1 + 11</answer><|im_end|>`, is written with tokens that
-# this base expects nowhere: its loss on such answers starts at 10 nats, where a blind guess has 6.93. All runs with adapters train the
+# this base expects nowhere: its loss on such answers is above that of a blind guess. All runs with adapters train the
 # rows of six such tokens (`ROWS`), except one.
 
 # %% [markdown]
 # > **Predict, then run.** Three questions. Which forgets more, full fine-tuning or rank 4? Does rank 1 suffice? And will the
-# > run *without* the six rows catch up, as its adapters can still bend every layer?
-#
-# The six runs take a minute or two together, once. Their numbers are then kept beside the stages.
+# > run *without* the six rows catch up, because its adapters can still bend every layer?
 
-# %%
-def loss_on(model, examples, config):
-    """Mean surprise of the trained tokens of examples, in nats, as the loop measures it."""
-    return held_out_loss(Step(model), examples, config)()
-
-
+# %% tags=["recorded"]
 def plain_example(row):
-    """A row in the plain notation of pretraining ("47 + 38 =" → " 85"), loss on the answer only."""
-    asked, answer = (tokenizer(text).input_ids for text in (row["plain"], f" {row['output']}\n"))
+    """A row as in pretraining ("47 + 38 =" → " 85"), loss on the answer only."""
+    texts = row["plain"], f" {row['output']}\n"
+    asked, answer = (tokenizer(text).input_ids for text in texts)
     return Example(asked + answer, [False] * len(asked) + [True] * len(answer))
 
 
 old_rows = load_rows(bundled("instructions", "heldout.jsonl"))[::2]
 old = [plain_example(row) for row in old_rows if row["skill"] != "joke"]
-new = encode_rows(tokenizer, load_rows(bundled("countdown", "heldout.jsonl"))[:100])[0]
+unseen = load_rows(bundled("countdown", "heldout.jsonl"))[:100]
+new = encode_rows(tokenizer, unseen)[0]
 puzzles = load_rows(bundled("countdown", "demonstrations.jsonl"))
+examples = encode_rows(tokenizer, puzzles)[0]
 
-# %%
+# %% tags=["recorded"]
 def run_path(rank, rate, tokens, steps, seed):
-    """Trains one run; what was learned and what was forgotten every 8 steps, and the old skills at its end."""
+    """One run: what was learned and forgotten every 8 steps; old skills at the end."""
     model = copy.deepcopy(start.model)
     if rank:
         ids = tokenizer.convert_tokens_to_ids(["<|AGENT|>", "<|EDIT|>", *tokens])
         model = add_adapters(model, LoRAConfig(rank), token_ids=ids, seed=seed)
-    config = TrainConfig(lr=rate, batch_size=24, max_steps=steps, eval_every=8, seed=seed)
-    path = []
+    config = TrainConfig(lr=rate, batch_size=24, max_steps=steps, eval_every=8,
+                         seed=seed)
+    forgotten, path = held_out_loss(Step(model), old, config), []
 
     def on_log(record):
         if "held_out_loss" in record:
-            path.append((record["held_out_loss"], loss_on(model, old, config)))
+            path.append((record["held_out_loss"], forgotten()))
 
-    examples = encode_rows(tokenizer, puzzles)[0]
     fit_examples(model, examples, config, held_out=new, on_log=on_log)
     return {"path": path, "kept": evaluate_kept(model, tokenizer, old_rows).accuracy}
 
-
-paths = {name: stages.measured("lora", run_path, rank=rank, rate=rate, tokens=list(tokens), steps=STEPS, seed=SEED)
-         for name, (rank, rate, tokens) in RUNS.items()}
+# %% [markdown]
+# One run is one draw: with another seed, or on another make of processor, it ends elsewhere. So this lesson ships nine runs of each kind
+# (`python -m benchmarks.records 05_lora` made them, with the two cells above), and you train one more of the kind `LIVE`.
 
 # %%
-ax = plots.new_axes(None, 7.5, 4.6)
-for i, (name, run) in enumerate(paths.items()):
-    learned, forgotten = zip(*run["path"][1:], strict=True)
-    ax.plot(forgotten, learned, plots.MARKERS[i] + plots.DASHES[i % 4], color=plots.PALETTE[i], label=name, markersize=7)
-first_learned, first_forgotten = paths["full"]["path"][0]
-ax.axvline(first_forgotten, color="grey", linestyle=":", linewidth=1)
+record = json.loads(bundled("records", "05_lora.json").read_text())
+runs, ends = record["runs"], {}
+for name in RUNS:  # in each of its runs: learned, forgotten, still right
+    last = [[*run[name]["path"][-1], run[name]["kept"]] for run in runs]
+    ends[name] = torch.tensor(last)  # (9, 3)
+print(f"means of {len(runs)} runs ± the standard deviation of one run")
+for name, values in ends.items():
+    cells = [f"{m:.2f} ± {sd:.2f}" for m, sd in zip(values.mean(0), values.std(0))]
+    print(f"{name:12} learned {cells[0]} · forgotten {cells[1]} · right {cells[2]}")
+
+# %% tags=["nbval-ignore-output"]
+mine = run_path(*RUNS[LIVE], STEPS, SEED)
+print(f"on this machine, {LIVE}: learned {mine['path'][-1][0]:.2f}, "
+      f"forgotten {mine['path'][-1][1]:.2f}, right {mine['kept']:.2f}")
+assert mine["path"][-1][0] < 1.2 and mine["path"][-1][1] < 1
+
+# %%
+ax = plots.new_axes(None, 8.5, 5.0)
+for i, name in enumerate(RUNS):
+    color = [*plots.PALETTE[:6], "black"][i]
+    paths = torch.tensor([run[name]["path"][1:] for run in runs])  # (9, 5, 2)
+    for learned, forgotten in paths.transpose(1, 2):
+        ax.plot(forgotten, learned, color=color, linewidth=0.7, alpha=0.4)
+    learned, forgotten = paths.mean(0).T
+    style = plots.MARKERS[i] + plots.DASHES[i % 4]
+    ax.plot(forgotten, learned, style, color=color, linewidth=2.2, label=name)
+learned, forgotten = zip(*mine["path"][1:])
+star = {"color": "white", "markeredgecolor": "black", "markersize": 12}
+ax.plot(forgotten, learned, "*", label=f"{LIVE}, yours", **star)
+base_learned, base_forgotten = mine["path"][0]
+assert base_learned > math.log(1024)
+ax.axvline(base_forgotten, color="grey", linestyle=":", linewidth=1.5)
 ax.set_xscale("log")
 ax.set_xticks([0.2, 0.3, 0.5, 1, 2], ["0.2", "0.3", "0.5", "1", "2"])
 ax.minorticks_off()
-ax.set_xlabel("forgotten: loss on plain arithmetic (nats)", fontsize=12)
-ax.set_ylabel("learned: loss on new puzzles (nats)", fontsize=12)
 ax.set_ylim(0, 4)
-ax.legend(fontsize=11, frameon=False, loc="upper right")
-views.show_figure(ax, alt="Paths of six runs, loss on new puzzles against loss on plain arithmetic: adapters with their "
-                  "rows come down almost straight, full fine-tuning bends to the right, fast full fine-tuning far to the "
-                  "right, and adapters without the rows stop half-way down")
+ax.legend(fontsize=12, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+across, up = "forgotten: loss on plain arithmetic", "learned: loss on new puzzles"
+plots.finish(ax, f"{across} (nats)", f"{up} (nats)", "Down: learned; right: forgotten")
+alt = ("Paths of seven kinds of runs, nine thin lines and a bold mean each, loss on "
+       "new puzzles against loss on plain arithmetic: ranks 4 and 16 with their rows "
+       "come down almost straight, full fine-tuning bends to the right, rank 1 more, "
+       "fast full fine-tuning most; without the rows it stops half-way down")
+views.show_figure(ax, alt=alt)
 
 # %% [markdown]
-# **Read it.** Every path starts above the frame, on the dotted line: what the base knows of plain arithmetic. A path that
-# comes straight down learns for nothing; one that bends right pays with what it knew. Ranks 4 and 16 come down as far as full
-# fine-tuning, and end further left. Rank 1 comes down as far, too, but ends further *right*: fewer numbers alone protect nothing. Doubling the
-# rate of full fine-tuning learns most and ruins the old skill: three plain problems of four are wrong.
+# **Read it.** Thin lines are runs, bold lines their means, stars your own. Every path starts above the frame, on the dotted line: what the base
+# knows of plain arithmetic. A path that comes straight down pays nothing for what it learns; one that bends right pays with what it knew.
 #
-# And the run without the rows stops half-way. Adapters bend hidden states; but what a hidden state is compared with, at the output, is a row.
+# First the three of full fine-tuning: the faster, the more is learned and the more forgotten. So one rate says nothing. Rank 16 ends
+# to the left of *full* and as low, and as far left as *full, slow* and lower: here LoRA does forget less *for the same learning*. Rank 1 ends
+# further *right*: fewer numbers alone protect nothing. And the run without the rows stops half-way. Adapters bend hidden states; but
+# what a hidden state is compared with, at the output, is a row.
 
 # %%
-last = {name: run["path"][-1] for name, run in paths.items()}
-able = [name for name, (learned, _) in last.items() if learned < 1]
-print("learned, from the least forgotten on:", " · ".join(sorted(able, key=lambda name: last[name][1])))
-assert last["rank 16"][1] < last["rank 4"][1] < last["full"][1] < last["rank 1"][1] < last["full, fast"][1]
-assert max(last[name][0] for name in able) < last["full"][0] + 0.2 and last["16, no rows"][0] > 2 * last["rank 16"][0]
-assert paths["full, fast"]["kept"] < 0.5 < 0.8 < paths["rank 16"]["kept"]
+LEARNED, FORGOTTEN, RIGHT = range(3)
+
+
+def lower(one, other, column):
+    """By how much `one` ends below `other`, in standard errors of the paired mean."""
+    gaps = ends[other][:, column] - ends[one][:, column]
+    return (gaps.mean() / gaps.std() * len(gaps) ** 0.5).item()
+
+
+claims = [("rank 16", "full", FORGOTTEN), ("rank 16", "full, slow", LEARNED),
+          ("full", "rank 1", FORGOTTEN), ("full", "full, fast", FORGOTTEN),
+          ("full, slow", "full", FORGOTTEN), ("full", "full, slow", LEARNED),
+          ("full, fast", "full", LEARNED)]
+assert all(lower(*claim) > 4 for claim in claims)
+assert ends["16, no rows"][:, LEARNED].min() > 2 * ends["rank 16"][:, LEARNED].max()
+print("each of these differences is more than four standard errors of its mean")
 
 # %% [markdown]
-# How far may one generalise? One model of 1.3 million parameters, one task, one seed, one rate for each method, chosen by hand. What does
-# carry over is the *way to ask*: never compare two methods by what they learned alone, and never at a single rate.
+# How far may one generalise? One model of 1.3 million parameters, one task, and rates chosen by hand, on development rows. What does
+# carry over is the *way to ask*: never compare two methods by what they learned alone, never at a single rate, never by a single run.
 #
 # > **Explain.** A colleague reports: "LoRA forgets less. At the same learning rate, full fine-tuning ruined the model and
 # > LoRA did not." Which of the runs above should they see, and what is wrong with "the same rate"? Two sentences.
@@ -422,7 +494,7 @@ assert paths["full, fast"]["kept"] < 0.5 < 0.8 < paths["rank 16"]["kept"]
 # **Idea.** Two thin products at every layer cost time at every token. When training is over nobody needs them apart: multiply
 # them out and add them to $W$. The result is a plain model, which any program can load.
 #
-# **Formula.** $\;W' = W + \frac{\alpha}{r} B A\;$, since $\;W x + \frac{\alpha}{r} B (A x) = \big(W + \frac{\alpha}{r} B A\big)\, x$.
+# **Formula.** $\;W' = W + \frac{\alpha}{r} B A\;$, because $\;W x + \frac{\alpha}{r} B (A x) = \big(W + \frac{\alpha}{r} B A\big)\, x$.
 
 # %% [markdown]
 # ### Exercise 05.4 · Merge an adapter (●○○, 5 minutes)
@@ -436,7 +508,7 @@ assert paths["full, fast"]["kept"] < 0.5 < 0.8 < paths["rank 16"]["kept"]
 
 # %%
 def my_merge(weight, a, b, alpha):
-    """The one matrix (D_out, D_in) that does what weight and adapter do together; `weight` itself stays."""
+    """The matrix (D_out, D_in) that does what weight and adapter do; `weight` stays."""
     ...
 
 
@@ -445,59 +517,69 @@ checks.check("05.4", my_merge)
 # %%
 merge = checks.or_library("05.4", my_merge)
 layer = adapted.get_base_model().model.layers[0].mlp.up_proj
-by_hand = merge(layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight, 32.0)
+a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+by_hand = merge(layer.base_layer.weight, a, b, 32.0)
 assert torch.allclose(by_hand, merged.model.layers[0].mlp.up_proj.weight, atol=1e-6)
 
 # %% [markdown]
 # One matrix agrees. Do all of them together? Eight programs that were never trained on, answered greedily by both:
 
 # %%
-prompts = [[{"role": "user", "content": row["instruction"]}] for row in load_rows(bundled("bugfix", "heldout.jsonl"))[:8]]
-before = [c.token_ids for c in generate(adapted, tokenizer, prompts, max_new_tokens=24)]
-after = [c.token_ids for c in generate(merged, tokenizer, prompts, max_new_tokens=24)]
-print(f"{sum(map(len, before))} greedy tokens; merged model writes the same: {before == after}")
-assert before == after
+rows = load_rows(bundled("bugfix", "heldout.jsonl"))[:8]
+prompts = [[{"role": "user", "content": row["instruction"]}] for row in rows]
+
+
+def answers(model):
+    """Greedy token ids of each answer."""
+    return [c.token_ids for c in generate(model, tokenizer, prompts, max_new_tokens=24)]
+
+
+before = answers(adapted)
+assert answers(merged) == before
+print(f"{len(before)} answers, token by token the same before and after the merge")
 
 # %% [markdown]
 # **Check, before you ship.** A merge is where trained weights get lost, so the library's `export_model` trusts nothing: it writes
-# the folder, *reads it back*, and compares with the model in memory. Greedy tokens equal, logits within a hundred-thousandth of the
-# largest, rows that nobody trained unchanged, a tied head still tied. If one of them fails, nothing is left on the disk.
+# the folder, *reads it back*, and compares with the model in memory. Greedy tokens equal, logits equal up to rounding,
+# rows that nobody trained unchanged, a tied head still tied. If one of them fails, nothing is left on the disk.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
     report = export_model(adapted, tokenizer, f"{folder}/exported")
-    print(f"{report.positions} greedy tokens checked, {report.rows} rows, tied: {report.is_tied}")
+    print(f"{report.rows} rows, tied: {report.is_tied}")
     plain = load_model(report.path)
     save_adapters(adapted, f"{folder}/adapters")
-    loaded = load_adapters(stages.stage("base", preset=PRESET).model, f"{folder}/adapters")
-assert [c.token_ids for c in generate(plain, tokenizer, prompts, max_new_tokens=24)] == before
-assert [c.token_ids for c in generate(loaded, tokenizer, prompts, max_new_tokens=24)] == before
+    base = stages.stage("base", preset=PRESET).model
+    loaded = load_adapters(base, f"{folder}/adapters")
+assert answers(plain) == answers(loaded) == before
 
 # %% [markdown]
-# The last line loads the *adapters* on the base as shipped, which has never heard of the two tokens: their rows travel in the same small
+# `load_adapters` put the *adapters* on the base as shipped, which has never heard of the two tokens: their rows travel in the same small
 # file. So one base can serve many adapters.
 
 # %% [markdown]
 # ## 6 · What goes wrong in practice
 #
-# **`modules_to_save` unties the head.** It is the answer most forums give for new tokens: train `embed_tokens` and `lm_head`
-# whole. On a tied model it makes two matrices out of one, trains every row of both, and the file grows by a table.
+# **`modules_to_save` unties the head.** It is an answer that many forums give for new tokens: train `embed_tokens` and `lm_head`
+# whole. On a tied model it makes two matrices out of one, and trains every row of both.
 
 # %%
 from peft import LoraConfig, get_peft_model
 
-settings = LoraConfig(task_type="CAUSAL_LM", r=RANK, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+settings = LoraConfig(task_type="CAUSAL_LM", r=RANK, target_modules=["q_proj"],
+                      modules_to_save=["embed_tokens", "lm_head"])
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # peft warns as well
     whole = get_peft_model(copy.deepcopy(start.model), settings)
 two = add_adapters(copy.deepcopy(start.model), LoRAConfig(RANK), token_ids=new_ids)
-print(f"{count_parameters(whole).trained:,} trained numbers, against {count_parameters(two).trained:,}")
+trained = [count_parameters(model).trained for model in (whole, two)]
+print("{:,} trained numbers, against {:,}".format(*trained))
 is_tied = whole.get_output_embeddings().weight is whole.get_input_embeddings().weight
 print("head still tied:", is_tied)
 assert not is_tied
 
 # %% [markdown]
-# And `export_model` refuses it, since the config still says the two are one, and programs disagree on which to believe:
+# And `export_model` refuses it, because the config still says the two are one, and programs disagree on which to believe:
 
 # %%
 try:
@@ -520,7 +602,7 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# **The rows are forgotten.** Leave `token_ids` out, and the new tokens keep their first guess: part 4's half-way run again. With a
+# **The rows are forgotten.** Leave `token_ids` out, and the new tokens keep their first guess, as the six rows did in part 4. With a
 # real base this is the *common* case: Qwen2.5's base has `<|im_start|>` and `<|im_end|>`, and a LoRA that has to make a chat
 # model of it does well to train their rows too.
 #

@@ -5,12 +5,15 @@
 # may look different; the check decides. If you have not tried yet, go back: ten minutes of your own are worth more than this page.
 
 # %% tags=["setup"]
+import re
 import sys
 
-if "google.colab" in sys.modules:  # on Colab only: fetch the library, leave torch and transformers as they are
-    REPO = "OWNER/qftlab"
-    get_ipython().run_line_magic("pip", f"install -q --no-deps git+https://github.com/{REPO}")
-    get_ipython().run_line_magic("pip", "install -q jsonargparse")
+if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
+    at = get_ipython().getoutput("curl $COLAB_JUPYTER_IP:$KMP_TARGET_PORT/api/sessions")
+    at = f"{at} {colab._message.blocking_request('get_ipynb')}".replace("%2F", "/")
+    repo = re.search(r"github[.com]*/([\w.-]+/[\w.-]+)/blob/([\w./-]+?)/notebooks/", at)
+    assert repo, "put here instead: !pip install git+https://github.com/OWNER/NAME"
+    get_ipython().system(repo.expand(r"pip install -q git+https://github.com/\1@\2"))
 
 # %%
 import math
@@ -33,7 +36,8 @@ SEED = 0
 def my_loss(logits, labels):
     logits, targets = logits[:, :-1], labels[:, 1:]
     trained = targets != -100
-    picked = logits.log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    columns = targets.clamp(min=0).unsqueeze(-1)
+    picked = logits.log_softmax(-1).gather(-1, columns).squeeze(-1)
     return -picked[trained].sum() / trained.sum()
 
 
@@ -80,18 +84,42 @@ checks.check("03.3", my_rate)
 
 # %%
 rates = [my_rate(step, 6, 2, 1.0) for step in range(6)]
-assert all(abs(a - b) < 0.005 for a, b in zip(rates, [0.5, 1.0, 1.0, 0.854, 0.5, 0.146], strict=True))
+wanted = [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
+assert all(abs(a - b) < 0.005 for a, b in zip(rates, wanted, strict=True))
 print([f"{r:.2f}" for r in rates])
+
+# %% [markdown]
+# ## Predict, then run: which loss tells
+#
+# **A mean of means** changes the loss itself: the first. **A rate one step late** leaves the weights where they were in the first step:
+# the second loss is wrong. **No clipping** and **a gradient that is never zeroed** show in the third. The first step of AdamW is the sign of
+# the gradient, so neither its length nor what is left of it afterwards matters before the second step. **No weight decay**: none of
+# the three. A step takes a share of $\eta \lambda$ away, 0.0015 times 0.01.
+
+# %%
+for length in [1.0, 20.0]:  # clipped or not
+    weight = torch.nn.Parameter(torch.tensor([0.02]))
+    adam = torch.optim.AdamW([weight], lr=0.0015, weight_decay=0.0)
+    (length * weight).sum().backward()
+    adam.step()
+    print(f"gradient {length:>4}: 0.02 → {weight.item():.4f}")
+    assert abs(weight.item() - 0.0185) < 1e-6
 
 # %% [markdown]
 # ## Predict, then run: three learning rates
 #
-# **Too small** moves every weight by a hundredth of the right step, so in 16 steps it gets about as far as the right
-# rate does in one or two: an almost level line. **Right** falls steeply, because the *format* is learned in a handful of steps, and then slowly.
+# **Too small**: its sixteen steps together are less than a tenth of *one* right step. So the line is almost level. **Right** falls
+# steeply, because the *format* is learned in a handful of steps, and then slowly.
 # **Too large** rises at once. AdamW's step does not shrink when the gradient does: every weight moves by about $\eta$, whatever the
-# slope, and weights of a few hundredths do not survive steps of a few hundredths. It ends up *worse than blind guessing*, 6.93 nats,
-# for a while at least: a ruined model is not modest, it is sure of wrong tokens.
-#
+# slope, and weights of a few hundredths do not survive steps of six hundredths. For a while the model is *worse than blind guessing*,
+# 6.93 nats: a ruined model is not modest, it is sure of wrong tokens.
+
+# %%
+way = sum(my_rate(step, 16, 1, 0.01) for step in range(16))
+print(f"sixteen steps at a hundredth of the rate: {way:.2f} of one right step")
+assert way < 0.1
+
+# %% [markdown]
 # Clipping does not save it. It shortens the gradient, and AdamW divides by the size of the gradient anyway:
 
 # %%
@@ -103,7 +131,7 @@ for clip in [1000.0, 1.0]:
     torch.nn.utils.clip_grad_norm_([weight], clip)
     adam.step()
     moves.append(weight.item() - 0.02)
-print(f"without clipping the weight moves by {moves[0]:.2f}, with clipping by {moves[1]:.2f}")
+print("the weight moves by {:.2f} without clipping, by {:.2f} with it".format(*moves))
 assert abs(moves[0] - moves[1]) < 1e-6
 
 # %% [markdown]
@@ -115,11 +143,12 @@ assert abs(moves[0] - moves[1]) < 1e-6
 # gain is what little surprise was left. So a few confident errors raise the mean, and no answer has changed sides.
 
 # %%
-probability_of_the_truth = {"at its best": [0.6, 0.6, 0.6, 0.4], "overfitted": [0.99, 0.99, 0.99, 0.01]}
-for name, p in probability_of_the_truth.items():
+of_the_truth = {"at its best": [0.6, 0.6, 0.6, 0.4],
+                "overfitted": [0.99, 0.99, 0.99, 0.01]}
+for name, p in of_the_truth.items():
     loss, right = -sum(map(math.log, p)) / len(p), sum(x > 0.5 for x in p)
     print(f"{name}: {right} of {len(p)} right, loss {loss:.2f} nats")
-assert -sum(map(math.log, p)) / 4 > 1.1
+assert loss > 1.1 and right == 3
 
 # %% [markdown]
 # ## Exercise 03.4 · A detector

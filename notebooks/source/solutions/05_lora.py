@@ -5,12 +5,15 @@
 # different; the check decides. If you have not tried yet, go back: ten minutes of your own are worth more than this page.
 
 # %% tags=["setup"]
+import re
 import sys
 
-if "google.colab" in sys.modules:  # on Colab only: fetch the library, leave torch and transformers as they are
-    REPO = "OWNER/qftlab"
-    get_ipython().run_line_magic("pip", f"install -q --no-deps git+https://github.com/{REPO}")
-    get_ipython().run_line_magic("pip", "install -q jsonargparse")
+if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
+    at = get_ipython().getoutput("curl $COLAB_JUPYTER_IP:$KMP_TARGET_PORT/api/sessions")
+    at = f"{at} {colab._message.blocking_request('get_ipynb')}".replace("%2F", "/")
+    repo = re.search(r"github[.com]*/([\w.-]+/[\w.-]+)/blob/([\w./-]+?)/notebooks/", at)
+    assert repo, "put here instead: !pip install git+https://github.com/OWNER/NAME"
+    get_ipython().system(repo.expand(r"pip install -q git+https://github.com/\1@\2"))
 
 # %%
 import torch
@@ -49,13 +52,13 @@ checks.check("05.2", my_count)
 
 # %%
 assert my_count([(448, 160)], 4, 0, 160) == 2_432
-print(f"{448 * 160 / my_count([(448, 160)], 4, 0, 160):.0f} times fewer than the matrix itself")
+print(f"{448 * 160 / 2432:.0f} times fewer than the matrix itself")
 
 # %% [markdown]
 # ## Exercise 05.3 · Move two rows and no others
 #
-# A copy, and an index on both sides. A mask of zeros and ones, multiplied into the gradient, does as well. What does *not* do with AdamW
-# is to zero the gradient alone: weight decay and the averages of earlier steps move a weight whose gradient is zero. That is why
+# A copy, and an index on both sides. A mask of zeros and ones, multiplied into the gradient, does as well. With AdamW it is *not* enough
+# to zero the gradient: weight decay and the averages of earlier steps move a weight whose gradient is zero. That is why
 # peft keeps the trained rows in a small parameter of their own.
 
 # %%
@@ -70,7 +73,7 @@ checks.check("05.3", my_move_rows)
 # %%
 row = torch.nn.Parameter(torch.ones(1))
 adam = torch.optim.AdamW([row], lr=0.1, weight_decay=0.0)
-for gradient in [1.0, 0.0, 0.0]:  # one real step, then two with the gradient masked to zero
+for gradient in [1.0, 0.0, 0.0]:  # one real step, then two with a masked gradient
     row.grad = torch.tensor([gradient])
     before = row.item()
     adam.step()
@@ -92,9 +95,10 @@ checks.check("05.4", my_merge)
 
 # %%
 generator = torch.Generator().manual_seed(SEED)
-x, weight = torch.randn(5, 6, generator=generator), torch.randn(4, 6, generator=generator)
-a, b = torch.randn(2, 6, generator=generator), torch.randn(4, 2, generator=generator)
-assert torch.allclose(x @ my_merge(weight, a, b, 8.0).T, my_adapted(x, weight, a, b, 8.0), atol=1e-4)
+sizes = [(5, 6), (4, 6), (2, 6), (4, 2)]
+x, weight, a, b = (torch.randn(*size, generator=generator) for size in sizes)
+merged, apart = x @ my_merge(weight, a, b, 8.0).T, my_adapted(x, weight, a, b, 8.0)
+assert torch.allclose(merged, apart, atol=1e-4)
 
 # %% [markdown]
 # ## Predict, then run: how many rows move?
@@ -106,7 +110,7 @@ assert torch.allclose(x @ my_merge(weight, a, b, 8.0).T, my_adapted(x, weight, a
 #
 # ## Predict, then run: who forgets?
 #
-# Full fine-tuning at its usual rate forgets more than ranks 4 and 16, and less than rank 1. Rank 1 does suffice for learning this task. And the
+# Full fine-tuning at its usual rate forgets more than ranks 4 and 16, and less than rank 1. Rank 1 does suffice for learning this task, almost. And the
 # run without the six rows does not catch up: an adapter can turn a hidden state towards a row, but a row that was pushed away from everything
 # in pretraining stays where it is.
 #
