@@ -29,6 +29,7 @@ NUMERICS = {
 DRAWS = [(seed, "plain") for seed in range(5)] + [(seed, name) for name in ("default", "avx2") for seed in range(2)]
 # What is evaluated beside a lesson's tagged cells, with SEED set: a dict for JSON.
 RECORDS: dict[str, str] = {
+    "05_lora": "{name: run_path(*RUNS[name], STEPS, SEED) for name in RUNS}",
     "07_wreck": "{'before': solves(start.model, SEED)} | {name: run_dpo(*RUNS[name], SEED)[1] for name in RUNS}",
     "07_style": "{ending: run_style(ending, SEED) for ending in (ENDING, UNKNOWN)}",
     "07_judges": "{name: {'marks': marks} | by_length(scores, answers, LENGTHS)"
