@@ -73,7 +73,8 @@ def c1(options: Options) -> Iterator[dict]:
             if params != GREEDY:
                 logits = model(torch.tensor(prompts)).logits.flatten(0, 1)
                 facts["distribution"] = rivals.same_distribution(logits, params)
-            same = rivals.same_tokens if params == GREEDY else rivals.same_lengths
+            greedy = partial(rivals.same_tokens, is_tie=rivals.Ties(model, prompts))
+            same = greedy if params == GREEDY else rivals.same_lengths
             yield compare(f"{label}, batch {batch}", sides, options, count=count_tokens, same=same, facts=facts)
 
 
@@ -90,7 +91,8 @@ def c2(options: Options) -> Iterator[dict]:
     prompts = random_prompts([draw.randint(32, 96) for _ in range(num_prompts)], 2048)
     stops = draw.sample(range(2, 2048), options.sized(24, 256))
     found = ours(model, tokenizer, prompts, cap, GREEDY, stop_token_ids=stops)
-    equal = rivals.same_tokens(found, rivals.generate(model, prompts, cap, GREEDY, eos_token_id=stops))
+    theirs = rivals.generate(model, prompts, cap, GREEDY, eos_token_id=stops)
+    equal = rivals.same_tokens(found, theirs, rivals.Ties(model, prompts))
     group = {"num_generations": 4, "stop_token_ids": stops}
     lengths = [len(row) for row in ours(model, tokenizer, prompts, cap, PLAIN, **group)]
     repeated = {"num_return_sequences": 4, "lengths": lengths}
@@ -125,7 +127,8 @@ def c3(options: Options) -> Iterator[dict]:
             ]
             name = f"{num_prompts} prompts x {beams} beams, {length} + {new}"
             facts = {"layout": str(decoder.layout)}
-            yield compare(name, sides, options, count=count_tokens, same=rivals.same_tokens, facts=facts)
+            same = partial(rivals.same_tokens, is_tie=rivals.Ties(model, prompts, is_beam=True))
+            yield compare(name, sides, options, count=count_tokens, same=same, facts=facts)
 
 
 def our_beams(model, tokenizer, prompts, new: int, beams: int, decoder: Decoder | None = None) -> list[list[int]]:
@@ -176,7 +179,7 @@ def gpu_model(options: Options, dtype: torch.dtype = torch.bfloat16) -> tuple:
 
 
 def compare_in_fp32(options: Options) -> str:
-    """Greedy tokens of both sides in fp32, where rounding leaves no excuse: 4 ragged prompts, 32 new tokens.
+    """Greedy tokens of both sides in fp32, where they may part at ties only: 4 ragged prompts, 32 new tokens.
 
     Returns:
         What was found, also where they differ: the caller keeps what a lent machine measured, and fails in the end.
@@ -185,7 +188,8 @@ def compare_in_fp32(options: Options) -> str:
     prompts = random_prompts([5, 40, 17, 64], model.config.vocab_size)
     found = ours(model, tokenizer, prompts, 32, GREEDY, decoder=decoder)
     try:
-        return "fp32: " + rivals.same_tokens(found, rivals.generate(model, prompts, 32, GREEDY))
+        theirs = rivals.generate(model, prompts, 32, GREEDY)
+        return "fp32: " + rivals.same_tokens(found, theirs, rivals.Ties(model, prompts))
     except MismatchError as error:
         return f"fp32: {DIFFERENT}: {error}"
 

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -153,6 +154,11 @@ def reference(work: PairWorkload) -> Tensor:
     return Reference(work.model(register_packed_attention()), "start", config).logprobs(work.pairs)
 
 
+def summed_nats(work: PairWorkload) -> float:
+    """The size of what a loss of DPO sums: β times both log-probabilities of a pair, which are thousands of nats."""
+    return PreferenceLoss().beta * reference(work).abs().sum(1).mean().item()
+
+
 def phases(work: PairWorkload) -> dict[str, float]:
     """Seconds of each part of one epoch of ours: what the ratios are made of; one warm epoch, by the bench's clock."""
     model = work.model(register_packed_attention())
@@ -194,7 +200,7 @@ def c5(options: Options) -> Iterator[dict]:
     sizes = {"prompt": options.sized(50, 6), "answer": options.sized(100, 8), "longest": options.sized(512, 20)}
     work = PairWorkload(bench_config(), lognormal_pairs(options.sized(24, 8), vocabulary=2048, **sizes), 4)
     title = f"{len(work.pairs)} pairs, {work.real_tokens} tokens, {work.padding:.2f} x that when padded"
-    fast = {"gradient_checkpointing": False}
+    fast, same = {"gradient_checkpointing": False}, partial(same_losses, nats=summed_nats(work))
     plans = {
         "reference in the run": (False, [("TRL, default", {}, 2.9), ("TRL, no gradient checkpointing", fast, 2.5)]),
         "reference known": (True, [("TRL, reference precomputed", {}, 2.5),
@@ -204,7 +210,7 @@ def c5(options: Options) -> Iterator[dict]:
         sides = [Side("qftlab", ours(work, is_known=is_known))]
         sides += [Side(label, trainer(work, is_known=is_known, **given), bar, bar and 3.5)
                   for label, given, bar in others]  # fmt: skip
-        yield compare(f"{title}; {name}", sides, options, count=lambda _: work.real_tokens, same=same_losses,
+        yield compare(f"{title}; {name}", sides, options, count=lambda _: work.real_tokens, same=same,
                       facts={"phases": phases(work)})  # fmt: skip
 
 

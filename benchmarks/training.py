@@ -144,18 +144,33 @@ def trainer(kind: str, work: Workload, **settings) -> Callable[[], list[float]]:
     return restarted(model, train)
 
 
-def same_losses(ours: list[float], theirs: list[float], tolerance: float = 1e-5) -> str:
-    """Every step's loss within the tolerance; where a side packs its own batches, see `same_means`.
+def rounding(nats: float, steps: int) -> float:
+    """How far the fp32 losses of two right sides may lie apart after so many optimizer steps, in nats.
+
+    A loss is made of sums whose size is `nats`, and each side rounds those, in its own order, by eps · nats. An update
+    hands the difference on to the next step, which adds its own, so the bound grows by 2 · eps · nats a step.
+    """
+    return 2 * steps * torch.finfo(torch.float32).eps * nats
+
+
+def same_losses(ours: list[float], theirs: list[float], nats: float | None = None) -> str:
+    """Every step's loss within `rounding`; where a side packs its own batches, see `same_means`.
+
+    Args:
+        ours, theirs: losses of the steps (nats).
+        nats: the size of what a loss sums; by default the first loss itself, a mean of tokens' nats.
 
     Raises:
         MismatchError: if they are not.
     """
     if len(ours) != len(theirs):
         return same_means(ours, theirs)
-    worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-    if worst > tolerance:
-        raise MismatchError(f"losses of {len(ours)} steps differ by {worst:.2g}")
-    return f"losses of {len(ours)} steps within {worst:.0e}"
+    gaps = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    shares = [gap / rounding(nats or ours[0], step) for step, gap in enumerate(gaps, 1)]
+    found = f"{max(gaps):.2g}, {max(shares):.2g} x their rounding"
+    if not all(share <= 1 for share in shares):
+        raise MismatchError(f"losses of {len(ours)} steps differ by {found}")
+    return f"losses of {len(ours)} steps within {found}"
 
 
 def same_means(ours: list[float], theirs: list[float]) -> str:

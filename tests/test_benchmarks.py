@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import generation, harness, rivals, run
+from benchmarks import generation, harness, preference, rivals, run, training
 from benchmarks.harness import Benchmark, MismatchError, Options, Side
 from benchmarks.models import bench_config, half_billion_config, random_model, random_prompts, word_tokenizer
 from qftlab.core.sampling import SamplingParams
@@ -182,6 +183,54 @@ def test_the_check_of_distributions_can_fail() -> None:
         patch.setattr(rivals, "warp", lambda scores, params: scores / 0.69)
         with pytest.raises(MismatchError, match="processed distributions differ"):
             rivals.same_distribution(logits, params)
+
+
+def test_ties_of_fp32_are_no_difference_and_all_else_is() -> None:
+    """Two rows of the head a millionth apart: either may come first, and nothing else may."""
+    model, prompt = random_model(bench_config()), random_prompts([32], 2048)
+    [ours] = rivals.generate(model, prompt, 8, SamplingParams(temperature=0.0))
+    is_tie, wrong = rivals.Ties(model, prompt), [*ours[:5], (ours[5] + 1) % 2048, 7, 7]
+    with pytest.raises(MismatchError, match="row 0 differs at token 5"):
+        rivals.same_tokens([ours], [wrong], is_tie)
+    with pytest.raises(MismatchError, match="row 0 differs at token 6"):
+        rivals.same_tokens([ours], [ours[:6]], is_tie)
+    for share, is_equal in ((1e-7, True), (1e-3, False)):
+        with torch.no_grad():
+            model.lm_head.weight[wrong[5]] = model.lm_head.weight[ours[5]] * (1 - share)
+        assert is_tie(0, ours, wrong) == is_equal
+    assert rivals.same_tokens([ours], [ours], is_tie) == "8 tokens equal"
+    beams, other = rivals.Ties(model, prompt, is_beam=True), [*ours[:7], (ours[7] + 1) % 2048]
+    assert beams(0, ours, ours) and not beams(0, ours, other)
+
+
+@pytest.mark.parametrize("is_other", [False, True], ids=["the same", "another beta"])
+def test_losses_are_compared_in_units_of_rounding(is_other: bool) -> None:
+    """Six steps of DPO: an Intel machine's 1.2e-5 are rounding of sums of 200 nats; a tenth more β is not."""
+    work = preference.PairWorkload(
+        bench_config(), preference.lognormal_pairs(24, prompt=50, answer=100, longest=512, vocabulary=2048), 4
+    )
+    nats = preference.summed_nats(work)
+    assert 100 < nats < 400
+    # Those of TRL and of our loop on this workload, and what another β (0.11) makes of them: log-sigmoids of margins.
+    losses = [0.6931472, 0.7106994, 0.6630213, 0.6838418, 0.7278018, 0.7069952]
+    margins = [-math.log(math.expm1(loss)) for loss in losses]
+    theirs = [math.log1p(math.exp(-1.1 * m)) for m in margins] if is_other else [x + 1.2e-5 for x in losses]
+    theirs[0] = losses[0]
+    if is_other:
+        with pytest.raises(MismatchError, match="losses of 6 steps differ by 0.00"):
+            training.same_losses(losses, theirs, nats)
+    else:
+        assert training.same_losses(losses, theirs, nats).startswith("losses of 6 steps within 1.2e-05, 0.1")
+
+
+def test_losses_of_tokens_are_compared_at_their_own_size() -> None:
+    """8 nats a token: 1.9e-6 a step, which twelve steps add up."""
+    losses = [8.0] * 12
+    assert training.rounding(8.0, 1) == pytest.approx(2 * 2**-23 * 8)
+    training.same_losses(losses, [8 + 1.8e-6 * step for step in range(1, 13)])
+    for wrong in ([8 + 3e-6, *losses[1:]], [*losses[1:], 8 + 3e-5], [*losses[1:], math.nan]):
+        with pytest.raises(MismatchError):
+            training.same_losses(losses, wrong)
 
 
 def test_a_difference_in_fp32_fails_after_the_figures_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
