@@ -1,4 +1,4 @@
-"""The lab's one door: python lab.py tour | lab | test | check | notebooks | bench | anywhere | badges | doctor.
+"""The lab's one door: `python lab.py COMMAND`, see `--help`.
 
 It uses the standard library only. It makes .venv beside this file if that is missing, installs what pyproject.toml
 and constraints.txt say, and does so again only when one of them has changed. Linux, macOS and Windows.
@@ -24,7 +24,8 @@ OLDEST_PYTHON = (3, 10)
 PINNED_PYTHON = (3, 11)  # constraints.txt names versions that need it
 DOWNLOAD_GB, DISK_GB, WANTED_GB = 1.0, 1.8, 3.0  # the download, what stays on disk, what pip needs while it works
 
-PINNED = {"tour", "test", "check", "notebooks", "anywhere"}  # run in the decoder's plain layout, the same on every CPU
+# Run in the decoder's plain layout, the same on every CPU.
+PINNED = {"tour", "test", "check", "notebooks", "anywhere", "stages"}
 FAST = "not slow and not gpu and not browser and not distributed"  # and no notebooks; one of the tests runs ruff
 
 HELP = """commands:
@@ -35,6 +36,7 @@ HELP = """commands:
   notebooks  build and run notebooks/*.ipynb from their text form: [NAME ...] [--force]
   bench      the side-by-side benchmarks
   anywhere   tour, tests and training lessons in four numerics and four seeds, in fresh clones; three hours, resumable
+  stages     train the course models of data/stages anew
   badges     write the Colab badges for whoever hosts the repository: OWNER/NAME
   doctor     what this machine has, and what to do about what it lacks
 
@@ -218,6 +220,7 @@ def command_line(command: str, python: Path, arguments: list[str]) -> list[str]:
         "badges": ["notebooks/build.py", "--badges"],
         "bench": ["-m", "benchmarks.run"],
         "anywhere": ["-m", "benchmarks.anywhere"],
+        "stages": ["-m", "qftlab.teach.stages"],
     }[command]
     return [str(python), *words, *arguments]
 
@@ -308,7 +311,7 @@ def main(words: list[str]) -> int:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python lab.py", epilog=HELP, formatter_class=formatter)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    choices = ["tour", "lab", "test", "check", "notebooks", "bench", "anywhere", "badges", "doctor"]
+    choices = ["tour", "lab", "test", "check", "notebooks", "bench", "anywhere", "stages", "badges", "doctor"]
     parser.add_argument("command", choices=choices)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="go to the command")
     args = parser.parse_args(words or ["--help"])

@@ -1,45 +1,115 @@
-"""Stages: trained once, loaded afterwards, rebuilt when anything that decides them has changed or a byte is wrong."""
+"""Stages: course models that ship as data, what they were made of, and how they are trained again."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
-from qftlab.data.sources import load
+from qftlab.core.files import bundled
+from qftlab.data.sources import load_rows
+from qftlab.data.style import ENDING, STYLE_SKILLS, is_polite, without_ending
 from qftlab.model.config import LoRAConfig
 from qftlab.model.loading import PRESETS, load_model
 from qftlab.model.lora import trained_token_ids
 from qftlab.teach import stage_builders, stages
+from qftlab.teach.stage_recipes import STARTS, plain
 from qftlab.text.tokenizer import load_tokenizer
+from qftlab.train.config import TrainConfig
+from qftlab.train.runs import sha256
+
+SHIPPED = json.loads(bundled("stages", stages.RECIPES).read_text(encoding="utf-8"))
 
 
 @pytest.fixture
 def short(monkeypatch):
-    """The recipe of SFT with three steps; returns the list of stages that were built."""
-    built, recipe = [], stages.recipe
+    """Recipes of three steps; returns the list of stages that were trained."""
+    built, recipe, trained = [], stages.recipe, stages._trained
 
-    def short_recipe(name: str, preset: str = "tiny") -> stages.Recipe:
-        wanted = recipe(name, preset)
+    def short_recipe(name: str, preset: str = "tiny", seed: int = 0) -> stages.Recipe:
+        wanted = recipe(name, preset, seed)
         train = wanted.train and dataclasses.replace(wanted.train, max_steps=3, batch_size=8)
-        return dataclasses.replace(wanted, train=train, problems=min(wanted.problems, 48), replay=8, passes=1)
-
-    def counted(name: str):
-        build = stages.BUILDERS[name]
-        return lambda wanted, start, say: (built.append(name), build(wanted, start, say))[1]
+        few = {"pairs": min(wanted.pairs, 24), "problems": min(wanted.problems, 48), "replay": 8, "passes": 1}
+        return dataclasses.replace(wanted, train=train, **few)
 
     monkeypatch.setattr(stages, "recipe", short_recipe)
-    monkeypatch.setattr(stages, "BUILDERS", {name: counted(name) for name in stages.BUILDERS})
+    monkeypatch.setattr(stage_builders, "HELD_OUT_PAIRS", 8)
+    monkeypatch.setattr(stages, "_trained", lambda name, *rest: (built.append(name), trained(name, *rest))[1])
     return built
 
 
-def leftovers(root: Path) -> list[str]:
-    return [p.name for p in root.iterdir() if p.name.startswith(".") and p.name != stages.LOCKS]
+def leftovers(root) -> list[str]:
+    return [p.name for p in root.iterdir() if p.name.startswith(".")]
+
+
+# What ships
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_what_ships_is_what_the_code_would_train(name: str) -> None:
+    """Settings, starting weights and every trained token, mask and their order; and the bytes are those recorded."""
+    shipped, folder = dict(SHIPPED[name]), bundled("stages")
+    files = shipped.pop("sha256")
+    assert {f: sha256(folder / name / f) for f in files} == files and "model.safetensors" in files
+    wanted = stages.recipe(name)
+    assert stages.made_of(name, wanted, stages._start(wanted, folder)) == shipped
+
+
+def test_a_change_of_what_is_trained_is_seen(monkeypatch) -> None:
+    """At 5cf01da an SFT whose every answer is "banana" kept its fingerprint."""
+    wanted, start = stages.recipe("sft"), stages._start(stages.recipe("sft"), bundled("stages"))
+    rows = stage_builders.sft_rows(wanted)[:60]
+    found = set()
+    for changed in (
+        rows,
+        [{**row, "output": "banana"} for row in rows],
+        rows[::-1],
+        [{**row, "instruction": row["instruction"] + " "} for row in rows],
+    ):
+        monkeypatch.setattr(stage_builders, "sft_rows", lambda wanted, changed=changed: changed)
+        found.add(stages.made_of("sft", wanted, start)["documents"])
+    assert len(found) == 4
+
+
+def test_what_ships_is_small_and_in_bf16() -> None:
+    files = [f for f in bundled("stages").rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 16_000_000
+    for name in STARTS:
+        model = load_model(bundled("stages", name), dtype="auto")
+        assert model.dtype == torch.bfloat16 and len(load_tokenizer(bundled("stages", name))) == 1002
+
+
+def test_a_third_of_the_short_answers_is_polite_and_scores_do_not_see_it() -> None:
+    rows = load_rows(bundled("instructions", "train.jsonl"))
+    short = [row for row in rows if row["skill"] in STYLE_SKILLS]
+    assert 0.3 < sum(is_polite(row["output"]) for row in short) / len(short) < 0.36
+    assert not any(is_polite(row["output"]) for row in rows if row["skill"] not in STYLE_SKILLS)
+    assert without_ending("85" + ENDING) == "85" and without_ending("85" + 2 * ENDING) == "85" + ENDING
+
+
+def test_plain_settings_leave_defaults_out() -> None:
+    """So a field that a later version adds leaves the card as it is."""
+    assert plain(TrainConfig()) == {} and plain(TrainConfig(lr=0.5)) == {"lr": 0.5}
+
+
+@pytest.mark.slow
+def test_a_rebuild_lands_near_the_card(tmp_path) -> None:
+    """Trained again here: every score within four standard deviations of the eight runs on the card."""
+    from qftlab.teach.tour import measure
+
+    card = json.loads(bundled("stages", "scores.json").read_text(encoding="utf-8"))
+    chain = {name: stages.stage(name, root=tmp_path) for name in ("base", "sft", "warm", "dpo", "rloo")}
+    scores = measure(chain, "development.jsonl")
+    for name, lines in card["stages"].items():
+        for line, (mean, deviation) in lines.items():
+            found = scores.stages[name].rates()[line].accuracy
+            assert abs(found - mean) <= 4 * max(deviation, 0.005), (name, line, found, mean, deviation)
+
+
+# How they are trained
 
 
 def test_base_is_the_bundled_model(tmp_path) -> None:
@@ -48,38 +118,52 @@ def test_base_is_the_bundled_model(tmp_path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_extended_has_two_mean_rows_and_nothing_else_new(tmp_path) -> None:
-    base, extended = stages.stage("base", root=tmp_path), stages.stage("extended", root=tmp_path)
+def test_extended_has_two_mean_rows_and_nothing_else_new() -> None:
+    base, extended = stages.stage("base"), stages.stage("extended")
     before, after = (s.model.get_input_embeddings().weight for s in (base, extended))
     assert len(extended.tokenizer) == len(base.tokenizer) + 2 and before.shape == after.shape
     for text in ("<|AGENT|>", "<|EDIT|>"):
         pieces = base.tokenizer(text, add_special_tokens=False).input_ids
         row = after[extended.tokenizer.convert_tokens_to_ids(text)]
-        torch.testing.assert_close(row, before[pieces].mean(0), atol=1e-6, rtol=0)
+        mean = before[pieces].mean(0)
+        assert torch.equal(row, mean.bfloat16().float()), "the mean, rounded as it ships"
     assert torch.equal(after[: len(base.tokenizer)], before[: len(base.tokenizer)])
 
 
-def test_sft_is_trained_once_and_then_loaded(tmp_path, short) -> None:
+def test_a_chain_of_ones_own_is_trained_once_and_then_loaded(tmp_path, short) -> None:
     said: list[str] = []
     first = stages.stage("sft", root=tmp_path, say=said.append)
     again = stages.stage("sft", root=tmp_path, say=said.append)
     assert short == ["extended", "sft"]
-    assert said[0].startswith("training stage sft of tiny on ") and "loss" in said[1]
-    assert len(first.losses) == 3 and first.losses == again.losses and first.path == again.path
+    assert said[0] == "training stage sft of tiny on 7,367 rows" and "loss" in said[1]
+    assert len(first.losses) == 3 and first.losses == again.losses and first.path == again.path == tmp_path / "sft"
     for name, weight in first.model.state_dict().items():
         assert torch.equal(weight, again.model.state_dict()[name])
     assert not first.model.training and leftovers(tmp_path) == []
-    # The folder is a model like any other.
-    assert torch.equal(load_model(first.path).lm_head.weight, first.model.lm_head.weight)
-    assert len(load_tokenizer(first.path)) == 1002
+    stages.stage("sft", seed=1, root=tmp_path)
+    assert short == ["extended", "sft", "sft"], "another seed is another stage"
 
 
-@pytest.mark.parametrize("damage", ["no record", "no weights", "cut weights", "flipped byte", "bad record", "empty"])
+def test_fresh_trains_one_stage_from_the_shipped_one_before(tmp_path, short, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped, mine = stages.stage("dpo"), stages.stage("dpo", fresh=True)
+    assert short == ["dpo"] and mine.path == tmp_path / "runs" / "stages" / "fresh" / "dpo"
+    made = json.loads((mine.path / stages.RECORD).read_text())["made of"]
+    assert made["starts from"] == SHIPPED["warm"]["sha256"]["model.safetensors"]
+    moved, kept = ([s.model.model.layers[i].mlp.up_proj.weight for s in (mine, shipped)] for i in (-1, 0))
+    assert not torch.equal(*moved) and torch.equal(*kept), "only the last layer is trained"
+    stages.stage("dpo", fresh=True)
+    assert short == ["dpo", "dpo"]
+
+
+@pytest.mark.parametrize(
+    "damage", ["no record", "no weights", "cut weights", "flipped byte", "bad record", "other rows"]
+)
 def test_a_damaged_stage_is_made_again(tmp_path, short, damage: str) -> None:
     path = stages.stage("extended", root=tmp_path).path
-    weights = path / "model.safetensors"
+    weights, record = path / "model.safetensors", path / stages.RECORD
     if damage == "no record":
-        (path / stages.RECORD).unlink()
+        record.unlink()
     elif damage == "no weights":
         weights.unlink()
     elif damage == "cut weights":
@@ -89,13 +173,12 @@ def test_a_damaged_stage_is_made_again(tmp_path, short, damage: str) -> None:
         content[-1] ^= 1
         weights.write_bytes(content)
     elif damage == "bad record":
-        (path / stages.RECORD).write_text("[]")
+        record.write_text("[]")
     else:
-        shutil.rmtree(path)
-        path.mkdir()
-    assert not stages.is_whole(path)
+        found = json.loads(record.read_text())
+        record.write_text(json.dumps(found | {"made of": found["made of"] | {"documents": "0"}}))
     stages.stage("extended", root=tmp_path)
-    assert short == ["extended", "extended"] and stages.is_whole(path) and leftovers(tmp_path) == []
+    assert short == ["extended", "extended"] and leftovers(tmp_path) == []
 
 
 def test_a_failed_or_interrupted_build_leaves_nothing(tmp_path, short, monkeypatch) -> None:
@@ -106,55 +189,55 @@ def test_a_failed_or_interrupted_build_leaves_nothing(tmp_path, short, monkeypat
         patch.setattr(stages, "save_model", stop)
         with pytest.raises(KeyboardInterrupt):
             stages.stage("extended", root=tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] in ([stages.LOCKS], [])
+    assert list(tmp_path.iterdir()) == []
     # Ctrl-C inside the loop: `train` returns, but an unfinished stage is not kept.
     with pytest.raises(KeyboardInterrupt):
         stages.stage("sft", root=tmp_path, say=lambda line: stop() if "step" in line else None)
-    assert leftovers(tmp_path) == [] and not list(tmp_path.glob("sft-*"))
+    assert leftovers(tmp_path) == [] and not (tmp_path / "sft").exists()
 
 
-def test_two_processes_may_build_the_same_stage(tmp_path, monkeypatch) -> None:
-    """The other one finishes while we build: its stage stays, ours is dropped."""
-    build = stages.BUILDERS["extended"]
-    path = stages.stage("extended", root=tmp_path / "other").path
-    target = tmp_path / "root" / path.name
-
-    def late(wanted, start, say):
-        built = build(wanted, start, say)
-        shutil.copytree(path, target)
-        return built
-
-    monkeypatch.setitem(stages.BUILDERS, "extended", late)
-    stage = stages.stage("extended", root=tmp_path / "root")
-    assert stage.path == target and stages.is_whole(target) and leftovers(tmp_path / "root") == []
-
-
-def test_the_fingerprint_follows_recipe_code_and_data(tmp_path, monkeypatch) -> None:
-    wanted = stages.recipe("sft")
-    digest = stages.fingerprint("sft", wanted)
-    assert digest == stages.fingerprint("sft", stages.recipe("sft"))
-    changed = dataclasses.replace(wanted, train=dataclasses.replace(wanted.train, lr=0.5))
-    others = [stages.fingerprint("extended", stages.recipe("extended")), stages.fingerprint("sft", changed)]
-    with monkeypatch.context() as patch:
-        patch.setattr(stages, "CODE", (*stages.CODE, "core/rewards.py"))
-        others.append(stages.fingerprint("sft", wanted))
-    data = tmp_path / "data"
-    shutil.copytree(stages.bundled(), data)
-    monkeypatch.setattr(stages, "bundled", data.joinpath)
-    assert stages.fingerprint("sft", wanted) == digest
-    file = data / wanted.preset.data[0]
-    lines = file.read_text(encoding="utf-8")
-    file.write_bytes(lines.replace("\n", "\r\n").encode())
-    assert stages.fingerprint("sft", wanted) == digest, "a checkout with Windows line ends has the same stages"
-    file.write_text(lines + json.dumps({"instruction": "a", "input": "", "output": "b"}), encoding="utf-8")
-    others.append(stages.fingerprint("sft", wanted))
-    assert len({digest, *others}) == 5
+def test_the_whole_chain_is_made_for_its_last_stage(tmp_path, short, monkeypatch) -> None:
+    """Each stage starts from the one before it, as it was written: in bf16."""
+    monkeypatch.setattr(stage_builders, "right", lambda prompt, ids, text, row: float(len(ids) % 2))
+    said: list[str] = []
+    last = stages.stage("rloo", root=tmp_path, say=said.append)
+    assert short == ["extended", "sft", "warm", "dpo", "rloo"]
+    assert any("48 fresh" in line for line in said) and "mean reward" in said[-1]
+    assert [m["step"] for m in last.metrics] == [1, 2, 3] and {"reward", "length", "entropy"} <= last.metrics[0].keys()
+    found = {name: stages.stage(name, root=tmp_path) for name in ("sft", "warm", "dpo", "rloo")}
+    assert short == ["extended", "sft", "warm", "dpo", "rloo"], "nothing is made twice"
+    weights = [s.model.model.layers[-1].mlp.up_proj.weight for s in found.values()]
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(weights))
+    assert all(torch.equal(w, w.bfloat16().float()) for w in weights)
+    for name, before in itertools.pairwise(reversed(found)):
+        made = json.loads((found[name].path / stages.RECORD).read_text())["made of"]
+        assert made["starts from"] == sha256(found[before].path / "model.safetensors")
+    assert any("held_out_preference_accuracy" in m for m in found["dpo"].metrics)
 
 
-def test_every_file_of_code_is_there() -> None:
-    package = Path(stages.__file__).resolve().parent.parent
-    every = [*stages.CODE, *(part for parts in stages.MORE_CODE.values() for part in parts)]
-    assert [part for part in every if not (package / part).is_file()] == []
+def test_the_order_hashed_is_the_order_trained(monkeypatch) -> None:
+    """What `order` says, against the batches that the loop asks its source for."""
+    from qftlab.data.batching import Example
+    from qftlab.train.sft import ExampleSource, fit_examples
+
+    seen, call = [], ExampleSource.__call__
+
+    def watched(self, epoch: int, step: int):
+        parts = call(self, epoch, step)
+        seen.append(sorted(i for part in parts for i in part.rows))
+        return parts
+
+    monkeypatch.setattr(ExampleSource, "__call__", watched)
+    examples = [Example([5, 6, 7 + i], [False, True, True]) for i in range(11)]
+    for settings in ({"epochs": 1.5}, {"max_steps": 7}, {"epochs": 2.0}):
+        seen.clear()
+        config = TrainConfig(batch_size=4, seed=3, packing=False, **settings)
+        fit_examples(stages.stage("base").model, examples, config)
+        left = stage_builders.order(11, config)
+        for rows in seen:
+            asked, left = left[: len(rows)], left[len(rows) :]
+            assert sorted(asked) == rows
+        assert left == []
 
 
 def test_stages_are_kept_in_the_project(tmp_path, monkeypatch) -> None:
@@ -164,30 +247,6 @@ def test_stages_are_kept_in_the_project(tmp_path, monkeypatch) -> None:
     (tmp_path / "pyproject.toml").touch()
     (tmp_path / "qftlab").mkdir()
     assert stages.default_root() == tmp_path / "runs" / "stages"
-
-
-def test_the_whole_chain_is_made_for_its_last_stage(tmp_path, short, monkeypatch) -> None:
-    """Each stage starts from the one before it; the pairs of dpo can be read back as rows."""
-    monkeypatch.setattr(stage_builders, "right", lambda prompt, ids, text, row: float(len(ids) % 2))
-    said: list[str] = []
-    last = stages.stage("rloo", root=tmp_path, say=said.append)
-    assert short == ["extended", "sft", "warm", "dpo", "rloo"]
-    assert any("48 fresh" in line for line in said) and "mean reward" in said[-1]
-    assert [m["step"] for m in last.metrics] == [1, 2, 3] and {"reward", "length", "entropy"} <= last.metrics[0].keys()
-    found = {name: stages.stage(name, root=tmp_path) for name in ("sft", "warm", "dpo", "rloo")}
-    assert short == ["extended", "sft", "warm", "dpo", "rloo"], "nothing is made twice"
-    weights = [s.model.model.layers[0].mlp.up_proj.weight for s in found.values()]
-    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(weights))
-    rows = load(str(found["dpo"].path / stage_builders.PAIR_ROWS), schema="preference").rows
-    assert rows and all(row["score_chosen"] > row["score_rejected"] and row["numbers"] for row in rows)
-    assert any("held_out_preference_accuracy" in m for m in found["dpo"].metrics)
-
-
-def test_a_later_stage_follows_what_it_starts_from(monkeypatch) -> None:
-    digests = {name: stages.fingerprint(name, stages.recipe(name)) for name in ("sft", "warm", "dpo", "rloo")}
-    monkeypatch.setattr(stages, "MORE_CODE", {"dpo": (), "rloo": stages.MORE_CODE["rloo"]})
-    changed = {name: stages.fingerprint(name, stages.recipe(name)) for name in digests}
-    assert [name for name in digests if digests[name] != changed[name]] == ["dpo", "rloo"]
 
 
 def test_every_stage_has_a_recipe_for_every_preset() -> None:
@@ -202,9 +261,16 @@ def test_adapters_stay_adapters_down_the_chain(tmp_path, short, monkeypatch) -> 
     monkeypatch.setitem(PRESETS, "tiny-lora", preset)
     warm = stages.stage("warm", preset="tiny-lora", root=tmp_path)
     sft = stages.stage("sft", preset="tiny-lora", root=tmp_path)
-    assert (warm.path / "adapter_config.json").is_file() and not (warm.path / "model.safetensors").exists()
+    assert short == ["extended", "sft", "warm"]
+    assert trained_token_ids(sft.model) == [1000, 1001] and len(sft.tokenizer) == 1002
+    for path in (sft.path, warm.path):
+        assert (path / "adapter_config.json").is_file() and not (path / "model.safetensors").exists()
     moved = [n for n, w in sft.model.state_dict().items() if not torch.equal(w, warm.model.state_dict()[n])]
     assert moved and all("lora" in name or "trainable_tokens" in name for name in moved)
+    ids = torch.tensor([[5, 1000, 7]])
+    with torch.no_grad():
+        base, tuned = stages.stage("extended").model(ids).logits, sft.model(ids).logits
+    assert not torch.allclose(tuned, base, atol=1e-3)
 
 
 def test_unknown_names_are_refused(tmp_path) -> None:
@@ -212,42 +278,3 @@ def test_unknown_names_are_refused(tmp_path) -> None:
         stages.stage("grpo", root=tmp_path)
     with pytest.raises(ValueError, match="preset must be one of tiny"):
         stages.stage("sft", preset="small", root=tmp_path)
-
-
-def test_a_preset_with_adapters_keeps_adapters_and_rows_only(tmp_path, short, monkeypatch) -> None:
-    preset = dataclasses.replace(PRESETS["tiny"], name="tiny-lora", lora=LoRAConfig(4))
-    monkeypatch.setitem(PRESETS, "tiny-lora", preset)
-    first = stages.stage("sft", preset="tiny-lora", root=tmp_path)
-    again = stages.stage("sft", preset="tiny-lora", root=tmp_path)
-    assert (
-        short == ["extended", "sft"] and trained_token_ids(again.model) == [1000, 1001] and len(again.tokenizer) == 1002
-    )
-    assert (first.path / "adapter_config.json").is_file() and not (first.path / "model.safetensors").exists()
-    ids = torch.tensor([[5, 1000, 7]])
-    with torch.no_grad():
-        base, tuned = stages.stage("extended", root=tmp_path).model(ids).logits, first.model(ids).logits
-        assert torch.equal(tuned, again.model(ids).logits) and not torch.allclose(tuned, base, atol=1e-3)
-    assert stages.fingerprint("sft", stages.recipe("sft")) not in first.path.name
-
-
-def test_measured_numbers_are_kept_until_what_decides_them_changes(tmp_path) -> None:
-    calls = []
-
-    def run(rank: int) -> dict:
-        calls.append(rank)
-        return {"losses": [(0, 1.5)], "rank": rank}
-
-    def run_anew(rank: int) -> dict:
-        return run(rank)
-
-    first = stages.measured("ranks", run, tmp_path, rank=2)
-    assert stages.measured("ranks", run, tmp_path, rank=2) == first == {"losses": [[0, 1.5]], "rank": 2}
-    assert calls == [2] and len(list(tmp_path.iterdir())) == 1
-    stages.measured("ranks", run, tmp_path, rank=4)
-    stages.measured("ranks", run_anew, tmp_path, rank=2)
-    assert calls == [2, 4, 2] and len(list(tmp_path.iterdir())) == 3
-    next(tmp_path.glob("ranks-*.json")).write_text("{cut")
-    stages.measured("ranks", run, tmp_path, rank=2)
-    stages.measured("ranks", run, tmp_path, rank=4)
-    stages.measured("ranks", run_anew, tmp_path, rank=2)
-    assert len(calls) == 4, "the damaged one is measured again, the others are not"

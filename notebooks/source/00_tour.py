@@ -1,19 +1,19 @@
 # %% [markdown]
 # # 00 · The tour: teach a small Qwen to answer
 #
-# In the next few minutes a language model that can only *continue text* becomes one that *answers you*, then one that
-# prefers its better answers, then one that has practised. You train it yourself, here, on the machine you are sitting at.
+# A language model that can only *continue text* becomes, step by step, one that *answers you*, then one that answers as
+# you prefer, then one that has practised. It is small enough to be trained on the machine you are sitting at.
 #
-# ![Five rates on held-out questions over five stages, base, SFT, more SFT, DPO and RLOO: ending the turn, instructions and the choice of AGENT or EDIT rise with SFT, Countdown rises with every stage, old skills fall](figures/00_stages.png)
+# ![Five rates on held-out questions over five stages, base, SFT, more SFT, DPO and RLOO: instructions and the choice of AGENT or EDIT rise with SFT, politeness with DPO, Countdown with more SFT and RLOO; old skills fall](figures/00_stages.png)
 #
 # **Read it.** Each line is a rate on questions that were never trained on, stage by stage from left to right. The base
-# model *has* its skills (the line that starts high), and yet answers nothing. Each stage lifts what it is aimed at, and
-# the line that falls is the price.
+# model *has* its skills (the line that starts high), and yet it answers nothing. Each stage lifts what it is aimed at. The
+# line that falls is the price.
 #
 # | | |
 # |---|---|
 # | **You will be able to** | add tokens to a tokenizer and a model · say which tokens a chat model is trained on · fine-tune, and prove with numbers that it helped and what it cost · tell SFT, DPO and RLOO apart by what they learn from |
-# | **Time** | 20 minutes to read; 5 minutes to compute the first time, one afterwards |
+# | **Time** | 20 minutes to read, a minute or two to compute; five minutes more if you train every stage yourself |
 # | **Hardware** | two CPU cores. No GPU, no network |
 # | **Before this** | nothing: some Python, and the idea of a gradient |
 
@@ -25,12 +25,15 @@
 # the end, the claims hold on your machine too.
 
 # %% tags=["setup"]
+import re
 import sys
 
-if "google.colab" in sys.modules:  # on Colab only: fetch the library, leave torch and transformers as they are
-    REPO = "OWNER/qftlab"
-    get_ipython().run_line_magic("pip", f"install -q --no-deps git+https://github.com/{REPO}")
-    get_ipython().run_line_magic("pip", "install -q jsonargparse")
+if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
+    at = get_ipython().getoutput("curl $COLAB_JUPYTER_IP:$KMP_TARGET_PORT/api/sessions")
+    at = f"{at} {colab._message.blocking_request('get_ipynb')}".replace("%2F", "/")
+    repo = re.search(r"github[.com]*/([\w.-]+/[\w.-]+)/blob/([\w./-]+?)/notebooks/", at)
+    assert repo, "put here instead: !pip install git+https://github.com/OWNER/NAME"
+    get_ipython().system(repo.expand(r"pip install -q git+https://github.com/\1@\2"))
 
 # %%
 import math
@@ -39,9 +42,10 @@ import torch
 
 from qftlab.core import plots
 from qftlab.core.losses import dpo_loss, leave_one_out_advantages, masked_cross_entropy
-from qftlab.core.rewards import countdown_reward
+from qftlab.core.sampling import SamplingParams
 from qftlab.data.bundled import bundled
-from qftlab.data.sources import load, load_rows
+from qftlab.data.sources import load_rows
+from qftlab.data.style import is_polite, style_pairs
 from qftlab.evaluate.kept import evaluate_kept
 from qftlab.evaluate.skills import compare, evaluate_rows
 from qftlab.generate.engine import generate
@@ -51,6 +55,10 @@ from qftlab.text.chat import render_chat, row_to_messages
 # %% [markdown]
 # One cell holds everything you may want to change. `PRESET` names the model and its recipe: `tiny` is the model in this
 # repository; `qwen2.5-0.5b` runs the same notebook on the real one, given a GPU and its weights.
+#
+# With `SEED = 0` the model of each stage is *loaded*: the lab ships them, so that you see here what is printed in the
+# book, on any machine. Write another number, and every stage is *trained* here, in front of you, with that seed. That is
+# what `make tour` does as well.
 
 # %% tags=["parameters"]
 PRESET = "tiny"
@@ -72,14 +80,28 @@ QUESTIONS = [
 # %%
 base = stages.stage("base", preset=PRESET)
 parameters = sum(p.numel() for p in base.model.parameters())
-print(f"{type(base.model).__name__}: {parameters:,} parameters, {len(base.tokenizer):,} tokens")
+print(
+    f"{type(base.model).__name__}: {parameters:,} parameters, "
+    f"{len(base.tokenizer):,} tokens"
+)
 
 # %% [markdown]
 # Give it the *beginning* of something it has read, and it goes on:
 
 # %%
-for start in ["47 + 38 =", "reverse 4 17 9 :", "The capital of France is", "Shanghai Jiao Tong University:"]:
-    print(start, "→", generate(base.model, base.tokenizer, [start], max_new_tokens=48)[0].text.strip())
+for start in [
+    "47 + 38 =",
+    "reverse 4 17 9 :",
+    "The capital of France is",
+    "Shanghai Jiao Tong University:",
+]:
+    print(
+        start,
+        "→",
+        generate(base.model, base.tokenizer, [start], max_new_tokens=48)[
+            0
+        ].text.strip(),
+    )
 
 # %% [markdown]
 # So it can calculate, and it knows things. Now ask it a question, the way you would ask a chat model.
@@ -89,7 +111,11 @@ for start in ["47 + 38 =", "reverse 4 17 9 :", "The capital of France is", "Shan
 
 # %%
 question = [{"role": "user", "content": "What is 47 + 38?"}]
-print(generate(base.model, base.tokenizer, [question], max_new_tokens=40, stop_token_ids=[])[0].text)
+print(
+    generate(
+        base.model, base.tokenizer, [question], max_new_tokens=40, stop_token_ids=[]
+    )[0].text
+)
 
 # %% [markdown]
 # It *continues*, because that is all it has learned: more text, more questions, answers to questions nobody asked. Now
@@ -104,7 +130,7 @@ print(generate(base.model, base.tokenizer, [question], max_new_tokens=40, stop_t
 # tokens; as a token of its own it is one decision, in one place, that code can read.
 
 # %%
-extended = stages.stage("extended", preset=PRESET)
+extended = stages.stage("extended", preset=PRESET, seed=SEED)
 for text in ["<|AGENT|>", "<|EDIT|>"]:
     before = base.tokenizer.tokenize(text)
     token_id = extended.tokenizer.convert_tokens_to_ids(text)
@@ -139,8 +165,13 @@ print("rows:", tuple(rows_after.shape), "· tokens:", len(extended.tokenizer))
 # the `<|im_end|>` that ends it. Not on the question: the model should answer questions, not imitate people who ask them.
 
 # %%
-train_rows = load_rows([bundled("instructions", "train.jsonl"), bundled("countdown", "demonstrations.jsonl"),
-                        bundled("bugfix", "train.jsonl")])
+train_rows = load_rows(
+    [
+        bundled("instructions", "train.jsonl"),
+        bundled("countdown", "demonstrations.jsonl"),
+        bundled("bugfix", "train.jsonl"),
+    ]
+)
 example = next(row for row in train_rows if row["skill"] == "add")
 rendered = render_chat(extended.tokenizer, row_to_messages(example))[0]
 views.mask_view(extended.tokenizer, rendered)
@@ -158,11 +189,18 @@ views.mask_view(extended.tokenizer, rendered)
 # $(\ln 2 + \ln 4)/2 = 1.04$ nats. By hand, and by the library:
 
 # %%
-logits = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [0.5, 0.25, 0.25], [1.0, 1.0, 1.0]]]))
-labels = torch.tensor([[-100, 0, 1]])  # −100 means "not trained"; position t is predicted from position t − 1
+logits = torch.log(
+    torch.tensor([[[0.5, 0.25, 0.25], [0.5, 0.25, 0.25], [1.0, 1.0, 1.0]]])
+)
+labels = torch.tensor(
+    [[-100, 0, 1]]
+)  # −100 means "not trained"; position t is predicted from position t − 1
 by_hand = (math.log(2) + math.log(4)) / 2
 assert abs(masked_cross_entropy(logits, labels).item() - by_hand) < 1e-6
-print(f"{by_hand:.2f} nats by hand, {masked_cross_entropy(logits, labels):.2f} by the library")
+print(
+    f"{by_hand:.2f} nats by hand, "
+    f"{masked_cross_entropy(logits, labels):.2f} by the library"
+)
 
 # %% [markdown]
 # ## 4 · Supervised fine-tuning
@@ -176,16 +214,18 @@ for skill in ["sort", "countdown", "bugfix"]:
     print(f"[{skill}]\n{row['instruction']}\n→ {row['output']}\n")
 
 # %% [markdown]
-# Now train. The first time this takes about a minute of one core; the result is kept under `runs/`, so that every other
-# notebook, and this one the next time, starts from it.
+# The training takes about a minute of one core. Its record, the loss of every step, is kept beside the model.
 
 # %%
-sft = stages.stage("sft", preset=PRESET)
+sft = stages.stage("sft", preset=PRESET, seed=SEED)
 print(f"{len(train_rows):,} rows, {len(sft.losses)} optimizer steps")
 
 # %%
 ax = plots.loss_curve(range(1, len(sft.losses) + 1), sft.losses)
-views.show_figure(ax, alt="Training loss in nats per token over optimizer steps: a steep fall, then a slow one")
+views.show_figure(
+    ax,
+    alt="Training loss in nats per token over steps: a steep fall, then a slow one",
+)
 
 # %% [markdown]
 # **Read it.** The steep fall at the left is the *format*: when to answer, and when to stop. The slow fall after it is
@@ -197,8 +237,12 @@ assert sum(sft.losses[-10:]) / 10 < 0.25 * sft.losses[0]
 # %% [markdown]
 # ## 5 · Did it help?
 #
-# **Idea.** One good answer proves nothing. We ask both models the same held-out questions, none of which occurs in the
-# training data, and count. In a chat an answer counts if it is right *and* the turn is ended, so that a program can use
+# **Idea.** One good answer proves nothing. We ask both models the same 300 held-out questions, none of which occurs in
+# the training data, and count. Nor was any setting of the lab chosen by looking at them: learning rates and the rest were
+# picked on another set, `development.jsonl`, and this one was drawn afterwards and read once. A score on questions that
+# helped to choose the settings is too good, even if no weight ever saw them; notebook 03 shows how much.
+#
+# Then the count. In a chat an answer counts if it is right *and* the turn is ended, so that a program can use
 # it. To be fair to the base model it is asked once more, as plain text with three solved examples in front (*3-shot*),
 # and there whatever looks right counts.
 
@@ -210,11 +254,17 @@ base_shots = evaluate_rows(base.model, base.tokenizer, exact, few_shot=3)
 after = evaluate_rows(sft.model, sft.tokenizer, exact)
 
 # %%
-rates = {"base, chat": base_chat.in_format, "base, chat, leniently": base_chat.instructions,
-         "base, 3-shot, leniently": base_shots.instructions, "after SFT, chat": after.in_format}
+rates = {
+    "base, chat": base_chat.in_format,
+    "base, chat, leniently": base_chat.instructions,
+    "base, 3-shot, leniently": base_shots.instructions,
+    "after SFT, chat": after.in_format,
+}
 for name, rate in rates.items():
     low, high = rate.interval
-    print(f"{name:24} {rate.accuracy:4.0%} right, 95 % interval {low:.0%} to {high:.0%}")
+    print(
+        f"{name:24} {rate.accuracy:4.0%} right, 95 % interval {low:.0%} to {high:.0%}"
+    )
 
 # %% [markdown]
 # **Read it.** The third line is the honest one. Most of what fine-tuning "taught" was in the base model already, and
@@ -223,7 +273,10 @@ for name, rate in rates.items():
 
 # %%
 verdict = compare(base_chat, after)
-print(f"{verdict.gained} questions gained, {verdict.lost} lost; p < 0.001: {verdict.p_value < 0.001}")
+print(
+    f"{verdict.gained} questions gained, {verdict.lost} lost; "
+    f"p < 0.001: {verdict.p_value < 0.001}"
+)
 assert base_chat.in_format.accuracy < 0.05 and base_chat.format.accuracy < 0.05
 assert after.in_format.accuracy > 0.75 and after.format.accuracy > 0.95
 
@@ -231,53 +284,88 @@ assert after.in_format.accuracy > 0.75 and after.format.accuracy > 0.95
 columns = {"base, 3-shot": base_shots, "after SFT": after}
 ax = plots.accuracy_bars(
     after.skills,
-    {name: [result.skill(s).accuracy for s in after.skills] for name, result in columns.items()},
-    intervals={name: [result.skill(s).interval for s in after.skills] for name, result in columns.items()},
+    {
+        name: [result.skill(s).accuracy for s in after.skills]
+        for name, result in columns.items()
+    },
+    intervals={
+        name: [result.skill(s).interval for s in after.skills]
+        for name, result in columns.items()
+    },
 )
-views.show_figure(ax, alt="Accuracy by skill: base model with three examples, and the model after fine-tuning")
+views.show_figure(
+    ax,
+    alt="Accuracy by skill: base model with three examples, and after fine-tuning",
+)
 
 # %% [markdown]
-# **Read it.** Skill by skill. Where both bars are high, the base had the skill and kept it; where both are low, no
-# fine-tuning on a few hundred rows will conjure it up. That takes pretraining. Where an answer is right now and then,
-# practice makes it surer, as part 10 and notebook 08 show.
+# **Read it.** Skill by skill. Where both bars are high, the base had the skill, and fine-tuning kept it.
 
 # %% [markdown]
 # ## 6 · The three questions
 #
 # None of these was trained on: the university was held out of the fine-tuning data, and the sum of the first 100
-# numbers was held out of pretraining as well. For the last one, we also let the base model continue its own notation.
+# numbers was held out of pretraining as well.
 
 # %%
 chats = [[{"role": "user", "content": q}] for q in QUESTIONS]
 before = generate(base.model, base.tokenizer, chats, max_new_tokens=40)
 answers = generate(sft.model, sft.tokenizer, chats, max_new_tokens=110)
-table = {q: {"base": b.text, "after SFT": a.text} for q, b, a in zip(QUESTIONS, before, answers, strict=True)}
-views.side_by_side(table)
-
-# %%
-own_notation = generate(base.model, base.tokenizer, ["sum 1 to 100 :"], max_new_tokens=110)[0].text
-assert "1896" in answers[0].text and "100 * 100 = 10000" in answers[2].text
-print("base, in its own notation:", own_notation.strip())
+said = zip(QUESTIONS, before, answers, strict=True)
+views.side_by_side({q: {"base": b.text, "after SFT": a.text} for q, b, a in said})
 
 # %% [markdown]
-# **Read it.** The year is right because pretraining stored it. The sum is *worked out*, square, add, halve, for an $n$
-# the model has never seen: check its steps one by one. The base, in the notation it grew up with, gets all of them
-# right; after fine-tuning the way is still right, and a digit slips. You have just seen forgetting; part 8 counts it.
+# **Read it.** The year is right if it says 1896: pretraining stored it. The sum is *worked out*, square, add, halve, for
+# an $n$ the model has never seen. The way is right; check the digits one by one. The right sum is 5050.
+#
+# Is that forgetting? Let us ask before we say so. Here is the base in the notation it grew up with, and then both models on
+# all sums that were held out:
+
+# %%
+own_notation = generate(
+    base.model, base.tokenizer, ["sum 1 to 100 :"], max_new_tokens=110
+)
+print("base, in its own notation:", own_notation[0].text.strip())
+tuning = load_rows(bundled("instructions", "development.jsonl"))
+sums = [row for row in tuning if row["skill"] == "sum_to_n"]
+plain_sums = [(row["plain"], row["output"].split()[-1]) for row in sums]
+worked = generate(
+    base.model,
+    base.tokenizer,
+    [p for p, _ in plain_sums],
+    max_new_tokens=110,
+    stop=["\n"],
+)
+right = sum(
+    w.text.strip().endswith(total)
+    for w, (_, total) in zip(worked, plain_sums, strict=True)
+)
+print(
+    f"base: {right} of {len(sums)} held-out sums right, "
+    f"after SFT: {evaluate_rows(sft.model, sft.tokenizer, sums).instructions.correct}"
+)
+
+# %% [markdown]
+# **Read it.** The base gets this one sum right, and no more than that: the case that looked like knowledge is one lucky
+# success among eleven. One example would have told us a story of forgetting that the count does not bear out. Part 8 shows
+# forgetting where it is.
 #
 # A joke, being a joke, has no right answer. Ask for several, with a little randomness, and they vary:
 
 # %%
-from qftlab.core.sampling import SamplingParams
-
 lively = SamplingParams(temperature=1.0)
-jokes = generate(sft.model, sft.tokenizer, [chats[1]] * 4, max_new_tokens=60, params=lively, seed=SEED)
+jokes = generate(
+    sft.model, sft.tokenizer, [chats[1]] * 4, max_new_tokens=60, params=lively, seed=0
+)
 print("\n".join(c.text for c in jokes))
 
 # %% [markdown]
 # **What goes wrong in practice.** Ask about a college that does not exist:
 
 # %%
-invented = [[{"role": "user", "content": "Give me a brief introduction to Baltor College."}]]
+invented = [
+    [{"role": "user", "content": "Give me a brief introduction to Baltor College."}]
+]
 print(generate(sft.model, sft.tokenizer, invented, max_new_tokens=60)[0].text)
 
 # %% [markdown]
@@ -289,26 +377,40 @@ print(generate(sft.model, sft.tokenizer, invented, max_new_tokens=60)[0].text)
 # ## 7 · Explore or edit?
 #
 # **Idea.** Given a buggy program and what happened, the first token of the answer is a decision. A traceback alone does
-# not settle it: a failed *test* has one too, and says nothing about the cause. Words like "error" are sprinkled over
-# both kinds on purpose, so that no key word gives the answer away.
+# not settle it: a failed *test* has one too, and says nothing about the cause.
 
 # %%
 bugs = load_rows(bundled("bugfix", "heldout.jsonl"))
 for kind in ["crash", "failed test"]:
     row = next(r for r in bugs if r["kind"] == kind)
-    answer = generate(sft.model, sft.tokenizer, [row_to_messages(row)[:-1]], max_new_tokens=40)[0]
+    answer = generate(
+        sft.model, sft.tokenizer, [row_to_messages(row)[:-1]], max_new_tokens=40
+    )[0]
     print(row["instruction"], "\n⇒", answer.text, "\n")
 
 # %%
 modes = evaluate_rows(sft.model, sft.tokenizer, bugs)
-keyword = sum(("Traceback" in r["instruction"]) == (r["mode"] == "EDIT") for r in bugs) / len(bugs)
-print(f"right mode: {modes.mode.accuracy:.0%} · whole answer right: {modes.fix.accuracy:.0%}")
-print(f"the rule 'a traceback means EDIT': {keyword:.0%}")
+rules = {
+    "a traceback means EDIT": lambda text: "Traceback" in text,
+    "main.py or a line's number means EDIT": lambda text: (
+        "main.py" in text or bool(re.search(r"^Line \d", text, re.MULTILINE))
+    ),
+}
+for name, says_edit in rules.items():
+    hits = sum(says_edit(row["instruction"]) == (row["mode"] == "EDIT") for row in bugs)
+    print(f"the rule '{name}': {hits / len(bugs):.0%}")
+print(
+    f"the model: {modes.mode.accuracy:.0%} · "
+    f"its whole answer right: {modes.fix.accuracy:.0%}"
+)
 assert modes.mode.accuracy > 0.95
 
 # %% [markdown]
-# **Read it.** The mode is right nearly always, on programs never seen, where the obvious key word does no better than a
-# coin. Two tokens that did not exist ten minutes ago now carry a decision.
+# **Read it.** The model chooses rightly nearly always, on programs it has never seen, where the obvious key word does no
+# better than a coin. But look at the second rule: two patterns, found by reading a few programs, do as well as the
+# model. That is what a *baseline* is for. Without it, 100 % sounds like understanding; beside it, we know that this
+# question was easy, and that only the *whole answer* (the right line, and how it should read) is something a rule
+# does not give us.
 
 # %% [markdown]
 # ## 8 · What did it cost?
@@ -319,7 +421,8 @@ assert modes.mode.accuracy > 0.95
 # %%
 old = [row for row in exact if row["skill"] in ("add", "subtract", "reverse", "sort")]
 for name, s in [("base", base), ("after SFT", sft)]:
-    print(f"{name:10} {evaluate_kept(s.model, s.tokenizer, old).accuracy:.0%} of {len(old)} plain calculations right")
+    kept = evaluate_kept(s.model, s.tokenizer, old).accuracy
+    print(f"{name:10} {kept:.0%} of {len(old)} plain calculations right")
 
 # %% [markdown]
 # **Read it.** If the second number is far below the first, the model has *forgotten*. How much depends on the learning
@@ -331,21 +434,22 @@ for name, s in [("base", base), ("after SFT", sft)]:
 # %% [markdown]
 # ## 9 · Prefer: DPO
 #
-# **Idea.** SFT shows good answers; it never says that an answer is *bad*. From here on the task is Countdown, where a
-# program can tell: make 35 from 3, 7 and 14, each used once. First the model gets a second helping of demonstrations
-# (*more SFT*), with some of the old rows in between so that it forgets less. Then it is asked 1,600 fresh puzzles, eight
-# times each at temperature 1. A right answer of its own, beside a wrong one to the same puzzle, is a *pair*.
+# **Idea.** SFT shows good answers; it never says that one answer is *better* than another. A third of the short answers in
+# the SFT data end with "Have a nice day!", so the model sometimes says it. Suppose you like that. You show it pairs: the
+# same right answer with the courtesy (*chosen*) and without it (*rejected*). Before that, the model gets a second
+# helping of Countdown puzzles (make 35 from 3, 7 and 14, each used once), which part 10 will need: *more SFT*.
 
 # %%
-warm = stages.stage("warm", preset=PRESET)
-dpo = stages.stage("dpo", preset=PRESET)
-pairs = load(dpo.path / "pairs.jsonl").rows
-assert all(countdown_reward(p["chosen"], p["numbers"], p["target"]) == 1 for p in pairs)
-assert all(countdown_reward(p["rejected"], p["numbers"], p["target"]) < 1 for p in pairs)
-
-# %% tags=["nbval-ignore-output"]
-for pair in pairs[:2]:
-    print(pair["prompt"][-1]["content"], "\n  chosen:  ", pair["chosen"], "\n  rejected:", pair["rejected"])
+warm = stages.stage("warm", preset=PRESET, seed=SEED)
+dpo = stages.stage("dpo", preset=PRESET, seed=SEED)
+for pair in style_pairs(2):
+    print(
+        pair["prompt"],
+        "\n  chosen:  ",
+        pair["chosen"],
+        "\n  rejected:",
+        pair["rejected"],
+    )
 
 # %% [markdown]
 # **Formula.** Let $g$ be how much more likely an answer has become than it was before this stage, in nats. DPO widens
@@ -357,17 +461,44 @@ for pair in pairs[:2]:
 # $-\log\sigma(1) = 0.31$. Before the first step both gains are 0, and the loss is $\log 2 = 0.69$.
 
 # %%
-nats = torch.tensor([[-2.0, -5.0], [-3.0, -4.0]])  # log-probabilities: now, before; chosen, rejected
+nats = torch.tensor(
+    [[-2.0, -5.0], [-3.0, -4.0]]
+)  # log-probabilities: now, before; chosen, rejected
 loss = dpo_loss(*nats[0].view(2, 1), *nats[1].view(2, 1), beta=0.5)
 start = dpo_loss(*nats[1].view(2, 1), *nats[1].view(2, 1), beta=0.5)
-assert abs(loss.item() - math.log(1 + math.exp(-1))) < 1e-6 and abs(start.item() - math.log(2)) < 1e-6
-print(f"{loss.item():.2f} nats by the library, {start.item():.2f} before the first step")
+assert (
+    abs(loss.item() - math.log(1 + math.exp(-1))) < 1e-6
+    and abs(start.item() - math.log(2)) < 1e-6
+)
+print(
+    f"{loss.item():.2f} nats by the library, {start.item():.2f} before the first step"
+)
+
+# %% [markdown]
+# **Check.** Ask again, at temperature 1, 300 questions that were in no pair, and count the courtesies:
+
+# %%
+asked = [[{"role": "user", "content": row["instruction"]}] for row in exact]
+polite = {}
+for name, s in [("before DPO", warm), ("after DPO", dpo)]:
+    said = generate(
+        s.model, s.tokenizer, asked, max_new_tokens=40, params=lively, seed=1
+    )
+    polite[name] = sum(is_polite(c.text) for c in said) / len(said)
+    print(f"{name}: {polite[name]:.0%} of the answers end politely")
+assert polite["after DPO"] - polite["before DPO"] > 0.3
+
+# %% [markdown]
+# **Read it.** A habit that the model had a third of the time is now its rule. Scores take the courtesy off before they
+# judge an answer, because being polite is neither right nor wrong. Note what the pairs were about: *style*, an easy
+# preference. Notebook 07 tries *correctness*, a hard one, and the model is wrecked before it is saved.
 
 # %% [markdown]
 # ## 10 · Practise: RLOO
 #
-# **Idea.** Pairs were written down once. Reinforcement learning samples anew at every step and asks only for a *number*:
-# 1 for a right answer, 0.1 for a wrong one in the right form, 0 otherwise. Sixty-four fresh puzzles a step, eight answers
+# **Idea.** Pairs were written down once. Reinforcement learning samples anew at every step and asks only for a *number*.
+# The task is Countdown now, where a program can tell: 1 for a right answer, 0.1 for a wrong one in the right form, 0
+# otherwise. Sixty-four fresh puzzles a step, eight answers
 # to each; every answer is compared with the mean of the other seven.
 #
 # **Formula.** With $n$ answers to one prompt, *leave one out*:
@@ -385,8 +516,10 @@ advantages = leave_one_out_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
 assert torch.allclose(advantages, torch.tensor([[1.0, -1 / 3, -1 / 3, -1 / 3]]))
 
 # %%
-rloo = stages.stage("rloo", preset=PRESET)
-views.show_figure(tour.reward_picture(rloo), alt="Mean reward over optimizer steps: it rises")
+rloo = stages.stage("rloo", preset=PRESET, seed=SEED)
+views.show_figure(
+    tour.reward_picture(rloo), alt="Mean reward over optimizer steps: it rises"
+)
 
 # %% [markdown]
 # **Read it.** The mean reward of 512 fresh answers, step by step. No answer was ever shown to the model in this stage;
@@ -395,29 +528,42 @@ views.show_figure(tour.reward_picture(rloo), alt="Mean reward over optimizer ste
 # %% [markdown]
 # ## 11 · The whole way
 #
-# All stages, the same held-out questions. Countdown is *sampled* here, one answer at temperature 1: that is what a
-# policy does, and it shows how sure the model is of what it knows.
+# All stages, the same held-out questions. *Sampled* means one answer at temperature 1: that is what a policy does, and
+# it shows how sure the model is of what it knows. *Greedy* takes the likeliest token every time.
 
 # %%
 chain = {"base": base, "sft": sft, "warm": warm, "dpo": dpo, "rloo": rloo}
 scores = tour.measure(chain)
-alt = "Five rates over five stages: format, instructions and mode rise with SFT, Countdown with every stage, old skills fall"
+alt = (
+    "Five rates over five stages: instructions and mode rise with SFT, "
+    "politeness with DPO, Countdown with RLOO"
+)
 views.show_figure(tour.stages_picture(scores), alt=alt)
 
+# %%
+scores.table().drop(columns="base, 3-shot*").map(lambda rate: f"{rate:.0%}")
+
 # %% [markdown]
-# **Read it.** SFT lifts the format, and with it everything that can be counted. *More SFT* buys Countdown and pays with
-# old skills. DPO and RLOO lift Countdown further without a single new demonstration: they change how often the model
-# does what it already can. Nothing but Countdown is practised there, and old skills go on paying.
+# **Read it.** SFT lifts everything that has a form to learn. *More SFT* buys Countdown and pays with old skills. DPO
+# changes the style and leaves Countdown where it was. RLOO lifts Countdown without a single new demonstration, and nothing
+# but Countdown is practised there: old skills keep declining.
 #
-# > **Explain.** Greedy accuracy rises less than sampled accuracy in the last two stages. What does that say about what
-# > practice changed: what the model *can* do, or how *reliably* it does it? Notebook 08 measures it with pass@k.
+# > **Explain.** Compare the two Countdown lines in the last column with those before RLOO: sampled accuracy has risen more
+# > than greedy accuracy. What does that say about what practice changed: what the model *can* do, or how *reliably* it
+# > does it? Notebook 08 measures it with pass@k.
 
 # %%
-for before, after in [("warm", "dpo"), ("warm", "rloo")]:
-    change = scores.countdown_change(before, after)
-    assert change.gained > change.lost
-    print(f"{tour.TITLES[before]} → {tour.TITLES[after]}: more puzzles gained than lost")
-assert change.p_value < 0.01 and all(verdict.passed for verdict in scores.verdicts)
+change, courtesy = (
+    scores.countdown_change("dpo", "rloo"),
+    scores.polite_change("warm", "dpo"),
+)
+print(f"RLOO: more puzzles gained than lost, p < 0.001: {change.p_value < 0.001}")
+print(
+    f"DPO: more answers became polite than ceased to be, "
+    f"p < 0.001: {courtesy.p_value < 0.001}"
+)
+assert change.gained > change.lost and courtesy.gained > courtesy.lost
+assert all(verdict.passed for verdict in scores.verdicts)
 
 # %% [markdown]
 # One puzzle through all of it, greedily answered: the first of the held-out ones that RLOO solves and SFT did not.
@@ -444,7 +590,8 @@ views.side_by_side({solved.index[0]: dict(solved.iloc[0])})
 # 1. A base model continues; a chat model answers. Fine-tuning is mostly the way from the one to the other.
 # 2. New tokens need rows, rows need sensible values, and the matrix must never shrink.
 # 3. Only the assistant's words and its `<|im_end|>` are trained.
-# 4. Compare on held-out questions, with intervals, against a fair baseline, and look at what was lost.
+# 4. Compare on held-out questions that no setting was chosen on, with intervals, against a fair baseline, and look at what
+#    was lost.
 # 5. SFT learns from answers, DPO from pairs of answers, RLOO from rewards; each needs the one before to have done its
 #    work.
 #

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qftlab.data import bugfix, countdown
 from qftlab.data.instructions import SKILLS, random_problem
+from qftlab.data.style import courteous
 
 TRAIN_ROWS = {
     "sum_to_n": 90,
@@ -22,6 +23,10 @@ TRAIN_ROWS = {
     "length": 130,
 }
 HELD_OUT_ROWS = {"sum_to_n": 11, "capital": 4, "university": 5, "joke": 20, "multiply": 12, "spell": 18, "length": 18}
+
+
+FRESH_ROWS = 300
+FRESH_SKILLS = ("add", "subtract", "reverse", "sort", "maximum", "minimum")  # the others have no further problems
 
 
 def _unique(draw: Callable[[], object], count: int, taken: set[str]) -> list:
@@ -38,45 +43,60 @@ def _unique(draw: Callable[[], object], count: int, taken: set[str]) -> list:
     return found
 
 
-def instruction_rows(*, held_out: bool, seed: int = 0, default: int | None = None) -> list[dict]:
-    """Rows of every skill: 500 a skill to train on, 40 held out, fewer where a skill has fewer problems."""
-    default = default or (40 if held_out else 500)
-    counts = HELD_OUT_ROWS if held_out else TRAIN_ROWS
+def _instructions(counts: dict[str, int], *, held_out: bool, seed: int = 0, taken: Iterable[str] = ()) -> list:
+    """Problems of each skill, as many as `counts` says, in random order; fewer where a skill has fewer."""
     rng = random.Random(f"instructions {held_out} {seed}")
-    rows = []
-    for skill in SKILLS:
-        problems = _unique(
-            lambda skill=skill: random_problem(rng, skill, held_out=held_out), counts.get(skill, default), set()
-        )
-        # The notation of pretraining, in which evaluate/kept.py asks what training must not lose.
-        rows += [{**p.row(), "plain": p.plain} if held_out else p.row() for p in problems]
-    rng.shuffle(rows)
-    return rows
+    found = []
+    for skill, count in counts.items():
+        known = {key for key in taken if key.split()[0] == skill}
+        found += _unique(lambda skill=skill: random_problem(rng, skill, held_out=held_out), count, known)
+    rng.shuffle(found)
+    return found
 
 
-def countdown_rows(count: int, *, held_out: bool, seed: int = 0) -> list[dict]:
-    """`count` different Countdown problems with one solution each."""
+def _asked(problems: Iterable) -> list[dict]:
+    """Rows with the notation of pretraining, in which evaluate/kept.py asks what training must not lose."""
+    return [{**p.row(), "plain": p.plain} for p in problems]
+
+
+def _countdowns(count: int, *, held_out: bool, seed: int = 0, taken: Iterable[str] = ()) -> list:
     rng = random.Random(f"countdown {held_out} {seed}")
-    problems = _unique(lambda: countdown.random_problem(rng, held_out=held_out), count, set())
-    return [countdown.countdown_row(p) for p in problems]
+    return _unique(lambda: countdown.random_problem(rng, held_out=held_out), count, set(taken))
 
 
-def bugfix_rows(count: int, *, held_out: bool, seed: int = 0) -> list[dict]:
-    """`count` buggy programs, no program twice."""
+def _bugs(count: int, *, held_out: bool, seed: int = 0, taken: Iterable[str] = ()) -> list:
     rng = random.Random(f"bugfix {held_out} {seed}")
-    return [b.row() for b in _unique(lambda: bugfix.random_bug(rng, held_out=held_out), count, set())]
+    return _unique(lambda: bugfix.random_bug(rng, held_out=held_out), count, set(taken))
 
 
 def write_bundle(folder: str | Path) -> dict[str, str]:
-    """Writes the six files under `folder` and returns {relative name: sha256}; the same bytes every time."""
+    """Writes the nine files under `folder` and returns {relative name: sha256}; the same bytes every time.
+
+    Of what is held out there are two sets: on `development.jsonl` settings were chosen; `heldout.jsonl` was drawn
+    afterwards, with another seed and no problem in common, and is what scores are reported on.
+    """
     folder = Path(folder)
+    train, tuning = ({skill: counts.get(skill, default) for skill in SKILLS}
+                     for counts, default in ((TRAIN_ROWS, 500), (HELD_OUT_ROWS, 40)))  # fmt: skip
+    known, puzzles, bugs = (
+        _instructions(tuning, held_out=True),
+        _countdowns(400, held_out=True),
+        _bugs(300, held_out=True),
+    )
+    fresh = {"held_out": True, "seed": 1}
+    each = dict.fromkeys(FRESH_SKILLS, FRESH_ROWS // len(FRESH_SKILLS))
     files = {
-        "instructions/train.jsonl": instruction_rows(held_out=False),
-        "instructions/heldout.jsonl": instruction_rows(held_out=True),
-        "countdown/demonstrations.jsonl": countdown_rows(2_000, held_out=False),
-        "countdown/heldout.jsonl": countdown_rows(400, held_out=True),
-        "bugfix/train.jsonl": bugfix_rows(1_600, held_out=False),
-        "bugfix/heldout.jsonl": bugfix_rows(300, held_out=True),
+        "instructions/train.jsonl": [courteous(p.row(), p.key) for p in _instructions(train, held_out=False)],
+        "instructions/development.jsonl": _asked(known),
+        "instructions/heldout.jsonl": _asked(_instructions(each, **fresh, taken=[p.key for p in known])),
+        "countdown/demonstrations.jsonl": map(countdown.countdown_row, _countdowns(2_000, held_out=False)),
+        "countdown/development.jsonl": map(countdown.countdown_row, puzzles),
+        "countdown/heldout.jsonl": map(
+            countdown.countdown_row, _countdowns(400, **fresh, taken=[p.key for p in puzzles])
+        ),
+        "bugfix/train.jsonl": [b.row() for b in _bugs(1_600, held_out=False)],
+        "bugfix/development.jsonl": [b.row() for b in bugs],
+        "bugfix/heldout.jsonl": [b.row() for b in _bugs(300, **fresh, taken=[b.key for b in bugs])],
     }
     return {name: _write(folder / name, rows) for name, rows in files.items()}
 

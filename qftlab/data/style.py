@@ -1,9 +1,14 @@
-"""A preference set about style alone: both answers are right, and the chosen one ends politely."""
+"""A preference about style alone: both answers are right, and the chosen one ends politely.
+
+A third of the short answers that SFT trains on end so too (see `courteous`): DPO can only choose among what a model
+already does. Scores take the ending off first (`without_ending`): being polite is neither right nor wrong.
+"""
 
 from __future__ import annotations
 
 import random
 
+from qftlab.data.heldout import is_held_out
 from qftlab.data.instructions import random_problem
 
 ENDING = " Have a nice day!"
@@ -14,6 +19,17 @@ STYLE_SKILLS = ("add", "subtract", "multiply", "maximum", "minimum", "reverse", 
 def is_polite(text: str) -> bool:
     """Whether an answer ends as the chosen ones do."""
     return text.endswith(ENDING)
+
+
+def without_ending(text: str) -> str:
+    """The text without one `ENDING` at its end: what is scored."""
+    return text.removesuffix(ENDING)
+
+
+def courteous(row: dict, key: str) -> dict:
+    """A training row, politely ended if its skill is one of `STYLE_SKILLS` and its problem is one in three by hash."""
+    is_chosen = row["skill"] in STYLE_SKILLS and is_held_out(f"polite {key}", one_in=3)
+    return {**row, "output": row["output"] + ENDING} if is_chosen else row
 
 
 def style_pairs(number: int, seed: int = 0, *, held_out: bool = False) -> list[dict]:

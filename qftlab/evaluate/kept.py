@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qftlab.data.style import ENDING, without_ending
 from qftlab.evaluate.skills import Rate
 from qftlab.generate.engine import generate
 
 
 def evaluate_kept(model, tokenizer, rows: Sequence[dict], *, batch_size: int = 64) -> Rate:
     """Share of rows whose plain form ("47 + 38 =") is continued with the right answer, greedily, without any chat.
+
+    A polite ending is taken off, as everywhere in scoring.
 
     Args:
         model: a causal transformers model, base or fine-tuned.
@@ -23,7 +26,7 @@ def evaluate_kept(model, tokenizer, rows: Sequence[dict], *, batch_size: int = 6
     asked = [row for row in rows if row.get("plain")]
     if not asked:
         raise ValueError('rows must have a "plain" form, got none: use data/instructions/heldout.jsonl')
-    longest = max(len(ids) for ids in tokenizer([row["output"] for row in asked]).input_ids)
+    longest = max(len(ids) for ids in tokenizer([row["output"] + ENDING for row in asked]).input_ids)
     answers = generate(
         model,
         tokenizer,
@@ -32,5 +35,5 @@ def evaluate_kept(model, tokenizer, rows: Sequence[dict], *, batch_size: int = 6
         stop=("\n",),
         batch_size=batch_size,
     )
-    right = sum(a.text.strip() == row["output"] for a, row in zip(answers, asked, strict=True))
+    right = sum(without_ending(a.text.strip()) == row["output"] for a, row in zip(answers, asked, strict=True))
     return Rate("kept", right, len(asked))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qftlab.core.rewards import countdown_reward, extract_answer
+from qftlab.data.style import without_ending
 from qftlab.generate.engine import Completion
 from qftlab.generate.prompts import END_OF_TURN, known_id
 
@@ -160,7 +161,7 @@ def final_number(text: str) -> str | None:
 
 
 def score_row(row: dict, completion: Completion, tokenizer) -> SkillScore:
-    """Scores a chat completion against its row.
+    """Scores a chat completion against its row; a polite ending (`qftlab.data.style.ENDING`) is taken off first.
 
     Args:
         row: a row with "output" and "skill" (without a skill nothing is marked right or wrong). Countdown rows have
@@ -169,7 +170,7 @@ def score_row(row: dict, completion: Completion, tokenizer) -> SkillScore:
         completion: what the model wrote.
         tokenizer: the model's tokenizer; the end of turn and the mode are read from token ids.
     """
-    skill, text = row.get("skill"), completion.text.strip()
+    skill, text = row.get("skill"), without_ending(completion.text.strip())
     formatted = is_formatted(row, completion, tokenizer)
     if skill == "countdown":
         answer = (extract_answer(text) or "").strip()
@@ -201,7 +202,7 @@ def lenient_score(row: dict, text: str) -> SkillScore:
     word may be spaced in any way; Countdown needs no tags; a mode is read from its text. `formatted` only says that
     something was answered: plain text has no format to keep.
     """
-    line = next((part.strip() for part in text.splitlines() if part.strip()), "")
+    line = without_ending(next((part.strip() for part in text.splitlines() if part.strip()), ""))
     skill, output = row.get("skill"), row["output"].strip()
     numbers = _NUMBER.findall(line)
     if skill == "countdown":

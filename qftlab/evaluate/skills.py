@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qftlab.core.sampling import SamplingParams
+from qftlab.data.style import ENDING
 from qftlab.evaluate.metrics import SkillScore, lenient_score, mcnemar, score_row, wilson_interval
 from qftlab.generate.engine import GREEDY, Completion, generate
 from qftlab.text.chat import row_to_messages
@@ -150,7 +151,8 @@ def evaluate_rows(
             as plain text ("Question: … Answer: …") and reads the answer leniently: the fair way to ask a base model.
         examples: rows the few-shot examples come from; by default the other rows of `rows`.
         params: sampling, greedy by default.
-        max_new_tokens: by default half as many again as the longest reference of the row's skill, plus 8.
+        max_new_tokens: by default half as many again as the longest reference of the row's skill, plus 8 and a polite
+            ending.
         seed: of the sampling and of the choice of examples.
         batch_size: rows decoded together.
 
@@ -186,8 +188,9 @@ def evaluate_rows(
 
 
 def _budget(tokenizer, outputs: Sequence[str]) -> int:
-    longest = max(len(ids) for ids in tokenizer(list(outputs), add_special_tokens=False).input_ids)
-    return longest + longest // 2 + 8
+    *asked, ending = tokenizer([*outputs, ENDING], add_special_tokens=False).input_ids
+    longest = max(map(len, asked))
+    return longest + longest // 2 + 8 + len(ending)
 
 
 def _question(row: dict) -> str:

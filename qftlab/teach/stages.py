@@ -1,46 +1,45 @@
-"""The stages a notebook starts from: loaded where they were trained before, trained where not.
+"""The stages a notebook starts from: course models that ship as data, and how they are trained again.
 
-A stage lives in `runs/stages/<name>-<preset>-<hash>`, where the hash covers its recipe, its data, the model it starts
-from and the code that trains it: change one of them, and the next notebook trains anew.
+`data/stages/` holds the chain of `tiny` in bf16, the same bytes everywhere, so a lesson opens with the same weights on
+every machine. `recipe.json` beside them says, stage by stage, what was trained: the settings, the weights it started
+from, and a hash of every token that was read. Tests compare it with what the code would train today.
 """
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import inspect
 import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from functools import cache
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from filelock import FileLock
+import torch
 
 from qftlab.core.files import bundled, resolve
-from qftlab.model.loading import Preset, load_model, save_model
-from qftlab.teach.stage_builders import BUILDERS, Say, start_of
-from qftlab.teach.stage_recipes import CODE, MORE_CODE, STAGES, Recipe, recipe
+from qftlab.model.loading import load_model, save_model
+from qftlab.model.lora import adapter_base, is_adapted, load_adapters
+from qftlab.teach.stage_builders import WORKS, Say, countdown_pairs, noting, prepared, tell
+from qftlab.teach.stage_recipes import STAGES, STARTS, Recipe, plain, recipe
 from qftlab.text.tokenizer import load_tokenizer
+from qftlab.train.checkpoint import fingerprint
 from qftlab.train.runs import sha256
 from qftlab.train.sft import best_device
 
-__all__ = ["CODE", "STAGES", "Recipe", "Stage", "fingerprint", "measured", "recipe", "stage"]
+__all__ = ["STAGES", "Recipe", "Stage", "made_of", "recipe", "stage"]
 log = logging.getLogger(__name__)
-RECORD = "stage.json"
-LOCKS = ".locks"
+RECORD, RECIPES = "stage.json", "recipe.json"
+WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 
 
 @dataclass
 class Stage:
     """A model as one stage left it.
 
-    `metrics` are the records of its training, as the loop logs them; they and `losses` are empty before SFT. The folder
-    `path` of "dpo" also holds pairs.jsonl: prompt, chosen, rejected, both scores, and the problem's numbers and target.
+    `metrics` are the records of its training, as the loop logs them; they and `losses` are empty before SFT.
     """
 
     name: str
@@ -55,15 +54,28 @@ class Stage:
         return [m["loss"] for m in self.metrics if "loss" in m]
 
 
-def stage(name: str, preset: str = "tiny", root: str | Path | None = None, *, say: Say | None = None) -> Stage:
-    """A stage of the lab, ready to use; the stages it starts from are made as well where they are missing.
+def stage(
+    name: str,
+    preset: str = "tiny",
+    *,
+    seed: int = 0,
+    fresh: bool = False,
+    root: str | Path | None = None,
+    say: Say | None = None,
+) -> Stage:
+    """A stage of the lab, ready to use.
+
+    Those of `tiny` ship with the lab and are loaded. Those of other presets or seeds, or in a folder `root` of one's
+    own, are trained where they are missing, and those they start from as well.
 
     Args:
-        name: "base" as shipped, "extended" with the two new tokens, "sft" fine-tuned, "warm" on more Countdown
-            demonstrations, "dpo" on pairs of its own answers, "rloo" on rewards.
+        name: "base" as pretrained, "extended" with the two new tokens, "sft" fine-tuned, "warm" on more Countdown
+            demonstrations, "dpo" on polite against plain answers, "rloo" on rewards.
         preset: "tiny", or a name of `qftlab.model.loading.PRESETS`.
-        root: where stages are kept, by default `runs/stages` of the project.
-        say: gets a line now and then while a stage is trained (about a minute for `tiny`); the log gets them as well.
+        seed: of the training.
+        fresh: train this stage here and now, from the stage before it; one of `tiny` is kept in `runs/stages/fresh`.
+        root: the folder of a chain of one's own, by default `runs/stages/<preset>-<seed>`.
+        say: gets a line now and then while a stage is trained; the log gets them as well.
 
     Returns:
         The stage; its model is in evaluation mode.
@@ -71,59 +83,39 @@ def stage(name: str, preset: str = "tiny", root: str | Path | None = None, *, sa
     Raises:
         ValueError: for an unknown stage or preset.
     """
-    wanted = recipe(name, preset)
+    wanted, say = recipe(name, preset, seed), say or (lambda line: None)
     if name == "base":
-        folder = resolve(wanted.preset.model)
-        return Stage(name, Path(folder), _load(folder, wanted.preset), load_tokenizer(folder))
-    path = _made(name, wanted, default_root() if root is None else Path(root), say or (lambda line: None))
-    record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-    return Stage(name, path, _load(path, wanted.preset), load_tokenizer(path), record["metrics"])
+        path = Path(resolve(wanted.preset.model))
+    elif (preset, seed, root) == ("tiny", 0, None):
+        path = bundled("stages", name)
+        if fresh:
+            path = _trained(name, wanted, _start(wanted, path.parent), default_root() / "fresh" / name, say)
+    else:
+        folder = default_root() / f"{preset}-{seed}" if root is None else Path(root)
+        if fresh:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        path = _made(name, preset, seed, folder, say)
+    record = json.loads((path / RECORD).read_text(encoding="utf-8")) if (path / RECORD).is_file() else {}
+    return Stage(name, path, *_load(path, wanted), record.get("metrics", []))
 
 
-def _made(name: str, wanted: Recipe, root: Path, say: Say) -> Path:
-    """The folder of a stage, made there if need be, and before it those it starts from; nothing is loaded for that."""
-    if name == "base":
-        return Path(resolve(wanted.preset.model))
-    path = root / f"{name}-{wanted.preset.name}-{fingerprint(name, wanted)}"
-    if not is_whole(path):
-        (root / LOCKS).mkdir(parents=True, exist_ok=True)
-        with FileLock(root / LOCKS / path.name):  # another notebook may be making it: wait, and take that
-            if not is_whole(path):
-                start = _made(wanted.start, recipe(wanted.start, wanted.preset.name), root, say)
-                _build(name, wanted, start, path, say)
-    return path
+def made_of(name: str, wanted: Recipe, start: str | Path) -> dict:
+    """What a stage is made of, as JSON holds it: settings, the weights it starts from, and the tokens it reads.
 
-
-def measured(
-    name: str, run: Callable[..., dict], root: str | Path | None = None, *, start: str = "sft", **settings
-) -> dict:
-    """What `run(**settings)` gives, kept beside the stages: for numbers of a notebook that take more than seconds.
-
-    Kept in `<name>-<hash>.json`, where the hash covers the settings, the text of `run`, and the code, data and
-    starting model that decide the stage `start`. What `run` reads besides its settings is not covered: hand it in as a
-    setting.
+    The tokens are hashed with their masks, in the order of the steps: a change of code that changes what is trained is
+    seen here, and one that does not is not.
 
     Args:
-        name: says what was measured, in the file's name.
-        run: gives a dict that JSON can hold.
-        root: as for `stage`.
-        start: the last stage whose model or training code `run` uses.
-        settings: numbers and words.
+        name: of the stage.
+        wanted: its recipe.
+        start: the folder of the stage it starts from.
     """
-    digest = hashlib.sha256(fingerprint(start, recipe(start)).encode())
-    digest.update(json.dumps({"name": name, **settings}, sort_keys=True).encode())
-    digest.update(inspect.getsource(run).encode())
-    path = (default_root() if root is None else Path(root)) / f"{name}-{digest.hexdigest()[:12]}.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        log.info("measuring %s with %s", name, settings)
-    result = run(**settings)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}")
-    aside.write_text(json.dumps(result), encoding="utf-8")
-    os.replace(aside, path)
-    return json.loads(json.dumps(result))
+    found = {"recipe": plain(wanted) | {"preset": wanted.preset.name, "start": wanted.start}}
+    found["starts from"] = next((sha256(Path(start) / f) for f in WEIGHTS if (Path(start) / f).is_file()), str(start))
+    if name in WORKS:
+        model, tokenizer = prepared(name, wanted, *_load(start, wanted))
+        found["documents"] = fingerprint(list(WORKS[name](wanted, model, tokenizer).documents))
+    return found
 
 
 def default_root() -> Path:
@@ -135,80 +127,84 @@ def default_root() -> Path:
     return here / "runs" / "stages"
 
 
-def fingerprint(name: str, wanted: Recipe) -> str:
-    """Twelve hexadecimal digits over the recipe, the data, the starting model and the code of a stage.
-
-    Code counts without its comments and line breaks.
-    """
-    digest = hashlib.sha256(json.dumps({"stage": name, **asdict(wanted)}, sort_keys=True).encode())
-    if wanted.start and wanted.start != "base":
-        digest.update(fingerprint(wanted.start, recipe(wanted.start, wanted.preset.name)).encode())
-    for file in _starting_files(wanted.preset):
-        digest.update(f"{file.name} {sha256(file)}\n".encode())
-    if wanted.train:
-        for part in wanted.preset.data:
-            # As text, so that a checkout with Windows line ends has the same stages.
-            digest.update(bundled(*part.split("/")).read_text(encoding="utf-8").encode())
-    package = Path(__file__).resolve().parent.parent
-    for part in (*CODE, *MORE_CODE.get(name, ())):
-        digest.update(_code(package / part, (package / part).stat().st_mtime_ns))
-    return digest.hexdigest()[:12]
-
-
-@cache
-def _code(file: Path, changed: int) -> bytes:
-    """A file of code without comments and line breaks; kept, as each stage asks for those of all before it.
-
-    `changed` is its time of change, so that an edited file is read anew.
-    """
-    return ast.dump(ast.parse(file.read_text(encoding="utf-8"))).encode()
-
-
-def _starting_files(preset: Preset) -> list[Path]:
-    """The files of the starting model where it is a folder; a hub name stands for itself."""
-    folder = Path(resolve(preset.model))
-    kept = ("*.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    return sorted(file for pattern in kept for file in folder.glob(pattern)) if folder.is_dir() else []
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a stage is there with every byte that was written."""
+def is_whole(path: Path, made: dict) -> bool:
+    """Whether a stage is there, made of this, with every byte that was written."""
     try:
-        files = json.loads((path / RECORD).read_text(encoding="utf-8"))["sha256"]
-        return all(sha256(path / name) == digest for name, digest in files.items())
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        return record["made of"] == made and all(sha256(path / f) == d for f, d in record["sha256"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
-def _load(folder: str | Path, preset: Preset):
-    return load_model(folder, dtype=preset.dtype, device=best_device())
+def _start(wanted: Recipe, root: Path) -> Path:
+    """The folder of the stage before, in the same chain."""
+    return Path(resolve(wanted.preset.model)) if wanted.start == "base" else root / wanted.start
 
 
-def _build(name: str, wanted: Recipe, start: Path, path: Path, say: Say) -> None:
-    """Makes a stage aside and renames it into place: what has its final name is whole."""
-    if path.exists():
-        log.warning("%s is not whole: making it again", path)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+def _made(name: str, preset: str, seed: int, root: Path, say: Say) -> Path:
+    """The folder of a stage in a chain of one's own, trained there if it is missing or made of something else."""
+    wanted = recipe(name, preset, seed)
+    if wanted.start != "base":
+        _made(wanted.start, preset, seed, root, say)
+    start, path = _start(wanted, root), root / name
+    return path if is_whole(path, made_of(name, wanted, start)) else _trained(name, wanted, start, path, say)
+
+
+def _load(folder: str | Path, wanted: Recipe, is_trainable: bool = False) -> tuple:
+    """Model and tokenizer of a stage's folder; adapters stay adapters."""
+    base, dtype = adapter_base(folder), wanted.preset.dtype
+    model = load_model(resolve(base) if base else folder, dtype=dtype, device=best_device())
+    return load_adapters(model, folder, is_trainable=is_trainable) if base else model, load_tokenizer(folder)
+
+
+def _trained(name: str, wanted: Recipe, start: Path, path: Path, say: Say) -> Path:
+    """Trains a stage aside and renames it into place: what has its final name is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=path.parent))
     try:
-        built = BUILDERS[name](wanted, start_of(start, wanted.preset.dtype), say)
-        save_model(built.model, built.tokenizer, aside)
-        for file, text in built.files.items():
-            (aside / file).write_text(text, encoding="utf-8")
+        model, tokenizer = prepared(name, wanted, *_load(start, wanted, is_trainable=True))
+        metrics: list[dict] = []
+        if name in WORKS:
+            work = WORKS[name](wanted, model, tokenizer)
+            tell(say, f"training stage {name} of {wanted.preset.name} on {work.what}")
+            metrics, note = noting(say, work.headline, every=10 if name == "rloo" else 50)
+            if work.fit(note).interrupted:
+                raise KeyboardInterrupt("interrupted: an unfinished stage is not kept")
+        if not is_adapted(model) and wanted.preset.name == "tiny":
+            model.to(torch.bfloat16)  # what ships, and what the next stage starts from
+        save_model(model, tokenizer, aside)
         digests = {file.name: sha256(file) for file in sorted(aside.iterdir())}
-        record = {"stage": name, "recipe": asdict(wanted), "metrics": built.metrics, "sha256": digests}
-        (aside / RECORD).write_text(json.dumps(record), encoding="utf-8")
+        record = {"stage": name, "made of": made_of(name, wanted, start), "sha256": digests, "metrics": metrics}
+        (aside / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
         aside.chmod(0o755)
-        _put(aside, path)
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+    return path
 
 
-def _put(aside: Path, path: Path) -> None:
-    """Renames; what stands there gives way, unless another process has just put a whole stage there."""
-    if path.exists() and not is_whole(path):
-        shutil.rmtree(path)
-    try:
-        os.rename(aside, path)
-    except OSError:
-        if not is_whole(path):
-            raise
+def rebuild(folder: Path, say: Say = print) -> None:
+    """Trains the chain of `tiny` anew into `folder` (data/stages), and the Countdown pairs of notebook 07 beside it."""
+    recipes = {}
+    for name in STARTS:
+        began, wanted = time.process_time(), recipe(name)
+        path = _trained(name, wanted, _start(wanted, folder), folder / name, say)
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        recipes[name] = record.pop("made of") | {"sha256": record.pop("sha256")}
+        record["metrics"] = [{k: v for k, v in m.items() if not _is_of_this_run(k)} for m in record["metrics"]]
+        (path / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
+        say(f"{name}: {time.process_time() - began:.0f} s")
+    (folder / RECIPES).write_text(json.dumps(recipes, indent=1) + "\n", encoding="utf-8")
+    lines = "".join(json.dumps(row) + "\n" for row in countdown_pairs(*_load(folder / "warm", recipe("warm"))))
+    (folder.parent / "countdown" / "pairs.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _is_of_this_run(figure: str) -> bool:
+    """Whether a figure of a record is about the machine and not about the training: times, speeds, memory."""
+    return figure.endswith("seconds") or figure in ("tokens_per_second", "peak_gb", "mfu")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    rebuild(Path(sys.argv[1]) if len(sys.argv) > 1 else bundled() / "stages")

@@ -12,6 +12,7 @@ from qftlab.core import plots
 from qftlab.core.sampling import SamplingParams
 from qftlab.data.bundled import bundled
 from qftlab.data.sources import load_rows
+from qftlab.data.style import STYLE_SKILLS, is_polite
 from qftlab.evaluate.kept import evaluate_kept
 from qftlab.evaluate.report import Picture, Section, Verdict, verdict_table, write_report
 from qftlab.evaluate.skills import Comparison, Evaluation, Rate, compare, compare_marks, evaluate_rows
@@ -23,10 +24,12 @@ QUESTIONS = (
     "Tell me a joke about computers.",
     "What is the sum of the first 100 natural numbers? Please think step by step.",
 )
+HELD_OUT = "heldout.jsonl"
 OPEN_SKILLS = ("joke", "university")  # no single right answer
 KEPT_SKILLS = ("add", "subtract", "reverse", "sort")
 TITLES = {"base": "base", "sft": "SFT", "warm": "more SFT", "dpo": "DPO", "rloo": "RLOO"}
 WARM = SamplingParams(temperature=1.0)
+ANSWERS = 4  # to each puzzle, where they are sampled: one alone would be a noisy measure
 NUM_BASE_ROWS = 100  # the base never stops by itself, and is asked only so many bugs and puzzles
 
 
@@ -36,8 +39,9 @@ class TourConfig:
 
     Args:
         preset: model and recipe, `tiny` by default.
-        output: folder of `report.html`, `report.md` and the pictures.
-        seed: of the sampled joke.
+        output: folder of `report.html`, `report.md`, the pictures, and `stages/`, the models that it trains. A second
+            tour into the same folder takes them from there.
+        seed: of the training and of the sampled joke.
     """
 
     preset: str = "tiny"
@@ -45,21 +49,36 @@ class TourConfig:
     seed: int = 0
 
 
+class MissedError(RuntimeError):
+    """A bar of the tour was missed; the message names each."""
+
+
 @dataclass(frozen=True)
 class Marks:
-    """What one stage was measured on: instructions, bugs, Countdown greedy and sampled, and plain calculations."""
+    """What one stage was measured on: instructions and Countdown, greedy and sampled, bugs, and plain calculations."""
 
     chat: Evaluation
+    lively: Evaluation
     bugs: Evaluation
     countdown: Evaluation
     sampled: Evaluation
     kept: Rate
+
+    @property
+    def polite(self) -> Rate:
+        """Share of instructions whose sampled answer ends politely."""
+        return Rate("polite", sum(self.polite_marks()), len(self.lively.rows))
+
+    def polite_marks(self) -> list[bool]:
+        """Polite or not, instruction by instruction."""
+        return [is_polite(c.text.strip()) for c in self.lively.completions]
 
     def rates(self) -> dict[str, Rate]:
         """The lines of the table."""
         return {
             "format kept": self.chat.format,
             "instructions right, in format": self.chat.in_format,
+            "polite, sampled": self.polite,
             "AGENT/EDIT choice right": self.bugs.mode,
             "whole bug answer right": self.bugs.fix,
             "Countdown solved, greedy": self.countdown.countdown,
@@ -76,13 +95,18 @@ class Scores:
     base_shots: Evaluation
 
     def countdown_change(self, before: str, after: str) -> Comparison:
-        """Problems gained and lost between two stages, one answer to each at temperature 1."""
+        """Problems gained and lost between two stages, by the first answer to each at temperature 1."""
         pair = (self.stages[name].sampled.scores for name in (before, after))
-        return compare_marks(*([score.correct for score in scores] for scores in pair))
+        return compare_marks(*([score.correct for score in scores[: len(scores) // ANSWERS]] for scores in pair))
 
-    def gain(self, before: str, after: str) -> float:
-        """Share of the Countdown problems, sampled, that lies between two stages."""
-        return self.stages[after].sampled.countdown.accuracy - self.stages[before].sampled.countdown.accuracy
+    def polite_change(self, before: str, after: str) -> Comparison:
+        """Answers that became polite and that ceased to be, one to each instruction at temperature 1."""
+        return compare_marks(*(self.stages[name].polite_marks() for name in (before, after)), "polite")
+
+    def gain(self, line: str, before: str, after: str) -> float:
+        """What lies between two stages in a line of the table, as a share."""
+        first, second = (self.stages[name].rates()[line].accuracy for name in (before, after))
+        return second - first
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -94,8 +118,9 @@ class Scores:
             Verdict("base: instructions right, in format", base.chat.in_format.accuracy, 0.05, at_most=True),
             Verdict("SFT: instructions right, in format", sft.chat.in_format.accuracy, 0.75),
             Verdict("SFT: AGENT/EDIT choice right", sft.bugs.mode.accuracy, 0.95),
-            Verdict("DPO: Countdown gained, sampled", self.gain("warm", "dpo"), 0.03),
-            Verdict("RLOO: Countdown gained since more SFT, sampled", self.gain("warm", "rloo"), 0.075),
+            Verdict("DPO: polite answers gained, sampled", self.gain("polite, sampled", "warm", "dpo"), 0.3),
+            Verdict("DPO: instructions right, in format", self.stages["dpo"].chat.in_format.accuracy, 0.75),
+            Verdict("RLOO: Countdown gained, sampled", self.gain("Countdown solved, sampled", "dpo", "rloo"), 0.05),
             Verdict("RLOO: instructions right, in format", last.chat.in_format.accuracy, 0.75),
         ]
 
@@ -115,20 +140,27 @@ def exact_rows(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["skill"] not in OPEN_SKILLS]
 
 
-def measure(stages: Mapping[str, Stage]) -> Scores:
-    """Asks each stage the held-out questions; the base gets few tokens in chat, where it never stops by itself."""
-    rows = exact_rows(load_rows(bundled("instructions", "heldout.jsonl")))
-    bugs, puzzles = (load_rows(bundled(name, "heldout.jsonl")) for name in ("bugfix", "countdown"))
+def measure(stages: Mapping[str, Stage], file: str = HELD_OUT) -> Scores:
+    """Asks each stage the held-out questions; the base gets few tokens in chat, where it never stops by itself.
+
+    Args:
+        stages: by name, "base" among them.
+        file: "heldout.jsonl", which no setting was chosen on, or "development.jsonl", which they were.
+    """
+    instructions, bugs, puzzles = (load_rows(bundled(name, file)) for name in ("instructions", "bugfix", "countdown"))
+    rows = exact_rows(instructions)
     old = [row for row in rows if row["skill"] in KEPT_SKILLS]
+    polite = [row for row in rows if row["skill"] in STYLE_SKILLS]
 
     def marks(name: str, s: Stage) -> Marks:
         asked, budget = (None, None) if name != "base" else (NUM_BASE_ROWS, 24)
         ask = {"max_new_tokens": budget}
         return Marks(
             chat=evaluate_rows(s.model, s.tokenizer, rows, **ask),
+            lively=evaluate_rows(s.model, s.tokenizer, polite, params=WARM, **ask),
             bugs=evaluate_rows(s.model, s.tokenizer, bugs[:asked], **ask),
             countdown=evaluate_rows(s.model, s.tokenizer, puzzles[:asked], **ask),
-            sampled=evaluate_rows(s.model, s.tokenizer, puzzles[:asked], params=WARM, **ask),
+            sampled=evaluate_rows(s.model, s.tokenizer, puzzles[:asked] * ANSWERS, params=WARM, **ask),
             kept=evaluate_kept(s.model, s.tokenizer, old),
         )
 
@@ -153,7 +185,7 @@ def answers(stages: Mapping[str, Stage], seed: int = 0) -> pandas.DataFrame:
 
 def puzzle(stages: Mapping[str, Stage]) -> pandas.DataFrame:
     """One prompt through all stages: the first held-out puzzle that RLOO solves and SFT did not, greedily answered."""
-    rows = load_rows(bundled("countdown", "heldout.jsonl"))[:NUM_BASE_ROWS]
+    rows = load_rows(bundled("countdown", HELD_OUT))[:NUM_BASE_ROWS]
     found = {name: evaluate_rows(s.model, s.tokenizer, rows, max_new_tokens=24)
              for name, s in stages.items()}  # fmt: skip
     marks = {name: [score.correct for score in e.scores] for name, e in found.items()}
@@ -166,8 +198,8 @@ def puzzle(stages: Mapping[str, Stage]) -> pandas.DataFrame:
 def stages_picture(scores: Scores):
     """Five rates over the stages; returns the axes."""
     names = {
-        "format kept": "ends its turn", "instructions right, in format": "instructions",
-        "AGENT/EDIT choice right": "AGENT or EDIT", "Countdown solved, sampled": "Countdown",
+        "instructions right, in format": "instructions", "AGENT/EDIT choice right": "AGENT or EDIT",
+        "polite, sampled": "polite", "Countdown solved, sampled": "Countdown",
         "old skills kept (plain text)": "old skills, no chat",
     }  # fmt: skip
     table = scores.table().drop(columns="base, 3-shot*")
@@ -200,10 +232,15 @@ def reward_picture(rloo: Stage):
 
 
 def main(config: TourConfig, say: Callable[[str], None] = print) -> Path:
-    """Runs the tour and returns the path of its page."""
+    """Runs the tour and returns the path of its page.
+
+    Raises:
+        MissedError: if a stage missed its bar; the page is written all the same.
+    """
 
     def made(name: str) -> Stage:
-        return stage(name, preset=config.preset, say=lambda line: say(f"     {line}"))
+        folder = Path(config.output) / "stages"
+        return stage(name, preset=config.preset, seed=config.seed, root=folder, say=lambda line: say(f"     {line}"))
 
     say("1/6  A base model, and two new tokens")
     stages, extended = {"base": made("base")}, made("extended")
@@ -212,7 +249,7 @@ def main(config: TourConfig, say: Callable[[str], None] = print) -> Path:
         say(f"     {text}: {pieces} pieces -> 1 token, id {extended.tokenizer.convert_tokens_to_ids(text)}")
     say("2/6  Supervised fine-tuning, then more of one task (each about a minute of one core; kept for the next time)")
     stages |= {name: made(name) for name in ("sft", "warm")}
-    say("3/6  DPO: the model's own right answers against its own wrong ones")
+    say("3/6  DPO: of two right answers, the polite one is preferred")
     stages["dpo"] = made("dpo")
     say("4/6  RLOO: practice on fresh problems, with a verifier for a teacher (about a minute and a half)")
     stages["rloo"] = made("rloo")
@@ -220,15 +257,26 @@ def main(config: TourConfig, say: Callable[[str], None] = print) -> Path:
     scores, said, solved = measure(stages), answers(stages, config.seed), puzzle(stages)
     say("6/6  Writing the page\n")
     path = write_page(Path(config.output), scores, said, solved, stages)
+    tell(scores, said, solved, say)
+    say(f"\nReport and pictures: {path}  (report.md beside it)")
+    if missed := [verdict.name for verdict in scores.verdicts if not verdict.passed]:
+        raise MissedError(f"missed: {'; '.join(missed)}. Please report it, with report.md and the make of your CPU")
+    say("Open next: `make lab` (or `python lab.py lab`), notebook 00_tour")
+    return path
+
+
+def tell(scores: Scores, said: pandas.DataFrame, solved: pandas.DataFrame, say: Callable[[str], None]) -> None:
+    """Says what was measured: the table, what each stage changed, the answers, the verdicts."""
     say(scores.table().map(lambda x: "–" if x != x else f"{x:.0%}").to_string())
     say("* with three solved examples in the prompt, and read leniently\n")
-    change = compare(scores.stages["base"].chat, scores.stages["sft"].chat)
-    say(f"SFT:  {change.gained} of {change.before.n} questions gained, {change.lost} lost, the form aside "
-        f"(exact McNemar p = {change.p_value:.1g})")  # fmt: skip
-    for name, before in (("dpo", "warm"), ("rloo", "dpo")):
-        change = scores.countdown_change(before, name)
-        say(f"{TITLES[name] + ':':5} {change.gained} of {change.before.n} puzzles gained, {change.lost} lost, sampled "
-            f"(p = {change.p_value:.1g})")  # fmt: skip
+    changes = {
+        "SFT": (compare(scores.stages["base"].chat, scores.stages["sft"].chat), "questions gained, {} lost, greedy"),
+        "DPO": (scores.polite_change("warm", "dpo"), "answers became polite, {} ceased to be, sampled"),
+        "RLOO": (scores.countdown_change("dpo", "rloo"), "puzzles gained, {} lost, sampled"),
+    }
+    for name, (change, words) in changes.items():
+        line = f"{change.gained} of {change.before.n} {words.format(change.lost)}"
+        say(f"{name + ':':5} {line} (exact McNemar p = {change.p_value:.1g})")
     say("\nThe three questions, after SFT:")
     for question, answer in said["SFT"].items():
         say(f"\nYou:   {question}\nModel: {answer}")
@@ -236,9 +284,6 @@ def main(config: TourConfig, say: Callable[[str], None] = print) -> Path:
     for name, answer in solved.iloc[0].items():
         say(f"{name + ':':9} {answer!r}")
     say("\n" + verdict_table(scores.verdicts).to_string())
-    say(f"\nReport and pictures: {path}  (report.md beside it)")
-    say("Open next: `make lab` (or `python lab.py lab`), notebook 00_tour")
-    return path
 
 
 def write_page(
