@@ -140,7 +140,7 @@ checks.check("07.1", my_dpo_loss)
 # %% [markdown]
 # **By hand.** The policy has gained 0.5 nats on the chosen answer, and lost 1.5 on the rejected one: $h = 2$. With β = 0.5 the loss is
 # $-\log \sigma(1) = \log(1 + e^{-1}) = 0.31$. And where policy and reference are equal, $h = 0$ and every pair costs $\log 2$, whatever β is:
-# **the first loss of a DPO run must be 0.6931.** If yours is not, the reference is not what you think.
+# **the first loss of a DPO run must be 0.6931**, plus the NLL term if there is one. If yours is not, the reference is not what you think.
 
 # %%
 five_lines = checks.or_library("07.1", my_dpo_loss)
@@ -195,7 +195,7 @@ views.show_figure(ax, alt="Probabilities of three answers against β: the points
 # **What the NLL term costs.** In practice one often adds the surprise of the chosen answer, $-\lambda \log \pi(y_w)$, as SFT has it. Part 4 shows why. Here one sees
 # that it is not free: the policy it finds is no longer $\pi^*$, but drawn towards *how often an answer was chosen*.
 #
-# **When nobody ever disagrees.** Real data sets hold each pair once: $y_w$ won, always. Then no finite margin is enough for
+# **When nobody ever disagrees.** Most real data sets hold each pair once: $y_w$ won, always. Then no finite margin is enough for
 # $-\log \sigma$, and β, the price of leaving, no longer holds the policy back. More steps mean more margin, without end.
 
 # %%
@@ -314,8 +314,8 @@ print("left alone, the model finds the bare answer likelier in most pairs:", is_
 # in memory. TRL agrees: [tests/test_dpo.py](../tests/test_dpo.py) trains ten steps beside TRL's `DPOTrainer`, with sigmoid, IPO and the NLL term, packed and padded: losses, log-probabilities
 # and final weights are equal to 1e-5.
 #
-# **The run.** The stage `dpo` of the course is this run: plain DPO, β 0.1, 320 pairs once, a rate of 5e-5. It ships with the lab, and so do the records of its
-# training.
+# **The run.** The stage `dpo` of the course is this run: β 0.1, 320 pairs once, a rate of 5e-5, and an NLL term of weight 5, so that the chosen answers stay likely (part 4 shows
+# what happens without). The stage ships with the lab, and so do the records of its training.
 
 # %%
 tuned = stages.stage("dpo", preset=PRESET)
@@ -326,7 +326,9 @@ views.show_figure(preference_plots.easy(path, *polite), alt="Left: along the dpo
                   "chosen answers become likelier and rejected ones less likely. "
                   "Right: nearly all answers have the ending after it")  # fmt: skip
 first, last = (record for record in tuned.metrics if "held_out_loss" in record)
-assert abs(first["held_out_loss"] - math.log(2)) < 1e-6
+tokens = sum(sum(pair.chosen.loss_mask) for pair in pairs) / len(pairs)
+nll = stages.recipe("dpo").loss.nll_weight * -first["held_out_chosen_logprob"] / tokens
+assert abs(first["held_out_loss"] - (math.log(2) + nll)) < 0.02
 assert [r["held_out_preference_accuracy"] for r in (first, last)] == [0.5, 1.0]
 assert last["held_out_chosen_logprob"] > first["held_out_chosen_logprob"]
 assert 0.2 < polite[0][1] < 0.5 and min(polite[1]) > 0.8
@@ -701,12 +703,12 @@ for name, found in mine.items():
 # %% [markdown]
 # ## 9 · What goes wrong in practice
 #
-# **The first loss is not 0.693.** Then policy and reference differ before the first step: dropout is on in one of them, one runs in bf16 and the other does not, or the
+# **The first loss is not 0.693** (plus an NLL term). Then policy and reference differ before the first step: dropout is on in one of them, one runs in bf16 and the other does not, or the
 # reference was loaded from the base and not from the model you start with.
 #
 # **Only the margin is watched.** Part 4. Log both log-probabilities, and *generate* every few hundred steps.
 #
-# **The rate of fine-tuning is kept.** DPO wants a tenth of it, or less. Two thirds of it wrecked our model in 16 steps; a twelfth was right for the style of part 3.
+# **The rate of fine-tuning is kept.** DPO wants a tenth of it, or less. Two thirds of it wrecked our model in 16 steps; the style of part 3 was learned with a twelfth.
 #
 # **Nobody wrote the chosen answers.** Part 6. If neither answer of a pair is one that the model could have written, preferences have little to choose from. Fine-tune on the chosen
 # answers first, or sample pairs from the model itself.
