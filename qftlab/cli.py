@@ -178,11 +178,16 @@ def load_for(config) -> tuple:
 
 
 def run_tour(config) -> None:
-    """Runs the tour."""
+    """Runs the tour; exit code 1 if a stage missed its bar."""
+    from qftlab.teach.tour import MissedError
     from qftlab.teach.tour import main as tour
 
     hide_loading_bars()
-    tour(config)
+    try:
+        tour(config)
+    except MissedError as error:
+        complain(f"tour: {error}")
+        raise SystemExit(1) from None
 
 
 def run_pretrain(config) -> None:

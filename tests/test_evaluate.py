@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 matplotlib.use("Agg")
 
 from qftlab.core import plots  # noqa: E402
+from qftlab.data.style import ENDING  # noqa: E402
 from qftlab.evaluate import metrics, report, skills  # noqa: E402
 from qftlab.generate.engine import Completion  # noqa: E402
 
@@ -283,6 +284,12 @@ def asked(monkeypatch) -> list:
     return calls
 
 
+def test_one_polite_ending_is_neither_right_nor_wrong() -> None:
+    for given, right in (("85", True), ("85" + ENDING, True), ("85" + ENDING + ENDING, False), ("58" + ENDING, False)):
+        assert score(row("85"), given).correct is right and score(row("85"), given).formatted
+        assert metrics.lenient_score(row("85"), given).correct is (right or given.startswith("85"))
+
+
 def test_evaluate_rows(asked: list) -> None:
     done = skills.evaluate_rows(Model(), TOKENIZER, ROWS)
     rates = done.instructions, done.format, done.mode, done.fix, done.countdown
@@ -301,7 +308,8 @@ def test_evaluate_rows(asked: list) -> None:
     prompts = [p for call, _ in asked for p in call]
     assert all(p[-1]["role"] == "user" for p in prompts), "the answer is not shown"
     budgets = {call[0][-1]["content"]: options["max_new_tokens"] for call, options in asked}
-    assert budgets["Sort this list:\n2 1"] == 3 + 1 + 8
+    ending = len(TOKENIZER([ENDING]).input_ids[0])
+    assert budgets["Sort this list:\n2 1"] == 3 + 1 + 8 + ending
 
 
 def test_few_shot_shows_others_and_never_the_row(asked: list) -> None:
