@@ -16,7 +16,7 @@ from qftlab.data.style import STYLE_SKILLS, is_polite
 from qftlab.evaluate.kept import evaluate_kept
 from qftlab.evaluate.report import Picture, Section, Verdict, verdict_table, write_report
 from qftlab.evaluate.skills import Comparison, Evaluation, Rate, compare, compare_marks, evaluate_rows
-from qftlab.generate.engine import generate
+from qftlab.generate.engine import GREEDY, generate
 from qftlab.teach.stages import Stage, stage
 
 QUESTIONS = (
@@ -118,9 +118,9 @@ class Scores:
             Verdict("base: instructions right, in format", base.chat.in_format.accuracy, 0.05, at_most=True),
             Verdict("SFT: instructions right, in format", sft.chat.in_format.accuracy, 0.75),
             Verdict("SFT: AGENT/EDIT choice right", sft.bugs.mode.accuracy, 0.95),
-            Verdict("DPO: polite answers gained, sampled", self.gain("polite, sampled", "warm", "dpo"), 0.3),
+            Verdict("DPO: polite answers gained, sampled", self.gain("polite, sampled", "warm", "dpo"), 0.4),
             Verdict("DPO: instructions right, in format", self.stages["dpo"].chat.in_format.accuracy, 0.75),
-            Verdict("RLOO: Countdown gained, sampled", self.gain("Countdown solved, sampled", "dpo", "rloo"), 0.05),
+            Verdict("RLOO: Countdown gained, sampled", self.gain("Countdown solved, sampled", "dpo", "rloo"), 0.04),
             Verdict("RLOO: instructions right, in format", last.chat.in_format.accuracy, 0.75),
         ]
 
@@ -141,32 +141,37 @@ def exact_rows(rows: list[dict]) -> list[dict]:
 
 
 def measure(stages: Mapping[str, Stage], file: str = HELD_OUT) -> Scores:
-    """Asks each stage the held-out questions; the base gets few tokens in chat, where it never stops by itself.
+    """Asks each stage the held-out questions, and the base once more with three solved examples.
 
     Args:
         stages: by name, "base" among them.
         file: "heldout.jsonl", which no setting was chosen on, or "development.jsonl", which they were.
     """
+    base, rows = stages["base"], exact_rows(load_rows(bundled("instructions", file)))
+    shown = load_rows(bundled("instructions", "train.jsonl"))
+    shots = evaluate_rows(base.model, base.tokenizer, rows, few_shot=3, examples=shown)
+    return Scores({name: marks_of(s, file) for name, s in stages.items()}, shots)
+
+
+def marks_of(s: Stage, file: str = HELD_OUT) -> Marks:
+    """Asks one stage the held-out questions; the base gets few tokens in chat, where it never stops by itself."""
     instructions, bugs, puzzles = (load_rows(bundled(name, file)) for name in ("instructions", "bugfix", "countdown"))
     rows = exact_rows(instructions)
-    old = [row for row in rows if row["skill"] in KEPT_SKILLS]
+    asked, budget = (None, None) if s.name != "base" else (NUM_BASE_ROWS, 24)
     polite = [row for row in rows if row["skill"] in STYLE_SKILLS]
+    old = [row for row in rows if row["skill"] in KEPT_SKILLS]
 
-    def marks(name: str, s: Stage) -> Marks:
-        asked, budget = (None, None) if name != "base" else (NUM_BASE_ROWS, 24)
-        ask = {"max_new_tokens": budget}
-        return Marks(
-            chat=evaluate_rows(s.model, s.tokenizer, rows, **ask),
-            lively=evaluate_rows(s.model, s.tokenizer, polite, params=WARM, **ask),
-            bugs=evaluate_rows(s.model, s.tokenizer, bugs[:asked], **ask),
-            countdown=evaluate_rows(s.model, s.tokenizer, puzzles[:asked], **ask),
-            sampled=evaluate_rows(s.model, s.tokenizer, puzzles[:asked] * ANSWERS, params=WARM, **ask),
-            kept=evaluate_kept(s.model, s.tokenizer, old),
-        )
+    def ask(questions: list[dict], params: SamplingParams = GREEDY) -> Evaluation:
+        return evaluate_rows(s.model, s.tokenizer, questions, params=params, max_new_tokens=budget)
 
-    base, shown = stages["base"], load_rows(bundled("instructions", "train.jsonl"))
-    shots = evaluate_rows(base.model, base.tokenizer, rows, few_shot=3, examples=shown)
-    return Scores({name: marks(name, s) for name, s in stages.items()}, shots)
+    return Marks(
+        chat=ask(rows),
+        lively=ask(polite, WARM),
+        bugs=ask(bugs[:asked]),
+        countdown=ask(puzzles[:asked]),
+        sampled=ask(puzzles[:asked] * ANSWERS, WARM),
+        kept=evaluate_kept(s.model, s.tokenizer, old),
+    )
 
 
 def answers(stages: Mapping[str, Stage], seed: int = 0) -> pandas.DataFrame:
