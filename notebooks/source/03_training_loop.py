@@ -37,12 +37,11 @@ import math
 import random
 import tempfile
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from matplotlib import pyplot
-from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from transformers import get_cosine_schedule_with_warmup as cosine_with_warmup
@@ -58,11 +57,11 @@ from qftlab.evaluate.kept import evaluate_kept
 from qftlab.evaluate.metrics import wilson_interval
 from qftlab.evaluate.skills import evaluate_rows
 from qftlab.model.loading import get_preset
-from qftlab.teach import checks, stages, views
+from qftlab.teach import checks, stages, training_plots, views
 from qftlab.train import loop
 from qftlab.train.config import TrainConfig
-from qftlab.train.sft import ExampleSource, encode_rows, fit_examples, fit_rows
-from qftlab.train.step import Step, to_device
+from qftlab.train.sft import encode_rows, fit_examples, fit_rows
+from qftlab.train.step import Step, count_trained_tokens, to_device
 
 # %% [markdown]
 # Everything you may want to change is in this cell. `PEAK` is the learning rate: three times that of the course's own
@@ -184,6 +183,10 @@ assert abs(adamw(1.0, [-0.01])[0] - 1.1) < 1e-6
 # **Check.** Fifty random gradients, by hand and by torch. Then a weight with the value 2 of which no row wants anything: its
 # gradient is 0. Plain Adam's decay is added *to the gradient*, so it is divided by its own size, and $\lambda$ has no say.
 # AdamW's stands outside the fraction. That is the W: *decoupled* weight decay.
+#
+# **Clipping.** Now and then a batch is odd and its gradient enormous. *Clipping* shortens a gradient longer than a limit
+# to that limit and keeps its direction: $(3, 4)$ has length 5; clipped to 1 it is $(0.6, 0.8)$.
+# AdamW forgives a large gradient in the step itself, but remembers it: the steps that follow it are too short, dozens of them.
 
 # %%
 def by_torch(kind, w, gradients, **options):
@@ -208,20 +211,8 @@ for decay in [0.01, 0.1]:
     assert abs(inside - (2 - 0.1)) < 1e-6
     assert abs(outside - 2 * (1 - 0.1 * decay)) < 1e-9
 
-# %% [markdown]
-# **Clipping.** Now and then a batch is odd and its gradient enormous. *Clipping* shortens a gradient longer than a limit
-# to that limit and keeps its direction. $(3, 4)$ has length 5; clipped to 1 it is $(0.6, 0.8)$.
-# AdamW forgives a large gradient in the step itself, but remembers it: the steps that follow it are too short, dozens of them.
-
-# %%
-weights = torch.nn.Parameter(torch.zeros(2))
-weights.grad = torch.tensor([3.0, 4.0])
-length = torch.nn.utils.clip_grad_norm_([weights], max_norm=1.0)
-print(f"length {length:.2f} → {[round(g, 2) for g in weights.grad.tolist()]}")
-assert torch.allclose(weights.grad, torch.tensor([0.6, 0.8]), atol=1e-4)
-
 path = adamw(0.0, [1.0] * 20 + [100.0] + [1.0] * 40)  # one gradient is enormous
-moves = [(before - after) / 0.1 for before, after in zip(path, path[1:])]
+moves = [(before - after) / 0.1 for before, after in pairwise(path)]
 at, later = moves[19], moves[19 + 30]
 print(f"steps in units of η: {at:.2f} with the odd gradient, {later:.2f} thirty later")
 assert moves[18] > 0.99 and at < 1 and later < 0.25
@@ -238,8 +229,7 @@ assert moves[18] > 0.99 and at < 1 and later < 0.25
 # counts as much as the nine others together.
 #
 # **Formula.** With $n_k$ trained tokens in micro-batch $k$ and $N = \sum_k n_k$ in the step, $\;\mathcal{L} = \sum_k \frac{n_k}{N}\, \mathcal{L}_k$.
-
-# %% [markdown]
+#
 # ### Exercise 03.2 · Weights of micro-batches (●○○, 5 minutes)
 #
 # Given the trained tokens of each micro-batch, return what the *mean* loss of each has to be multiplied by. For the toy
@@ -280,21 +270,16 @@ def micro_batches(examples, size):
     return [to_device(part, model.device) for part in padded]
 
 
-def trained_tokens(part):
-    """Tokens of a micro-batch with a label; the first of a row is never predicted."""
-    return int((part["labels"][:, 1:] != -100).sum())
-
-
 def loss_and_gradient(examples, size, weigh):
     """The loss of one step, `size` rows at a time, and its gradient as one vector."""
     parts = micro_batches(examples, size)
-    factors = weigh([trained_tokens(part) for part in parts])
+    factors = weigh([count_trained_tokens(part) for part in parts])
     model.zero_grad()
-    loss = sum(f * mean_loss(model, part) for f, part in zip(factors, parts))
+    loss = sum(f * mean_loss(model, p) for f, p in zip(factors, parts, strict=True))
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
-# %%
+
 mixed = sorted(examples[:64], key=lambda e: count_trained([e]))[::9]  # short and long
 
 
@@ -355,19 +340,12 @@ def my_rate(step, total, warmup, peak):
 checks.check("03.3", my_rate)
 
 # %%
-rate = checks.or_library("03.3", my_rate)
-config = TrainConfig(lr=PEAK, warmup_ratio=0.1)
-rates = [rate(step, 40, 4, PEAK) for step in range(40)]
-wanted = [loop.learning_rate(config, step, 40) for step in range(40)]
-assert all(abs(a - b) < 1e-9 for a, b in zip(rates, wanted, strict=True))
-assert rates[3] == PEAK and rates[-1] < 0.01 * PEAK
-
-ax = plots.new_axes(None, 7.0, 3.4)
-ax.plot(range(40), [r / PEAK for r in rates], "o-", color=plots.PALETTE[0])
-plots.finish(ax, "optimizer step", "rate (share of the peak)", "Up fast, down slowly")
-alt = ("Learning rate over 40 steps: four rising steps to the peak, then half a "
-       "cosine down to zero")
-views.show_figure(ax, alt=alt)
+rate, config = checks.or_library("03.3", my_rate), TrainConfig(lr=1.0, warmup_ratio=0.1)
+rates = torch.tensor([rate(step, 40, 4, 1.0) for step in range(40)])
+by_library = [loop.learning_rate(config, step, 40) for step in range(40)]
+assert torch.allclose(rates, torch.tensor(by_library))
+ax = training_plots.rates({"four steps up, then half a cosine": rates})
+views.show_figure(ax, alt="Rates: a straight rise to the peak, then a curve down to 0")
 
 # %% [markdown]
 # **Read it.** Four steps up, thirty-six down. The first rate is a quarter of the peak and not 0, so no step is wasted; the
@@ -390,7 +368,7 @@ def train_by_hand(model, steps, peak, warmup, decay=0.01, loss_of=mean_loss,
     losses = []
     model.train()
     for step, parts in enumerate(steps):
-        counts = [trained_tokens(part) for part in parts]  # in advance
+        counts = [count_trained_tokens(part) for part in parts]  # in advance
         total = 0.0
         for factor, part in zip(weigh(counts), parts, strict=True):
             loss = factor * loss_of(model, part)
@@ -411,33 +389,29 @@ def train_by_hand(model, steps, peak, warmup, decay=0.01, loss_of=mean_loss,
 # and you clip something else. The rate is set by us, step by step. And weight decay acts on
 # matrices only: a norm's scale or a token's row is not pulled towards 0.
 #
-# **Code.** Six steps of 32 rows, in micro-batches of 16, in the library's own order of rows.
+# **Check.** Six steps of 32 rows, in micro-batches of 16, in the library's own order of rows. There are two independent witnesses:
+# the library's loop, which packs rows instead of padding them and never builds all logits; and our loop with transformers' own loss put
+# in. Not only the first loss has to agree: those after it come from weights that *moved*, so they check the gradient and the optimizer too.
 
 # %% tags=["nbval-ignore-output"]
 NUM_STEPS, WARMUP = 6, 2
 order = batches(len(examples), batch_size=BATCH, seed=SEED, epoch=0)[:NUM_STEPS]
 steps = [micro_batches([examples[i] for i in numbers], 16) for numbers in order]
 by_hand = train_by_hand(copy.deepcopy(model), steps, PEAK, WARMUP)
-print("on this machine, by hand:", [f"{loss:.2f}" for loss in by_hand])
-
-# %% [markdown]
-# **Check.** Two independent witnesses, on the same rows in the same order: the library's loop, which packs rows instead of padding
-# them and never builds all logits; and our loop with transformers' own loss put in. Not only the first loss has to agree:
-# those after it come from weights that *moved*, so they check the gradient and the optimizer as well.
-
-# %%
+by_transformers = train_by_hand(copy.deepcopy(model), steps, PEAK, WARMUP,
+                                loss_of=lambda model, batch: model(**batch).loss)
 six_steps = TrainConfig(lr=PEAK, max_steps=NUM_STEPS, batch_size=BATCH, seed=SEED,
                         micro_batch_size=16, warmup_ratio=WARMUP / NUM_STEPS)
 undisturbed = copy.deepcopy(model)  # part 10 comes back to it
-undisturbed_losses = fit_examples(undisturbed, examples, six_steps).losses
-by_transformers = train_by_hand(copy.deepcopy(model), steps, PEAK, WARMUP,
-                                loss_of=lambda model, batch: model(**batch).loss)
-for others in [undisturbed_losses, by_transformers]:
-    assert all(abs(a - b) < 1e-4 for a, b in zip(by_hand[:3], others[:3], strict=True))
-    assert all(abs(a - b) < 1e-3 for a, b in zip(by_hand, others, strict=True))
-print("by hand, by the library, by transformers: three losses agree within 0.0001")
+by_library = fit_examples(undisturbed, examples, six_steps).losses
+for losses in [by_hand, by_transformers, by_library]:
+    print("on this machine:", [f"{loss:.2f}" for loss in losses])
+    assert all(abs(a - b) < 1e-4 for a, b in zip(by_hand[:3], losses[:3], strict=True))
+    assert all(abs(a - b) < 1e-3 for a, b in zip(by_hand, losses, strict=True))
 
 # %% [markdown]
+# **Read it.** By hand, by transformers, by the library: three losses agree within 0.0001.
+#
 # **Break it.** How much does such a check see? We put five bugs into the loop, one at a time, train three steps, and ask which
 # loss is the first to be off by more than a thousandth.
 #
@@ -445,9 +419,9 @@ print("by hand, by the library, by transformers: three losses agree within 0.000
 # > For each: is it the first loss that tells, the second, the third, or none of the three?
 
 # %%
-def first_wrong(bug=nullcontext(), **parts):
+def first_wrong(bug=None, **parts):
     """Which of three losses is the first to be wrong; parts go into the loop."""
-    with bug:
+    with bug or nullcontext():
         losses = train_by_hand(copy.deepcopy(model), steps[:3], PEAK, WARMUP, **parts)
     wrong = [abs(a - b) > 1e-3 for a, b in zip(losses, by_hand, strict=False)]
     return wrong.index(True) + 1 if any(wrong) else None
@@ -468,7 +442,8 @@ assert list(seen.values()) == [1, 2, 3, 3, None]
 # first step is the sign of the gradient, whatever its length; and a gradient that was never zeroed has to wait for a second one. So
 # compare three losses, and to more decimals than seem needed. Weight decay passes: in three steps it changes almost nothing. That is
 # why part 2 tests it alone.
-#
+
+# %% [markdown]
 # ## 6 · Which learning rate?
 #
 # **Idea.** If you may tune one number, tune this one. A setting is chosen on rows kept aside for that, the *development* rows;
@@ -501,12 +476,10 @@ alt = ("Training loss of 16 steps at three learning rates, on a logarithmic axis
 views.show_figure(ax, alt=alt)
 
 # %% tags=["nbval-ignore-output"]
-before = sweep["right"].held_out[0][1]
 final = {name: result.held_out[-1][1] for name, result in sweep.items()}
-print(f"on this machine: development loss {before:.1f} before")
-for name in factors:
-    print(f"{name}: {final[name]:.1f}, plain arithmetic still right {kept[name]:.0%}")
-assert final["right"] < 0.5 * before and final["right"] < 0.5 * final["too small"]
+print("on this machine, development loss:", {n: f"{x:.1f}" for n, x in final.items()})
+print("plain arithmetic still right:", {n: f"{share:.0%}" for n, share in kept.items()})
+assert final["right"] < 0.5 * final["too small"]
 assert max(sweep["too large"].losses) > math.log(1024)
 assert kept["too large"] < 0.2 < kept["too small"]
 
@@ -527,27 +500,22 @@ assert kept["too large"] < 0.2 < kept["too small"]
 # %%
 config = TrainConfig(lr=PEAK, schedule="constant", batch_size=16, max_steps=40,
                      eval_every=4, seed=SEED)
-handful = fit_rows(copy.deepcopy(model), tokenizer, rows[:16], config,
-                   held_out_rows=development)
+trial = copy.deepcopy(model)
+handful = fit_rows(trial, tokenizer, rows[:16], config, held_out_rows=development)
 when, unseen = zip(*handful.held_out, strict=True)
 
+# %%
+assert handful.losses[-1] < 0.1 and final["right"] < unseen[-1]
+assert 1.03 * min(unseen) < unseen[-1] and min(unseen) < 0.9 * unseen[0]
 ax = plots.loss_curve(range(1, 41), handful.losses, held_out=(when, unseen), window=1,
                       title="Sixteen rows: the training loss says all is well")
-alt = ("Loss over 40 steps on 16 rows: the training loss falls to zero, the held-out "
-       "loss falls at first and then rises again")
-views.show_figure(ax, alt=alt)
+views.show_figure(ax, alt="Training loss falls to 0; held-out loss falls, then rises")
 
 # %% [markdown]
 # **Read it.** At first both fall: the model learns what *every* row has in common, the format. Then they part. The training loss
 # goes to zero, because sixteen answers can be learned by heart; the held-out loss turns and climbs. Where it turns is
 # where to stop. More rows are the better cure, though: sixteen rows forty times, or 512 rows once, is about the same work.
-
-# %%
-assert handful.losses[-1] < 0.1 and unseen[-1] > 1.03 * min(unseen)
-assert min(unseen) < unseen[0] and final["right"] < unseen[-1]
-print("512 rows once beat 16 rows forty times, on rows that neither saw")
-
-# %% [markdown]
+#
 # > **Explain.** The held-out *loss* may climb while held-out *accuracy* stays where it is, or even gains a little. How
 # > can both be true? Write two sentences. (Think of an answer that is wrong anyway, at 40 % confidence and at 99 %.)
 
@@ -581,18 +549,15 @@ def marks_after(train_rows):
 
 results = {"before": marks_after([]), "40 honest rows": marks_after(honest),
            "20 of them leaked": marks_after(honest[:NUM_LEAKED] + leaked)}
-
-# %%
-groups = [f"{NUM_LEAKED} leaked", f"{len(clean)} clean", "all, as reported"]
 share, range95 = {}, {}
 for name, parts in results.items():
     share[name] = [sum(marks) / len(marks) for marks in parts]
     range95[name] = [wilson_interval(sum(marks), len(marks)) for marks in parts]
+groups = [f"{NUM_LEAKED} leaked", f"{len(clean)} clean", "all, as reported"]
 ax = plots.accuracy_bars(groups, share, intervals=range95,
                          title="Twenty leaked rows, and accuracy lies")
 alt = ("Accuracy before training, after honest rows, and after rows with a leak: on "
-       "the leaked puzzles the last is far ahead, on the clean ones it is not, so "
-       "its reported accuracy is too high")
+       "the leaked puzzles the last is far ahead, on the clean ones it is not")
 views.show_figure(ax, alt=alt)
 
 # %% tags=["nbval-ignore-output"]
@@ -636,10 +601,9 @@ checks.check("03.4", my_leaks)
 find_leaks = checks.or_library("03.4", my_leaks)
 prompts = [row["instruction"] for row in test]
 dirty = [row["instruction"].upper() + "  " for row in honest[:NUM_LEAKED] + leaked]
-found = find_leaks(dirty, prompts)
-print(f"{len(found)} of {len(prompts)} test prompts are in the training data")
-assert found == list(range(NUM_LEAKED))
+assert find_leaks(dirty, prompts) == list(range(NUM_LEAKED))
 assert not find_leaks([row["instruction"] for row in honest], prompts)
+print("the detector finds the leaked rows, and finds nothing in the honest ones")
 
 # %% [markdown]
 # ## 9 · Padded or packed
@@ -654,6 +618,9 @@ assert not find_leaks([row["instruction"] for row in honest], prompts)
 #
 # **Toy numbers.** Documents of 3, 2 and 4 tokens. Padded: $3 \times 4 = 12$ tokens for 9 real ones. Packed: 9, with positions
 # 0 1 2, 0 1, 0 1 2 3, and borders at 0, 3, 5 and 9. The mask is the one you wrote in notebook 02: a staircase for each document.
+#
+# **Code.** Four ways to the loss of three documents: one by one; packed by hand, with the mask as a $T \times T$ table;
+# packed by the library, which is told the borders only and makes no table; and packed by somebody who told attention nothing.
 
 # %%
 three = examples[:3]
@@ -661,16 +628,9 @@ document = torch.tensor([n for n, e in enumerate(three) for _ in e.input_ids])  
 positions = torch.cat([torch.arange(len(e.input_ids)) for e in three])  # (T,)
 inner = (document.diff().nonzero().flatten() + 1).tolist()
 packed, borders = pack(three), [0, *inner, len(document)]
-around = positions[borders[1] - 3 : borders[1] + 3].tolist()
-print("borders", borders, "· positions around the first", around)
 assert torch.equal(packed["position_ids"][0], positions)
 assert packed["cu_seq_lens_q"].tolist() == borders
 
-# %% [markdown]
-# **Code.** Four ways to the loss of these three documents: one by one; packed by hand, with the mask as a $T \times T$ table;
-# packed by the library, which is told the borders only and makes no table; and packed by somebody who told attention nothing.
-
-# %%
 packed, step = to_device(packed, model.device), Step(model)
 row = {"input_ids": packed["input_ids"], "labels": packed["labels"]}  # (1, T)
 visible = (document[:, None] == document[None, :]).tril()[None, None]  # (1, 1, T, T)
@@ -679,7 +639,7 @@ told = to_device(told, model.device)
 counts = [count_trained([e]) for e in three]
 with torch.no_grad():
     one_by_one = [float(mean_loss(model, part)) for part in micro_batches(three, 1)]
-    alone = sum(n * loss for n, loss in zip(counts, one_by_one)) / sum(counts)
+    alone = sum(n * x for n, x in zip(counts, one_by_one, strict=True)) / sum(counts)
     by_mask = float(mean_loss(model, {**row, **told}))
     by_borders = float(step(**packed, num_tokens=sum(counts)))
     not_told = float(mean_loss(model, row))
@@ -730,69 +690,35 @@ checks.check("03.5", my_rows)
 fit_into_rows = checks.or_library("03.5", my_rows)
 BUDGET = 128
 lengths = [len(e.input_ids) for e in examples]
-
-
-def draw(ax, rows, width, title):
-    """Rows of documents, and what fills them up to `width`."""
-    document = {"color": plots.PALETTE[0], "edgecolor": "white"}
-    filling = {"color": "0.93", "edgecolor": "0.6", "hatch": "////", "linewidth": 0}
-    for y, row in enumerate(rows):
-        begins = [sum(row[:i]) for i in range(len(row))]
-        ax.barh(y, row, left=begins, height=0.9, **document)
-        ax.barh(y, width - sum(row), left=sum(row), height=0.9, **filling)
-    real = sum(map(sum, rows)) / (width * len(rows))
-    plots.finish(ax, "tokens", "", f"{title}: {real:.0%} real")
-    ax.set_yticks([])
-    ax.invert_yaxis()
-
-
-figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 4.6), layout="constrained")
-first = lengths[:BATCH]
-draw(left, [[length] for length in first], max(first), f"Padded, {BATCH} rows")
-fitted = fit_into_rows(first, BUDGET)
-draw(right, fitted, BUDGET, f"Fitted, {len(fitted)} rows")
-alt = ("Two pictures of the same 32 documents: one to a row, most of the rectangle "
-       "is filling; fitted into rows of 128 tokens, little of it is")
-views.show_figure(figure, alt=alt)
+first, fitted = lengths[:BATCH], fit_into_rows(lengths[:BATCH], BUDGET)
 by_library = first_fit_decreasing(first, BUDGET)
 assert fitted == [[first[i] for i in row] for row in by_library]
+axes = training_plots.documents({
+    f"Padded, {BATCH} rows": ([[length] for length in first], max(first)),
+    f"Fitted, {len(fitted)} rows": (fitted, BUDGET)})
+alt = ("Two pictures of the same 32 documents: one to a row, most of the rectangle "
+       "is filling; fitted into rows of 128 tokens, little of it is")
+views.show_figure(axes, alt=alt)
+
+parts = [sorted(lengths)[i : i + BATCH] for i in range(0, len(lengths), BATCH)]
+in_sorted = sum(len(part) * max(part) for part in parts)
+print(f"all rows: sorted and padded {in_sorted:,} tokens, packed {sum(lengths):,}")
 
 # %% [markdown]
 # **Read it.** Solid is real, hatched is filling. On the left a few long answers make thirty short rows long, and the model computes
 # all of it. On the right are the same documents in rows of 128 tokens; white lines are their borders. What little is hatched there
 # is not even computed: the library's packed rows end where their last document ends.
 #
-# Now the count for all rows. *Sorting* by length before cutting into batches helps too, but then long and short answers never
-# meet in one step.
-
-# %%
-def padded_tokens(lengths, size):
-    """Tokens that go through the model if rows are padded, `size` at a time."""
-    parts = [lengths[i : i + size] for i in range(0, len(lengths), size)]
-    return sum(len(part) * max(part) for part in parts)
-
-
-computed = {"padded": padded_tokens(lengths, BATCH),
-            "sorted, padded": padded_tokens(sorted(lengths), BATCH),
-            "packed": sum(lengths)}
-for name, tokens in computed.items():
-    wasted = 1 - sum(lengths) / tokens
-    print(f"{name:14} {tokens:>7,} tokens computed, {wasted:.0%} of them wasted")
-assert computed["packed"] < computed["sorted, padded"] < computed["padded"]
-
-# %% [markdown]
-# **Check.** In the library all this is one word, `packing`. Three steps with it and three without, 512 tokens to a forward pass:
-# as in part 5, three losses agree within 0.0001.
+# *Sorting* by length before cutting into batches helps too, nearly as much, but then long and short answers never meet in one step.
+#
+# **Check.** In the library all this is one word, `packing`. Three steps with it and three without: as in part 5, the losses agree
+# within 0.0001.
 
 # %%
 found = {}
 for packing in [True, False]:
-    config = TrainConfig(lr=PEAK, max_steps=3, batch_size=BATCH, packing=packing,
-                         tokens_per_micro_batch=512, seed=SEED)
-    passes = ExampleSource(examples, config)(0, 0)  # of the first step
+    config = dataclasses.replace(six_steps, max_steps=3, packing=packing)
     found[packing] = fit_examples(copy.deepcopy(model), examples, config).losses
-    tokens = sum(part.tensors["input_ids"].numel() for part in passes)
-    print(f"packing={packing!s:5} first step: {len(passes)} passes, {tokens:,} tokens")
 assert all(abs(a - b) < 1e-4 for a, b in zip(found[True], found[False], strict=True))
 
 # %% [markdown]
@@ -811,17 +737,15 @@ assert all(abs(a - b) < 1e-4 for a, b in zip(found[True], found[False], strict=T
 # **Toy numbers.** A weight with gradients 1, 1, 1 and then −1, and $\beta_1 = 0.9$. With its averages, $\hat m$ of the fourth step
 # is $0.144/0.344 = 0.42$, and $\hat v = 1$: it goes on as before, slower. Without them the fourth step is a *first* step, and
 # $\hat m/\sqrt{\hat v} = -1$: it turns round, at full speed.
+#
+# **Code.** The run of part 5, once more, saving every three steps. In the fourth the power fails.
 
 # %%
 went_on = adamw(0.0, [1.0, 1.0, 1.0, -1.0])
 assert abs((went_on[2] - went_on[3]) / 0.1 - 0.42) < 0.005
 assert abs(adamw(0.0, [-1.0])[0] - 0.1) < 1e-6  # forgot: the other way
 
-# %% [markdown]
-#
-# **Code.** The run of part 5, once more, saving every three steps. In the fourth the power fails.
 
-# %%
 class PowerCut(Exception):
     """The end of a run that nobody planned."""
 
@@ -852,7 +776,7 @@ for file in sorted(saved.iterdir()):
 # %%
 resumed = copy.deepcopy(model)  # what a new process begins with
 again = fit_examples(resumed, examples, saving, checkpoints=disk.name, resume=True)
-assert again.losses == undisturbed_losses
+assert again.losses == by_library
 both = zip(resumed.parameters(), undisturbed.parameters(), strict=True)
 assert all(torch.equal(a, b) for a, b in both)
 print(f"six losses and {resumed.num_parameters():,} weights: every bit the same")
@@ -862,46 +786,9 @@ print(f"six losses and {resumed.num_parameters():,} weights: every bit the same"
 # different orders. Here the same program adds the same numbers in the same order, so anything less than equal would mean that
 # something was forgotten. (Another machine, or another number of threads, orders sums differently: a few decimals again.)
 #
-# **From the files.** Are the three things really enough? We take step 4 ourselves, with nothing but them, and should get the
-# weights that the power cut destroyed. Then we take it again and forget the averages.
-
-# %%
-def flat(module):
-    """All weights as one long vector."""
-    return torch.cat([p.detach().flatten() for p in module.parameters()])
-
-
-def step_four(keep_averages):
-    """The weights before and after step 4, from the files of step 3."""
-    step = Step(copy.deepcopy(model))
-    named = dict(step.named_parameters())
-    optimizer = loop.make_optimizer(step, six_steps, named)
-    weights = load_file(saved / "weights.safetensors")
-    step.load_state_dict(weights, strict=False)  # the tied head is in there once
-    averages = load_file(saved / "optimizer.safetensors") if keep_averages else {}
-    for key, value in averages.items():
-        kind, name = key.split(":")  # such as exp_avg:model.model.norm.weight
-        value = value.to(model.device) if value.ndim else value
-        optimizer.state[named[name]][kind] = value
-    before, parts = flat(step), ExampleSource(examples, six_steps)(0, 3)
-    lr = loop.learning_rate(six_steps, 3, NUM_STEPS)
-    loop.optimizer_step(step, optimizer, parts, lr, six_steps.max_grad_norm)
-    return before, flat(step)
-
-
-before, after = step_four(keep_averages=True)
-forgetful = step_four(keep_averages=False)[1]
-assert torch.equal(after, flat(lost))
-moved, strayed = after - before, forgetful - before
-assert strayed.abs().mean() > 1.2 * moved.abs().mean()
-opposite = (moved * strayed < 0).float().mean()
-assert 0.1 < opposite < 0.9
-print("with the averages: step 4, to the bit; without them: another, longer step")
-
-# %% [markdown]
-# **Read it.** From the three, step 4 comes out to the last bit. Without the averages it is a different step, and no message says
-# so: every weight goes at full speed, and many go in the opposite direction. The same holds for other things that people forget:
+# No message says so when something is forgotten. What people forget:
 #
+# - *The averages.* The weights go on from where they were, and the next step is a first step, as in the toy numbers.
 # - *The step.* The last three steps, begun as a new run from the saved weights: the rate warms up a second time, the first three
 #   batches are read a second time, and the last three never.
 # - *The settings.* Somebody halves the rate and resumes. That is neither the old run nor a new one.
@@ -911,33 +798,20 @@ print("with the averages: step 4, to the bit; without them: another, longer step
 # The first is up to you: `resume=True`, and not a new run. Other settings and damaged files are refused, and named:
 
 # %%
-def refused(config):
-    """What the library says when a run with these settings shall go on."""
-    try:
-        fit_examples(resumed, examples, config, checkpoints=disk.name, resume=True)
-    except ValueError as error:
-        return str(error).replace(disk.name, "DISK")
-
-
-print(refused(dataclasses.replace(saving, lr=PEAK / 2)).splitlines()[1].strip())
-newest = max(Path(disk.name).iterdir()) / "weights.safetensors"
-newest.write_bytes(newest.read_bytes()[:-1] + b"!")
-print(refused(saving))
+try:
+    other = dataclasses.replace(saving, lr=PEAK / 2)
+    fit_examples(resumed, examples, other, checkpoints=disk.name, resume=True)
+except ValueError as error:
+    print(str(error).splitlines()[1].strip())
 disk.cleanup()
 
 # %% [markdown]
 # ## 11 · What goes wrong in practice
 #
 # **The last batch is smaller.** 50 rows in micro-batches of 8, four to a step, leave a last step of three, with 8, 8 and 2 rows.
-# Code that divides by "four micro-batches" divides the last step by too much; code that counts trained tokens is right without
-# knowing. The library keeps these rows: each row is seen once an epoch.
-
-# %%
-for numbers in batches(50, batch_size=32, seed=SEED, epoch=0):
-    sizes = [len(numbers[i : i + 8]) for i in range(0, len(numbers), 8)]
-    print(f"micro-batches of {sizes}: over four, {len(sizes) / 4:.2f} of the mean")
-
-# %% [markdown]
+# Code that divides by "four micro-batches" divides the last step by too much: its loss is three quarters of what it should be. Code that
+# counts trained tokens is right without knowing. The library keeps these rows: each row is seen once an epoch.
+#
 # **The schedule is off by one.** With `step / warmup` the first rate is 0, and the first batch moves nothing. transformers' own
 # schedules do so. It hardly shows: a first and a second loss are measured at *the same* weights.
 #
@@ -965,13 +839,8 @@ assert all(abs(a - b) < 1e-6 for a, b in zip(cosine, by_torch, strict=True))
 assert max(line[10:]) == 0 and cosine[10] < 1e-6 and cosine[20] == cosine[40] == 1
 assert rates_of(lambda optimizer: cosine_with_warmup(optimizer, 4, 40), times=1)[0] == 0
 
-ax = plots.new_axes(None, 7.0, 3.4)
-lines = {"as meant": meant, "line, too often": line, "cosine, too often": cosine}
-for i, (name, values) in enumerate(lines.items()):
-    look = {"color": plots.PALETTE[i], "linestyle": plots.DASHES[i], "linewidth": 2}
-    ax.plot(values, label=name, **look)
-ax.legend(fontsize=12, frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
-plots.finish(ax, "optimizer step", "rate (share of the peak)", "")
+ax = training_plots.rates({"as meant": meant, "line, too often": line,
+                           "cosine, too often": cosine})
 alt = ("Rates over 40 steps: as meant, one fall from 1 to 0; a line advanced four "
        "times a step is at 0 from step 10 on; a cosine advanced four times a step "
        "falls to 0 at steps 10 and 30 and is back at the peak at steps 20 and 40")
@@ -989,9 +858,11 @@ views.show_figure(ax, alt=alt)
 # %%
 again = "Use the numbers {1}, {2}, {0} once each to make {3}."
 other = "Reach {3} from {2} and {1} and {0}."
-numbers = [(*row["numbers"], row["target"]) for row in leaked]
-shuffled = [{**row, "instruction": again.format(*n)} for row, n in zip(leaked, numbers)]
-retold = [{"instruction": other.format(*n)} for n in numbers]
+shuffled, retold = [], []
+for row in leaked:
+    numbers = (*row["numbers"], row["target"])
+    shuffled.append({**row, "instruction": again.format(*numbers)})
+    retold.append({"instruction": other.format(*numbers)})
 for name, copies in [("shuffled", shuffled), ("retold", retold)]:
     by_text = len(find_leaks([row["instruction"] for row in copies], prompts))
     by_numbers = contamination(copies, test).num_exact

@@ -106,7 +106,7 @@ assert torch.allclose(merged, apart, atol=1e-4)
 # **LoRA: two.** They are the only rows with a parameter behind them. **Full fine-tuning: all 1,024**, also those of tokens that occur in no row
 # of the data. In a tied model a row gets a gradient in two ways: where its token is read, and at *every* trained position, where the
 # softmax pushes down each row that is not the answer. That second push is small for an unlikely token, but it never changes its sign, and
-# AdamW divides by the size: so the rows of tokens that never occur move furthest of all.
+# AdamW divides by the size: so the rows of tokens that never occur move further than almost all others.
 #
 # ## Predict, then run: who forgets?
 #
