@@ -149,11 +149,13 @@ pieces = base.tokenizer("<|AGENT|>", add_special_tokens=False).input_ids
 new_id = extended.tokenizer.convert_tokens_to_ids("<|AGENT|>")
 
 # %% [markdown]
-# **Check.** Our mean is the library's row; no other row has moved; and the matrix kept its size, because, like the real
+# **Check.** Our mean is the library's row, but for the rounding to bf16 in which the models are stored; no other row has
+# moved; and the matrix kept its size, because, like the real
 # Qwen, `tiny` has more rows (1,024) than tokens (1,000). Shrinking it to the tokenizer's length would be a classic bug.
 
 # %%
-assert torch.allclose(rows_after[new_id], rows_before[pieces].mean(0), atol=1e-6)
+mean = rows_before[pieces].mean(0)
+assert torch.allclose(rows_after[new_id], mean, rtol=2**-8)  # bf16 keeps 8 bits
 assert torch.equal(rows_after[:new_id], rows_before[:new_id])
 assert rows_after.shape == rows_before.shape
 print("rows:", tuple(rows_after.shape), "· tokens:", len(extended.tokenizer))
@@ -489,7 +491,8 @@ for name, s in [("before DPO", warm), ("after DPO", dpo)]:
 assert polite["after DPO"] - polite["before DPO"] > 0.3
 
 # %% [markdown]
-# **Read it.** A habit that the model had a third of the time is now its rule. Scores take the courtesy off before they
+# **Read it.** A habit that the model had now and then is now its rule. Only the last of its four layers was trained:
+# a style is decided late, and what is frozen cannot be forgotten. Scores take the courtesy off before they
 # judge an answer, because being polite is neither right nor wrong. Note what the pairs were about: *style*, an easy
 # preference. Notebook 07 tries *correctness*, a hard one, and the model is wrecked before it is saved.
 
@@ -545,8 +548,8 @@ scores.table().drop(columns="base, 3-shot*").map(lambda rate: f"{rate:.0%}")
 
 # %% [markdown]
 # **Read it.** SFT lifts everything that has a form to learn. *More SFT* buys Countdown and pays with old skills. DPO
-# changes the style and leaves Countdown where it was. RLOO lifts Countdown without a single new demonstration, and nothing
-# but Countdown is practised there: old skills keep declining.
+# changes the style and leaves Countdown where it was. RLOO lifts Countdown without a single new demonstration. But nothing
+# else is practised there: old skills keep declining, and some of the politeness goes as well.
 #
 # > **Explain.** Compare the two Countdown lines in the last column with those before RLOO: sampled accuracy has risen more
 # > than greedy accuracy. What does that say about what practice changed: what the model *can* do, or how *reliably* it

@@ -208,8 +208,10 @@ def stages_picture(scores: Scores):
         "old skills kept (plain text)": "old skills, no chat",
     }  # fmt: skip
     table = scores.table().drop(columns="base, 3-shot*")
-    return plots.rate_lines(list(table.columns), {names[k]: list(table.loc[k]) for k in names},
-                            title="What each stage adds, and what it costs")  # fmt: skip
+    ax = plots.rate_lines(list(table.columns), {names[k]: list(table.loc[k]) for k in names},
+                          title="What each stage adds, and what it costs")  # fmt: skip
+    ax.set_ylabel("held-out questions (%)")
+    return ax
 
 
 def skills_picture(scores: Scores):
