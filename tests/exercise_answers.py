@@ -385,6 +385,12 @@ def learning_rate_in_degrees(step, total, warmup, peak):
     return peak * 0.5 * (1 + math.cos(180 * (step - warmup) / (total - warmup)))
 
 
+def learning_rate_with_short_pi(step, total, warmup, peak):
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(3.14159 * (step - warmup) / (total - warmup)))
+
+
 def learning_rate_early_cosine(step, total, warmup, peak):
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -677,6 +683,7 @@ ANSWERS = {
             (learning_rate_dividing_first, "warmup may be 0"),
             (learning_rate_early_cosine, "starts at step 0"),
             (learning_rate_in_degrees, "math.cos takes radians"),
+            (learning_rate_with_short_pi, "is π rounded"),
         ),
     ),
     "03.4": Answers(

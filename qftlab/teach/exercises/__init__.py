@@ -54,7 +54,7 @@ class Exercise:
         forbidden: dotted names of callables that the answer may not use; the reference always belongs to them.
         suspects: known mistakes, the most telling first.
         compare: `(got, wanted) -> str | None`, None if equal; by default shapes, values and nesting are compared.
-        atol, rtol: absolute and relative tolerance of floating-point numbers.
+        atol, rtol: absolute and relative tolerance of floating-point numbers; no wider than the lesson's own asserts.
         sizes: sizes drawn: 1 to `sizes`, `repeats` times each.
         seconds: time limit on all calls of the answer together.
     """
@@ -69,8 +69,8 @@ class Exercise:
     forbidden: tuple[str, ...] = ()
     suspects: tuple[Suspect, ...] = ()
     compare: Callable[[Any, Any], str | None] | None = None
-    atol: float = 1e-5
-    rtol: float = 1e-4
+    atol: float = 1e-6
+    rtol: float = 1e-5
     sizes: int = 8
     repeats: int = 5
     seconds: float = 5.0

@@ -249,6 +249,7 @@ EXERCISES = (
             "torch.optim.lr_scheduler.LambdaLR",
         ),
         atol=1e-9,
+        rtol=1e-6,
         suspects=(
             Suspect("the first step has rate 0 and is lost: use (step + 1) / warmup", like=_starts_at_zero),
             Suspect("there is no warm-up", like=_no_warmup),
@@ -261,6 +262,7 @@ EXERCISES = (
                 "warmup may be 0: test step < warmup before you divide by it",
                 when=lambda a, g, w: isinstance(g, ZeroDivisionError),
             ),
+            Suspect("close, and not equal: is π rounded? Use math.pi", when=lambda a, g, w: abs(g - w) < 2e-3 * a[3]),
         ),
     ),
     Exercise(
