@@ -144,21 +144,26 @@ def trainer(kind: str, work: Workload, **settings) -> Callable[[], list[float]]:
     return restarted(model, train)
 
 
-def rounding(nats: float, steps: int) -> float:
+def rounding(size: float, steps: int) -> float:
     """How far the fp32 losses of two right sides may lie apart after so many optimizer steps, in nats.
 
-    A loss is made of sums whose size is `nats`, and each side rounds those, in its own order, by eps · nats. An update
-    hands the difference on to the next step, which adds its own, so the bound grows by 2 · eps · nats a step.
+    About twenty products and sums stand between weights and a loss. Each rounds by eps, and independent errors add as
+    the root of their squares: 4 eps a side, 8 for both. An update hands the difference on to the next step, which adds
+    its own, so the bound grows with the steps.
+
+    Args:
+        size: of what is rounded, in nats: a mean itself; a · √n for a sum of n tokens of a nats each.
+        steps: 1 for the first.
     """
-    return 2 * steps * torch.finfo(torch.float32).eps * nats
+    return 8 * steps * torch.finfo(torch.float32).eps * size
 
 
-def same_losses(ours: list[float], theirs: list[float], nats: float | None = None) -> str:
+def same_losses(ours: list[float], theirs: list[float], size: float | None = None) -> str:
     """Every step's loss within `rounding`; where a side packs its own batches, see `same_means`.
 
     Args:
         ours, theirs: losses of the steps (nats).
-        nats: the size of what a loss sums; by default the first loss itself, a mean of tokens' nats.
+        size: for `rounding`; by default the first loss, a mean of tokens' nats.
 
     Raises:
         MismatchError: if they are not.
@@ -166,7 +171,7 @@ def same_losses(ours: list[float], theirs: list[float], nats: float | None = Non
     if len(ours) != len(theirs):
         return same_means(ours, theirs)
     gaps = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
-    shares = [gap / rounding(nats or ours[0], step) for step, gap in enumerate(gaps, 1)]
+    shares = [gap / rounding(size or ours[0], step) for step, gap in enumerate(gaps, 1)]
     found = f"{max(gaps):.2g}, {max(shares):.2g} x their rounding"
     if not all(share <= 1 for share in shares):
         raise MismatchError(f"losses of {len(ours)} steps differ by {found}")
