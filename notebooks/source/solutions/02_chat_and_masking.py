@@ -1,16 +1,19 @@
 # %% [markdown]
 # # 02 · Chat and masking: solutions
 #
-# One good answer to each exercise of [02 · Chat and masking](../02_chat_and_masking.ipynb), with the reason in a sentence. Yours may
-# look different; the check decides. If you have not tried yet, go back: ten minutes of your own are worth more than this page.
+# One good answer to each exercise of [02 · Chat and masking](../02_chat_and_masking.ipynb), with the reason in a sentence.
+# Yours may look different; the check decides. If you have not tried yet, go back: ten minutes of your own are worth more than this page.
 
 # %% tags=["setup"]
+import re
 import sys
 
-if "google.colab" in sys.modules:  # on Colab only: fetch the library, leave torch and transformers as they are
-    REPO = "OWNER/qftlab"
-    get_ipython().run_line_magic("pip", f"install -q --no-deps git+https://github.com/{REPO}")
-    get_ipython().run_line_magic("pip", "install -q jsonargparse")
+if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
+    at = get_ipython().getoutput("curl $COLAB_JUPYTER_IP:$KMP_TARGET_PORT/api/sessions")
+    at = f"{at} {colab._message.blocking_request('get_ipynb')}".replace("%2F", "/")
+    repo = re.search(r"github[.com]*/([\w.-]+/[\w.-]+)/blob/([\w./-]+?)/notebooks/", at)
+    assert repo, "put here instead: !pip install git+https://github.com/OWNER/NAME"
+    get_ipython().system(repo.expand(r"pip install -q git+https://github.com/\1@\2"))
 
 # %%
 import torch
@@ -74,13 +77,13 @@ def my_packed_mask(lengths):
 checks.check("02.4", my_packed_mask)
 
 # %% [markdown]
-# ## Predict, then run: what does the careless model do?
+# ## Predict, then run: what do the models without ends do?
 #
-# It gives its answer, and then writes what came next in its training text, minus the one token it was never asked to write. After
-# `<|im_end|>` came a newline, `<|im_start|>`, `user` and a question; those *were* trained. So it opens the user's turn and asks a
-# question of the kind it has read, and answers it, and so on until it is cut off. Had its questions been masked too, as the
-# contract of this lab says, it would not know how to ask either: it would ramble, repeat the answer, or begin a new document. It
-# would still not stop.
+# Both give their answer, and then have to write something, because the one token that would end the turn was never trained.
+# The model trained on the *whole text* writes what came next in its training text: after `<|im_end|>` came a newline,
+# `<|im_start|>`, `user` and a question, and those *were* trained. So it opens the user's turn, asks a question of the kind it has
+# read, answers it, and so on until it is cut off. The model trained on *answers* alone never had to write a header or a question.
+# It falls back on what it knows from pretraining: `<|endoftext|>`, another document, more numbers. It does not stop either.
 
 # %% [markdown]
 # ## Explain: is anything learned from the question?
@@ -95,21 +98,24 @@ checks.check("02.4", my_packed_mask)
 # %%
 base = stages.stage("base", preset=PRESET)
 model, tokenizer = base.model, base.tokenizer
-chat = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "5"}]
+chat = [{"role": "user", "content": "What is 2 + 3?"},
+        {"role": "assistant", "content": "5"}]
 row = render_chat(tokenizer, chat)[0]
 labels = torch.tensor([Example(row.input_ids, row.loss_mask).labels()])
-vectors = model.get_input_embeddings()(torch.tensor([row.input_ids], device=model.device)).detach().requires_grad_()
+ids = torch.tensor([row.input_ids], device=model.device)
+vectors = model.get_input_embeddings()(ids).detach().requires_grad_()
 masked_cross_entropy(model(inputs_embeds=vectors).logits.cpu(), labels).backward()
 
 # %% [markdown]
-# The gradient at the question's *inputs*, which is what the shared weights see, is not zero anywhere; after the last trained
-# prediction it is, for nothing that counts depends on what comes later.
+# The gradient at the question's *inputs*, which is what the shared weights see, is not zero anywhere. After the last trained
+# prediction it is zero, because nothing that counts depends on what comes later.
 
 # %%
 pull = vectors.grad[0].abs().sum(-1)  # (T,)
 last = max(t for t, kept in enumerate(row.loss_mask) if kept)
 assert (pull[:last] > 0).all() and (pull[last:] == 0).all()
-print(f"{int((pull > 0).sum())} of {len(pull)} inputs get a gradient, though only {row.num_trained} tokens are trained")
+print(f"{int((pull > 0).sum())} of {len(pull)} inputs get a gradient, "
+      f"though only {row.num_trained} tokens are trained")
 
 # %% [markdown]
 # A second experiment, without a gradient: change the question and keep the answer. The loss changes, so the question was read.
