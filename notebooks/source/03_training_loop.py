@@ -342,8 +342,8 @@ checks.check("03.3", my_rate)
 # %%
 rate, config = checks.or_library("03.3", my_rate), TrainConfig(lr=1.0, warmup_ratio=0.1)
 rates = torch.tensor([rate(step, 40, 4, 1.0) for step in range(40)])
-by_library = [loop.learning_rate(config, step, 40) for step in range(40)]
-assert torch.allclose(rates, torch.tensor(by_library))
+wanted = [loop.learning_rate(config, step, 40) for step in range(40)]
+assert torch.allclose(rates, torch.tensor(wanted))
 ax = training_plots.rates({"four steps up, then half a cosine": rates})
 views.show_figure(ax, alt="Rates: a straight rise to the peak, then a curve down to 0")
 
@@ -393,7 +393,7 @@ def train_by_hand(model, steps, peak, warmup, decay=0.01, loss_of=mean_loss,
 # the library's loop, which packs rows instead of padding them and never builds all logits; and our loop with transformers' own loss put
 # in. Not only the first loss has to agree: those after it come from weights that *moved*, so they check the gradient and the optimizer too.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 NUM_STEPS, WARMUP = 6, 2
 order = batches(len(examples), batch_size=BATCH, seed=SEED, epoch=0)[:NUM_STEPS]
 steps = [micro_batches([examples[i] for i in numbers], 16) for numbers in order]
@@ -404,14 +404,12 @@ six_steps = TrainConfig(lr=PEAK, max_steps=NUM_STEPS, batch_size=BATCH, seed=SEE
                         micro_batch_size=16, warmup_ratio=WARMUP / NUM_STEPS)
 undisturbed = copy.deepcopy(model)  # part 10 comes back to it
 by_library = fit_examples(undisturbed, examples, six_steps).losses
-for losses in [by_hand, by_transformers, by_library]:
-    print("on this machine:", [f"{loss:.2f}" for loss in losses])
+for losses in [by_transformers, by_library]:
     assert all(abs(a - b) < 1e-4 for a, b in zip(by_hand[:3], losses[:3], strict=True))
     assert all(abs(a - b) < 1e-3 for a, b in zip(by_hand, losses, strict=True))
+print("by hand, by transformers, by the library: three losses agree within 0.0001")
 
 # %% [markdown]
-# **Read it.** By hand, by transformers, by the library: three losses agree within 0.0001.
-#
 # **Break it.** How much does such a check see? We put five bugs into the loop, one at a time, train three steps, and ask which
 # loss is the first to be off by more than a thousandth.
 #
@@ -464,12 +462,12 @@ for name, factor in factors.items():
     kept[name] = evaluate_kept(trial, tokenizer, development).accuracy
 
 losses = {f"{name} ({PEAK * f:.2g})": sweep[name].losses for name, f in factors.items()}
-ax = plots.loss_curve(range(1, 17), losses, window=1, title="Three learning rates")
+ax = plots.loss_curve(range(1, 17), losses, window=1, title="")
 ax.axhline(math.log(1024), color="grey", linestyle=":", linewidth=1.5)
 ax.set_yscale("log")
 ax.set_ylim(0.1, 60)
 ax.set_yticks([0.1, 0.3, 1, 3, 10, 30], ["0.1", "0.3", "1", "3", "10", "30"])
-ax.legend(fontsize=12, frameon=False, ncols=3, loc="upper right")
+ax.legend(fontsize=12, frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
 alt = ("Training loss of 16 steps at three learning rates, on a logarithmic axis: "
        "too small hardly falls, right falls steeply, too large shoots up above the "
        "dotted line of a blind guess and stays high")
@@ -504,9 +502,10 @@ trial = copy.deepcopy(model)
 handful = fit_rows(trial, tokenizer, rows[:16], config, held_out_rows=development)
 when, unseen = zip(*handful.held_out, strict=True)
 
-# %%
-assert handful.losses[-1] < 0.1 and final["right"] < unseen[-1]
-assert 1.03 * min(unseen) < unseen[-1] and min(unseen) < 0.9 * unseen[0]
+# %% tags=["nbval-ignore-output"]
+print(f"on this machine: development loss {unseen[0]:.1f} at first, {min(unseen):.1f} "
+      f"at best, {unseen[-1]:.1f} at last; {final['right']:.1f} after 512 rows once")
+assert handful.losses[-1] < 0.1 and min(unseen) < 0.9 * unseen[0]
 ax = plots.loss_curve(range(1, 41), handful.losses, held_out=(when, unseen), window=1,
                       title="Sixteen rows: the training loss says all is well")
 views.show_figure(ax, alt="Training loss falls to 0; held-out loss falls, then rises")
@@ -691,8 +690,8 @@ fit_into_rows = checks.or_library("03.5", my_rows)
 BUDGET = 128
 lengths = [len(e.input_ids) for e in examples]
 first, fitted = lengths[:BATCH], fit_into_rows(lengths[:BATCH], BUDGET)
-by_library = first_fit_decreasing(first, BUDGET)
-assert fitted == [[first[i] for i in row] for row in by_library]
+wanted = first_fit_decreasing(first, BUDGET)
+assert fitted == [[first[i] for i in row] for row in wanted]
 axes = training_plots.documents({
     f"Padded, {BATCH} rows": ([[length] for length in first], max(first)),
     f"Fitted, {len(fitted)} rows": (fitted, BUDGET)})

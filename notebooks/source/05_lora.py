@@ -341,10 +341,11 @@ print(f"{len(same)} frozen tensors are bit for bit what they were")
 #
 # **Idea.** A model that learns something new may lose what it knew. *LoRA learns less and forgets less* is the title of a study on 7B models
 # (Biderman et al. 2024). Does it hold here? We teach Countdown, "make 22 of 1, 12 and 11", which the base cannot do, and
-# measure two things every eight steps:
+# measure two things every eight steps, and a third at the end:
 #
 # - **learned**: the loss on Countdown puzzles that were never trained on,
-# - **forgotten**: the loss on plain arithmetic, `47 + 38 = 85`, which the base does well.
+# - **forgotten**: the loss on plain problems, `47 + 38 = 85`, which the base does well,
+# - **right**: how many of those it still answers correctly, token by token.
 #
 # One more thing is compared: *which rows*. A Countdown answer, `<answer>12 - 1 + 11</answer><|im_end|>`, is written with tokens that
 # this base expects nowhere: its loss on such answers is above that of a blind guess. All runs with adapters train the
@@ -415,19 +416,23 @@ yours = torch.tensor(mine["path"])
 assert yours[0, 0] > math.log(1024)  # the base expects such answers nowhere
 ax = training_plots.trade_off(kinds, (f"{LIVE}, yours", yours))
 alt = ("Paths of seven kinds of runs, nine thin lines and a bold mean each, loss on "
-       "new puzzles against loss on plain arithmetic: ranks 4 and 16 with their rows "
-       "come down almost straight, full fine-tuning bends to the right, rank 1 more, "
-       "fast full fine-tuning most; without the rows it stops half-way down")
+       "new puzzles against loss on plain problems: ranks 4 and 16 with their rows and "
+       "slower full fine-tuning come down beside the dotted line of the base, rank 1 "
+       "and fast full fine-tuning bend right; without the rows it stops half-way")
 views.show_figure(ax, alt=alt)
 
 # %% [markdown]
 # **Read it.** Thin lines are runs, bold lines their means, stars your own. Every path starts above the frame, on the dotted line: what the base
-# knows of plain arithmetic. A path that comes straight down pays nothing for what it learns; one that bends right pays with what it knew.
+# knows of plain problems. A path that comes straight down pays nothing for what it learns; one that bends right pays with what it knew.
 #
-# First the three of full fine-tuning: the faster, the more is learned and the more forgotten. So one rate says nothing. Rank 16 ends
-# to the left of *full* and as low, and as far left as *full, slow* and lower: here LoRA does forget less *for the same learning*. Rank 1 ends
-# further *right*: fewer numbers alone protect nothing. And the run without the rows stops half-way. Adapters bend hidden states; but
-# what a hidden state is compared with, at the output, is a row.
+# Of the three of full fine-tuning, the faster one learns more and forgets more: so one rate says nothing about a method. Rank 1 ends
+# further right than *full*: fewer numbers alone protect nothing. And the run without the rows stops half-way. Adapters bend hidden
+# states; but what a hidden state is compared with, at the output, is a row.
+#
+# **Does LoRA forget less?** On the development rows, where we chose the rates, rank 16 ended to the left of *full*. On these held-out rows,
+# which were read once, it does not: by the loss, *full* forgets less. By right answers it is the other way round: rank 16 keeps
+# more than *full*, as many as *full, slow*, and learns more than that. A loss is a mean over tokens; an answer is right only if every token is. So say
+# which of the two you mean by "forgotten", before you look, and report it also when it disagrees with you.
 
 # %%
 LEARNED, FORGOTTEN, RIGHT = range(3)
@@ -439,10 +444,10 @@ def lower(one, other, column):
     return (gaps.mean() / gaps.std() * len(gaps) ** 0.5).item()
 
 
-claims = [("rank 16", "full", FORGOTTEN), ("rank 16", "full, slow", LEARNED),
-          ("full", "rank 1", FORGOTTEN), ("full", "full, fast", FORGOTTEN),
-          ("full, slow", "full", FORGOTTEN), ("full", "full, slow", LEARNED),
-          ("full, fast", "full", LEARNED)]
+claims = [("full, slow", "full", FORGOTTEN), ("full", "full, fast", FORGOTTEN),
+          ("full", "full, slow", LEARNED), ("full, fast", "full", LEARNED),
+          ("full", "rank 1", FORGOTTEN), ("full", "rank 16", FORGOTTEN),
+          ("full", "rank 16", RIGHT), ("rank 16", "full, slow", LEARNED)]
 assert all(lower(*claim) > 4 for claim in claims)
 assert ends["16, no rows"][:, LEARNED].min() > 2 * ends["rank 16"][:, LEARNED].max()
 print("each of these differences is more than four standard errors of its mean")

@@ -33,7 +33,7 @@ def documents(panels: Mapping[str, tuple[Sequence[Sequence[int]], int]]):
     """
     from matplotlib import pyplot
 
-    axes = pyplot.subplots(1, len(panels), figsize=(9.5, 4.6), layout="constrained")[1]
+    _, (axes,) = pyplot.subplots(1, len(panels), figsize=(9.5, 4.6), layout="constrained", squeeze=False)
     for ax, (title, (rows, width)) in zip(axes, panels.items(), strict=True):
         for y, row in enumerate(rows):
             begins = [sum(row[:i]) for i in range(len(row))]
@@ -89,5 +89,5 @@ def trade_off(kinds: Mapping[str, Tensor], yours: tuple[str, Tensor], ax: Axes |
     ax.minorticks_off()
     ax.set_ylim(0, 4)
     ax.legend(fontsize=FONT_SIZE, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    names = "forgotten: loss on plain arithmetic (nats)", "learned: loss on new puzzles (nats)"
+    names = "forgotten: loss on plain problems (nats)", "learned: loss on new puzzles (nats)"
     return finish(ax, *names, "Down is learned, right is forgotten")
