@@ -1,16 +1,19 @@
 # %% [markdown]
 # # 04 · Decoding: solutions
 #
-# One good answer to each exercise of [04 · Decoding](../04_decoding.ipynb), with the reason in a sentence or two. Yours may look
-# different; the check decides. If you have not tried yet, go back: ten minutes of your own are worth more than this page.
+# One good answer to each exercise of [04 · Decoding](../04_decoding.ipynb), with the reason in a sentence or two. Yours may
+# look different; the check decides. If you have not tried yet, go back: ten minutes of your own are worth more than this page.
 
 # %% tags=["setup"]
+import re
 import sys
 
-if "google.colab" in sys.modules:  # on Colab only: fetch the library, leave torch and transformers as they are
-    REPO = "OWNER/qftlab"
-    get_ipython().run_line_magic("pip", f"install -q --no-deps git+https://github.com/{REPO}")
-    get_ipython().run_line_magic("pip", "install -q jsonargparse")
+if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
+    at = get_ipython().getoutput("curl $COLAB_JUPYTER_IP:$KMP_TARGET_PORT/api/sessions")
+    at = f"{at} {colab._message.blocking_request('get_ipynb')}".replace("%2F", "/")
+    repo = re.search(r"github[.com]*/([\w.-]+/[\w.-]+)/blob/([\w./-]+?)/notebooks/", at)
+    assert repo, "put here instead: !pip install git+https://github.com/OWNER/NAME"
+    get_ipython().system(repo.expand(r"pip install -q git+https://github.com/\1@\2"))
 
 # %%
 import math
@@ -18,6 +21,7 @@ import math
 import torch
 
 from qftlab.core.sampling import SamplingParams
+from qftlab.data.instructions import sum_steps
 from qftlab.generate.beam import beam_search
 from qftlab.generate.engine import generate
 from qftlab.teach import checks, stages
@@ -29,8 +33,8 @@ PRESET = "tiny"
 # %% [markdown]
 # ## Exercise 04.1 · Entropy at a temperature
 #
-# `log_softmax` stays finite where `softmax(...).log()` would be the log of 0. A probability may still be so small that `exp` gives 0; such a
-# token adds nothing to the sum, and choosing `p > 0` leaves it out.
+# `log_softmax` stays finite where `softmax(...).log()` would be the log of 0. A probability may still be so small that `exp` gives
+# 0; such a token adds nothing to the sum, and choosing `p > 0` leaves it out.
 
 # %%
 def my_entropy(logits, temperature):
@@ -52,8 +56,8 @@ print(f"{my_entropy(logits, 1.0):.2f} and {my_entropy(logits, 0.5):.2f} nats")
 # %% [markdown]
 # ## Exercise 04.2 · The top-p filter
 #
-# What counts is the mass *before* a token, in sorted order. `order` says where each sorted entry came from, so `order[is_kept]` are ids of the
-# vocabulary again. Nothing is changed in place: the student of the next exercise may still need these logits.
+# What counts is the mass *before* a token, in sorted order. `order` says where each sorted entry came from, so `order[is_kept]`
+# are ids of the vocabulary again. Nothing is changed in place, because the caller may still need these logits.
 
 # %%
 def my_top_p(logits, p):
@@ -74,8 +78,8 @@ assert my_top_p(logits, 0.01).isfinite().sum() == 1, "the likeliest always stays
 # %% [markdown]
 # ## Exercise 04.3 · The repetition penalty
 #
-# Two cases, because a logit is not a probability: dividing −1 by 2 gives −0.5, which is *more*. An id that stands in `seen` twice is read twice from the
-# same old logits and written twice with the same value, so it is punished once.
+# Two cases, because a logit is not a probability: dividing −1 by 2 gives −0.5, which is *more*. An id that stands in `seen` twice
+# is read twice from the same old logits and written twice with the same value, so it is punished once.
 
 # %%
 def my_penalty(logits, seen, penalty):
@@ -88,26 +92,28 @@ def my_penalty(logits, seen, penalty):
 checks.check("04.3", my_penalty)
 
 # %% [markdown]
-# The rule has an odd side: it depends on where zero is. Add 10 to all logits, and the distribution is the same as before, but the penalty now hits much
-# harder. That is how it was published and how everyone computes it.
+# The rule has an odd side: it depends on where zero is. Add 10 to all logits, and the distribution is the same as before, but the
+# penalty now hits much harder. That is how it was published, and how transformers computes it.
 
 # %%
 logits = torch.tensor([3.0, -1.0, 2.0])
-before, after = (my_penalty(logits + shift, [0, 1], 2.0).softmax(-1) for shift in (0.0, 10.0))
-print(f"the first token, seen before: {before[0]:.2f}, and with all logits raised by 10: {after[0]:.2f}")
-assert torch.allclose(logits.softmax(-1), (logits + 10).softmax(-1)) and after[0] < before[0] / 10
+before = my_penalty(logits, [0, 1], 2.0).softmax(-1)
+after = my_penalty(logits + 10, [0, 1], 2.0).softmax(-1)
+print(f"the first token: {before[0]:.2f}, with all logits raised by 10: {after[0]:.2f}")
+assert torch.allclose(logits.softmax(-1), (logits + 10).softmax(-1))
+assert after[0] < before[0] / 10
 
 # %% [markdown]
 # ## Predict, then run: a penalty of 1.5
 #
-# In the calculation every digit but the first few has been seen. The model still *prefers* the right `0`, but a penalised 0 loses to an unpenalised neighbour, and
-# the wrong digit is then carried through the following steps with perfect logic. At the end `<|im_end|>` has been seen too: it closed the user's
-# turn. So the model, which would stop with near certainty, is pushed past its end into tokens that nobody trained it to write there.
+# In the calculation nearly every digit has been seen: the question has a 1 and a 0. The logit of the right `0` is the highest until
+# it is punished; then an unseen digit wins, and the next steps go on from the wrong number. Even where the digits survive, the
+# division no longer is by 2. At the end `<|im_end|>` has been seen too, because it closed the user's turn.
 #
 # ## Exercise 04.4 · Stop strings across token borders
 #
-# The text is one string, however it was cut. Searching it anew after each piece costs little for short answers. The library searches only the end of the text, as
-# far back as a stop string can reach.
+# The text is one string, however it was cut. Searching it anew after each piece costs little for short answers. The library
+# searches only the end of the text, as far back as a stop string can reach.
 
 # %%
 def my_until_stop(pieces, stops):
@@ -125,20 +131,22 @@ checks.check("04.4", my_until_stop)
 # %% [markdown]
 # ## Predict, then run: four questions in one batch, padded right
 #
-# Only the longest row comes out right. Each other row reads its first token off a pad, and every token after that stands too far from its question.
-# What it writes is fluent because the model is: it answers *something*, just not you.
+# Only the longest row comes out right. Each other row reads its first token off a pad, and every token after that stands too far
+# from its question. Nothing in the output says so.
 #
 # ## Exercise 04.5 · One step of beam search
 #
-# Adding `scores[:, None]` turns the log-probabilities of tokens into those of whole texts, and only those can be compared across beams. `divmod` takes the place in the
-# flattened tensor apart. The rank among all candidates decides whether an end counts; ends do not use up places among the running.
+# Adding `scores[:, None]` turns the log-probabilities of tokens into those of whole texts, and only those can be compared across
+# beams. `divmod` takes the place in the flattened tensor apart. The rank among all candidates decides whether an end counts; ends
+# do not use up places among the running.
 
 # %%
 def my_beam_step(scores, logprobs, eos_id):
     beams, vocabulary = logprobs.shape
     values, places = (scores[:, None] + logprobs).flatten().topk(2 * beams)
     running, finished = [], []
-    for rank, (score, place) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):
+    for rank, place in enumerate(places.tolist()):
+        score = float(values[rank])
         parent, token = divmod(place, vocabulary)
         if token != eos_id:
             running.append((parent, token, score))
@@ -161,44 +169,50 @@ assert running[0][:2] == (1, 0) and not finished
 # %% [markdown]
 # ## Explain: the beams and the sum
 #
-# The search did its work: it found a text that the model likes better than the right one. The failure is the *model's*, in one place. Let us measure it. The right answer
-# and the beams' share their words; how much likelier is the wrong one, and how likely is the right digit where they part?
+# The search did its work: it found a text that is likelier than the right one. The failure is the *model's*. Let us measure it.
+# The right answer and the beams' begin alike; how much likelier is the wrong one, and how likely is the right token where they
+# part?
 
 # %%
 sft = stages.stage("sft", preset=PRESET)
 model, tokenizer = sft.model, sft.tokenizer
 END = tokenizer.convert_tokens_to_ids("<|im_end|>")
-question = "What is the sum of the first 100 natural numbers? Please think step by step."
-prompt = render_prompt(tokenizer, [{"role": "user", "content": question}])
-right = tokenizer("The sum is (100 * 100 + 100) / 2. Step 1: 100 * 100 = 10000. Step 2: 10000 + 100 = 10100. "
-                  "Step 3: 10100 / 2 = 5050. The answer is 5050.").input_ids + [END]
+problem = "What is the sum of the first 100 natural numbers? Please think step by step."
+prompt = render_prompt(tokenizer, [{"role": "user", "content": problem}])
+right = tokenizer(sum_steps(100)).input_ids + [END]
+print(sum_steps(100))
 
 
 def logprobs_of(ids):
     """Log-probability of each token of `ids` after the prompt, in nats."""
     with torch.no_grad():
-        logits = model(torch.tensor([prompt + ids], device=model.device)).logits[0, len(prompt) - 1 : -1]
-    return logits.float().cpu().log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        logits = model(torch.tensor([prompt + ids], device=model.device)).logits[0]
+    logprobs = logits[len(prompt) - 1 : -1].float().cpu().log_softmax(-1)  # (T, V)
+    return logprobs.gather(1, torch.tensor(ids)[:, None])[:, 0]
 
 # %%
-wrong = beam_search(model, tokenizer, [prompt], max_new_tokens=110, stop_token_ids=[END])[0].token_ids
+turn = {"max_new_tokens": 110, "stop_token_ids": [END]}
+wrong = beam_search(model, tokenizer, [prompt], num_beams=4, **turn)[0].token_ids
 part = next(i for i, (a, b) in enumerate(zip(right, wrong, strict=False)) if a != b)
 ratio = (logprobs_of(wrong).sum() - logprobs_of(right).sum()).exp()
 print(f"the wrong answer is {ratio:.0f} times as likely as the right one")
-print(f"where they part, the right digit has {logprobs_of(right)[part].exp():.2f}, the wrong one {logprobs_of(wrong)[part].exp():.2f}")
-assert ratio > 2 and logprobs_of(right)[part].exp() < 0.2
+good, bad = (float(logprobs_of(ids)[part].exp()) for ids in (right, wrong))
+print(f"where they part, the right token has {good:.2f}, the wrong one {bad:.2f}")
+assert ratio > 2 and good < bad
 
 # %% [markdown]
-# **More beams** make it no better: the wrong text stays the likelier one. **A higher temperature** gives the right digit a chance, and every wrong digit too. **A checker** turns that
-# chance into an answer: draw many, keep what passes. **More training** on such sums moves the digit itself. Here is the checker, as crude as they come; it knows the answer, as the reward of
-# notebook 08 will:
+# **More beams** make it no better: the wrong text stays the likelier one. **A higher temperature** gives the right token a chance,
+# and every wrong one too. **A checker** turns that chance into an answer: draw many, keep what passes. **More training** on such
+# sums could move the token itself. Here is the simplest checker; it knows the answer, as the reward of notebook 08 will:
 
 # %%
-many_beams = beam_search(model, tokenizer, [prompt], num_beams=12, max_new_tokens=110, stop_token_ids=[END])[0].text
-drawn = generate(model, tokenizer, [prompt], num_generations=128, max_new_tokens=110, params=SamplingParams())
-passed = [row.text for row in drawn if row.text.endswith("The answer is 5050.")]
-print("12 beams are right:", many_beams.endswith("5050."), "· one of 128 samples is:", bool(passed))
-assert passed and not many_beams.endswith("5050.")
+searched = beam_search(model, tokenizer, [prompt], num_beams=12, **turn)[0].text
+plain = {"params": SamplingParams(), **turn}
+drawn = generate(model, tokenizer, [prompt], num_generations=512, **plain)
+passed = [row.text for row in drawn if row.text == sum_steps(100)]
+print("12 beams are right:", searched == sum_steps(100))
+print("of 512 samples the checker passes:", len(passed))
+assert passed and searched != sum_steps(100)
 
 # %%
 checks.progress("04")
