@@ -22,7 +22,7 @@ from qftlab.model.vocabulary import row_layers
 log = logging.getLogger(__name__)
 # Merging adds B A to W before the product with x instead of after it: honest logits differ by rounding alone. How much
 # that is depends on depth, width and weights, so it is measured: the matrices of the model read back are nudged by one
-# unit in the last place, three times over, and the largest move of a logit is the unit. Measured on 30 honest merges (2
+# unit in the last place, three times over, and the largest move of a logit is the unit. Measured on 22 honest merges (2
 # to 48 layers, three families, three dtypes, adapters pushed far): 0.5 to 1.7 units. A ceiling keeps half precision,
 # where a nudge is coarse, from hiding a wrong merge.
 UNITS, NUDGES = 4, 3
