@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from conftest import random_model
+from test_rloo import shared_run
 from torch.distributed.tensor import DTensor
 
 from qftlab.data.batching import Example
@@ -75,6 +76,8 @@ def main(folder: Path) -> None:
     for sharding in ("ddp", "fsdp"):
         train = TrainConfig(lr=1e-2, max_steps=6, batch_size=8, save_every=3, sharding=sharding)
         sft(SFTConfig(**files, output=str(folder / f"runs-{sharding}"), device="cpu", train=train))
+    for updates in (1, 2):
+        keep(folder / f"rloo-{updates}.pt", shared_run(updates))
     broken = examples()
     broken[7] = Example([5] * 4, [False, True, True, True])
     model = model_of()
@@ -89,7 +92,7 @@ def main(folder: Path) -> None:
     keep(folder / "messages.pt", {"messages": messages})
 
 
-def keep(path: Path, content: dict) -> None:
+def keep(path: Path, content) -> None:
     """Written by the first process."""
     if World.current().is_main:
         torch.save(content, path)

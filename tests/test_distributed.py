@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import random_model
 from distributed_cases import CASES, HALF, STEPS, config, examples, fit
+from test_rloo import shared_run
 
 from qftlab.core.files import bundled
 from qftlab.data.sources import load_rows
@@ -33,13 +34,14 @@ HERE = Path(__file__).resolve().parent
 
 
 def launch(folder: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(HERE), str(HERE.parent)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
                "--master_port", str(port), str(HERE / "distributed_cases.py"), str(folder)]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr[-6000:]
 
 
@@ -117,6 +119,15 @@ def test_sft_in_two_processes_writes_one_run(two, sharding: str, tmp_path) -> No
     ours, theirs = (dict(load_model(folder / "model").named_parameters()) for folder in (run, alone))
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_rloo_in_two_processes_trains_as_in_one(two, updates: int) -> None:
+    """Each samples its share of the prompts; the second has none in an epoch's last step."""
+    losses, weights = torch.load(two / f"rloo-{updates}.pt")
+    ours, expected = shared_run(updates)
+    assert losses == pytest.approx(ours, abs=1e-5)
+    torch.testing.assert_close(weights, expected, atol=1e-5, rtol=0)
 
 
 def test_every_process_names_the_rows_of_a_loss_that_is_no_number(two) -> None:

@@ -6,10 +6,6 @@ import dataclasses
 import json
 import math
 import multiprocessing
-import os
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -572,7 +568,7 @@ def test_another_policy_cannot_resume(little, whole) -> None:
             rloo(dataclasses.replace(config, **change))
 
 
-# Two processes
+# Two processes: test_distributed.py runs this in one and in two
 
 
 class ByPrompt(Fixed):
@@ -593,33 +589,3 @@ def shared_run(updates: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     config = TrainConfig(lr=3e-4, max_steps=6, batch_size=5, **CONSTANT)
     result = fit_policy(model, tokenizer, questions(), parity_reward, config, policy, sampler=ByPrompt())
     return result.losses, {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-@pytest.mark.distributed
-def test_two_processes_train_as_one(tmp_path) -> None:
-    """Each samples its share of the prompts; the second has none in an epoch's last step. Tolerance as for TRL."""
-    here = Path(__file__).resolve()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
-               "--master_port", str(port), str(here), str(tmp_path)]  # fmt: skip
-    paths = os.pathsep.join([str(here.parent), str(here.parent.parent)])
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    for updates in (1, 2):
-        losses, weights = shared_run(updates)
-        theirs = torch.load(tmp_path / f"{updates}.pt")
-        assert losses == pytest.approx(theirs[0], abs=1e-5)
-        assert_close(weights, theirs[1], atol=1e-5, rtol=0)
-
-
-if __name__ == "__main__":
-    from qftlab.train.distributed import World, processes
-
-    torch.set_num_threads(1)
-    with processes("cpu"):
-        for updates in (1, 2):
-            found = shared_run(updates)
-            if World.current().is_main:
-                torch.save(found, Path(sys.argv[1]) / f"{updates}.pt")
