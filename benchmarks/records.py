@@ -36,9 +36,10 @@ RECORDS: dict[str, str] = {
     " | best_of_curve(scores, answers, SIZES, checks.reference_of(checks.get_exercise('07.5')))"
     " for answers, judges in [run_judges(SEED)] for name, (marks, scores) in judges.items()}",
     "08_leash": "{f'{beta:g}': run_leash(beta, KL_STEPS, SEED) for beta in BETAS}",
-    "08_hack": "{kind: run_course(student, pays, HACK_STEPS, SEED, beta) for student in [lazy_model(SEED)]"
-    " for kind, pays, beta in [('hack', quick_verifier, 0.0), ('repaired', countdown_reward, 0.0),"
-    " ('hack, β 0.1', quick_verifier, 0.1), ('hack, β 1', quick_verifier, 1.0)]}",
+    "08_hack": "{kind: run_course(student, pays, HACK_STEPS, SEED) for student in [lazy_model(SEED)]"
+    " for kind, pays in [('hack', quick_verifier), ('repaired', countdown_reward)]}",
+    "08_leashed_hack": "{f'{beta:g}': run_course(student, quick_verifier, HACK_STEPS, SEED, beta)"
+    " for student in [lazy_model(SEED)] for beta in BETAS[1:]}",
 }
 
 

@@ -67,8 +67,8 @@ PRESET = "tiny"
 SEED = 0
 GROUP = 8
 BETAS = (1e-9, 0.1, 1.0)
-KL_STEPS, HACK_STEPS = 20, 30
-LAZY_ROWS, SHARE = 600, 0.004
+KL_STEPS, HACK_STEPS = 10, 20
+LAZY_ROWS, SHARE = 600, 0.07
 
 # %% [markdown]
 # ## 1 · A verdict instead of an answer
@@ -85,7 +85,7 @@ LAZY_ROWS, SHARE = 600, 0.004
 
 # %%
 puzzle = {"numbers": [1, 12, 11], "target": 22}
-for text in "12 - 1 + 11|11 + 11|22|(12 - 1|2**3 + 14|__import__('os')".split("|"):
+for text in ["12 - 1 + 11", "11 + 11", "22", "(12 - 1", "2**3 + 14", "exit()"]:
     print(countdown_reward(f"<answer>{text}</answer>", **puzzle), text)
 assert countdown_reward("12 - 1 + 11", **puzzle) == 0  # right, but without the tags
 assert not any(map(parse_expression, ["9**9**9**9", "7//2", "-3", "１+2", "()"]))
@@ -389,8 +389,8 @@ assert torch.allclose(k3(*logs), kl_estimate(*logs, "k3"), atol=1e-6)
 assert abs(exact - 0.144) < 1e-3
 
 # %% [markdown]
-# **A real leash.** Three runs from the same start on the same puzzles, with β of 0, 0.1 and 1 (0 as a billionth, so that the distance is still measured). Each takes
-# half a minute, so we made them beforehand, nine times over: with five seeds, and with two of them on other arithmetic, as other processors have it. The function below
+# **A real leash.** Three runs from the same start on the same puzzles, with β of 0, 0.1 and 1 (0 as a billionth, so that the distance is still measured). Together they take
+# half a minute, so we made them beforehand, nine times over: with five seeds, and with two of these on two other kinds of arithmetic, as other processors have it. The function below
 # is what was run; `run_leash(0.1, KL_STEPS, SEED)` makes one of them before your eyes.
 
 # %% tags=["recorded"]
@@ -410,6 +410,16 @@ def run_leash(beta, steps, seed):
             "kl": [log["kl"] * log["length"] for log in logs]}
 
 # %%
+def ends(values):
+    """What a curve begins and ends with: means of five steps."""
+    return [round(statistics.fmean(part), 2) for part in (values[:5], values[-5:])]
+
+
+def mean_of(curves):
+    """The mean curve of some runs."""
+    return [statistics.fmean(step) for step in zip(*curves, strict=True)]
+
+
 leashes = json.loads(bundled("records", "08_leash.json").read_text())["runs"]
 names = {f"{beta:g}": f"β = {0 if beta < 1e-6 else beta:g}" for beta in BETAS}
 distances = {name: [run[beta]["kl"] for run in leashes] for beta, name in names.items()}
@@ -419,17 +429,15 @@ views.show_figure(drawing, alt="KL from the start by step, nine runs each and th
                   "means: it climbs on and on without a leash, far less with beta 0.1, "
                   "hardly at all with beta 1")
 for beta, name in names.items():
-    late = [statistics.fmean(run[beta]["reward"][-5:]) for run in leashes]
-    print(f"{name}: mean reward of the last five steps {statistics.fmean(late):.2f}")
+    print(name, "mean reward:", ends(mean_of(run[beta]["reward"] for run in leashes)))
 for run in leashes:
     far = [statistics.fmean(run[beta]["kl"][-5:]) for beta in names]
     assert far == sorted(far, reverse=True)  # the longer the leash, the further
-    assert all(abs(run[beta]["kl"][0]) < 1e-3 for beta in names)  # free at first
 
 # %% [markdown]
-# **Read it.** Thin lines are single runs, thick ones their means. The same verifier, the same puzzles, and three distances. The first step is free, because its answers are the reference's own; from then on each run
-# goes as far as its leash allows. The price of a short leash is that the model may not go where the reward is, either: at β = 1
-# a nat costs as much as a right answer earns, and the reward hardly rises. Where your verifier is exact and the run short, 0 is a fair choice (the tour's); where the reward
+# **Read it.** Thin lines are single runs, thick ones their means. The same verifier, the same puzzles, and three distances. The first step is free, because its answers are the reference's own, and the second is the same for all three, because the first update saw no distance. From then on each run
+# goes as far as its leash allows. Far is not good by itself: at this high rate the runs without a leash go four times as far as those with β = 0.1, and earn no more. And a leash can be too short: at β = 1
+# a nat costs as much as a right answer earns, and the reward does not rise. Where your verifier is exact, the rate modest and the run short, 0 is a fair choice (the tour's); where the reward
 # is a *model* of what people like, it is not.
 
 # %% [markdown]
@@ -441,16 +449,12 @@ for run in leashes:
 # %%
 trained = stages.stage("rloo", preset=PRESET)
 recipe = stage_recipes.recipe("rloo", PRESET)
-print(f"{recipe.train.max_steps} steps of {recipe.train.batch_size} puzzles")
-print(recipe.policy)
+train, policy = recipe.train, recipe.policy
+print(f"{train.max_steps} steps of {train.batch_size} × {policy.num_generations},",
+      f"lr {train.lr:g}, temperature {policy.temperature:g}, β {policy.beta:g}")
 views.show_figure(policy_plots.run_curves(trained.metrics), alt="Curves over steps: "
                   "reward rises, length stays, entropy falls, groups all alike grow, "
                   "hardly an answer is cut off, none is clipped")
-
-
-def ends(values):
-    """What a curve begins and ends with: means of five steps."""
-    return [round(statistics.fmean(part), 2) for part in (values[:5], values[-5:])]
 
 
 for name in policy_plots.CURVES:
@@ -483,17 +487,17 @@ passes = {name: [statistics.fmean(pass_at_k(tries, c, k) for c in counts) for k 
           for name, counts in right.items()}
 before, after = passes.values()
 views.show_figure(policy_plots.pass_curves(ks, passes), alt="pass@k before and after "
-                  "RLOO: after lies above at k of 1; the lead shrinks as k grows")
-assert after[0] > before[0] + 0.02
+                  "RLOO: after lies above at k of 1; they cross, and before ends above")
+assert after[0] > before[0] + 0.02 and before[-1] > after[-1] + 0.02
 for name, (one, *_, many) in passes.items():
     print(f"on this machine: {name} one answer {one:.0%}, sixteen answers {many:.0%}")
 
 # %% [markdown]
-# **Read it.** Left end: one answer of each model, and the trained one clearly wins. Right end: sixteen of each, and most of the lead is gone. RLOO
-# made likely what was likely already. Entropy told so in part 5.
+# **Read it.** Left end: one answer of each model, and the trained one clearly wins. Right end: sixteen of each, and the lead has turned round: what the old model finds in
+# sixteen tries, the new one often no longer finds. RLOO made likely what was likely already. Entropy told so in part 5.
 #
 # **Best-of-n at equal samples** is the same picture: at each $n$, both models give $n$ answers and a verifier picks the best. At $n = 1$ there is nothing to pick, and training pays.
-# The more tries you have, and a verifier to pick with, the less it pays. The dotted line shows one answer of the new model: where it meets the old model's curve, that many old answers
+# With many tries, and a verifier to pick with, it pays no longer. The dotted line shows one answer of the new model: where it meets the old model's curve, that many old answers
 # *with a verifier* are worth one new answer *without*.
 #
 # **How far for how much?** The best policy within reach of a leash is known in closed form: $\pi^*_\beta \propto \pi_{ref}\, e^{r/\beta}$ (notebook 07). On our
@@ -605,13 +609,12 @@ def quick_verifier(text, numbers, target):
 
 # %% [markdown]
 # **The student.** A model that has hardly ever seen the gap would take long to find it. But data made by people has habits. Suppose that those who wrote the demonstrations were lazy
-# with round targets ("make 40": `<answer>40</answer>`), and now and then elsewhere: about one row in ten. Our model is trained on 600 such rows. Now it does the same: the shortcut for round
-# targets, and rarely else.
+# with round targets ("make 40": `<answer>40</answer>`), and now and then elsewhere: about one row in six. Our model is trained on 600 such rows. Now it does the same, now and then.
 #
 # > **Predict, then run.** RLOO on fresh puzzles, paid by the quick verifier. Two curves: what is *paid*, and how many answers are *truly* right, measured by the contract
 # > and never shown to the model. Sketch both. Where does each end? And will length or entropy warn you?
 #
-# `"true": 0.0` below is a weight: the truth is measured and counts for nothing.
+# `"true": 0.0` below is a weight: the truth is measured and counts for nothing. All of it takes a quarter of a minute.
 
 # %% tags=["recorded"]
 def lazy_model(seed):
@@ -626,7 +629,7 @@ def lazy_model(seed):
     return model
 
 
-def run_course(model, verifier, steps, seed):
+def run_course(model, verifier, steps, seed, beta=0.0):
     """RLOO of a copy, paid by a verifier: its curves, and samples of the last step."""
     curves, samples = [], []
 
@@ -636,10 +639,10 @@ def run_course(model, verifier, steps, seed):
     def true(prompt, ids, text, row):
         return float(countdown_reward(text, row["numbers"], row["target"]) == 1)
 
-    config = TrainConfig(lr=3e-4, max_steps=steps, batch_size=32, schedule="constant",
+    config = TrainConfig(lr=2e-4, max_steps=steps, batch_size=32, schedule="constant",
                          weight_decay=0.0, seed=seed)
     policy = PolicyConfig(num_generations=GROUP, max_new_tokens=32, sample_every=steps,
-                          weights={"true": 0.0})
+                          weights={"true": 0.0}, beta=beta)
     fit_policy(copy.deepcopy(model), tokenizer, fresh_problems(32 * steps, seed),
                {"paid": paid, "true": true}, config, policy,
                on_log=lambda log: (samples if "samples" in log else curves).append(log))
@@ -652,6 +655,7 @@ def run_course(model, verifier, steps, seed):
 student = lazy_model(SEED)
 hacked = run_course(student, quick_verifier, HACK_STEPS, SEED)
 print("on this machine, paid:", ends(hacked["paid"]), "true:", ends(hacked["true"]))
+assert ends(hacked["paid"])[1] > 0.9 and ends(hacked["true"])[1] < 0.05
 
 # %% [markdown]
 # **Read what was paid.** No curve of the *paid* reward shows that something is wrong: it is the best run of this notebook. What shows it at once is to read samples, as
@@ -666,8 +670,8 @@ views.show_figure(policy_plots.sample_rows(hacked["samples"]), alt="Puzzles with
 #
 # ### Exercise 08.5 · Repair the verifier (●●●, 10 minutes)
 #
-# Start from `quick_verifier` and add the missing check. Yours is tried on a dozen kinds of answers, most of them attacks: numbers left out, numbers used twice, numbers joined, signs,
-# powers, two answers, a division by zero. The grades are those of part 1.
+# Start from `quick_verifier` and add the missing check. Yours is tried on nineteen kinds of answers, most of them attacks: numbers left out, numbers used twice, other numbers, numbers joined,
+# signs, powers, two answers, no answer, a division by zero. The numbers may be used in any order. The grades are those of part 1.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -695,6 +699,7 @@ verifier = checks.or_library("08.5", my_verifier)
 assert verifier("<answer>40</answer>", [4, 10, 7], 40) == 0.1
 repaired = run_course(student, verifier, HACK_STEPS, SEED)
 print("on this machine, paid:", ends(repaired["paid"]), "true:", ends(repaired["true"]))
+assert ends(repaired["true"])[1] > ends(repaired["true"])[0] + 0.05
 record = json.loads(bundled("records", "08_hack.json").read_text())["runs"]
 courses = {"one check missing": (hacked, [run["hack"] for run in record]),
            "repaired": (repaired, [run["repaired"] for run in record])}
@@ -703,23 +708,22 @@ views.show_figure(policy_plots.courses(courses), alt="Two panels. With one check
                   "Repaired, both rise. Thin lines of nine other runs agree")
 
 # %% [markdown]
-# **Read it.** Bold is your run, thin are nine others (five seeds, and two of them on other arithmetic). Left: the shortcut is drawn often enough to be paid in many groups, where it beats nearly every honest
-# attempt, and soon nothing else is left. From then on all groups are alike and nothing pulls back. Right: same start, same rate, same puzzles, one more
-# check. The lazy habit goes in the first steps, and the truth goes up.
+# **Read it.** Bold is your run, thin are nine others, recorded as in part 4. Left: the shortcut is paid in full each time it is drawn, an honest attempt one time in eight. So the shortcut
+# spreads, and within ten steps hardly anything else is left. From then on nearly all groups are alike and nothing pulls back. Right: same start, same rate, same puzzles, one more
+# check. The shortcut earns 0.1, and the truth goes up.
 #
 # **Would the log have warned you?** Length, entropy and the share of groups all alike, at the beginning and at the end of the nine runs:
 
 # %%
 for name in ("paid", "true", "length", "entropy", "equal groups"):
     for kind in ("hack", "repaired"):
-        columns = zip(*(ends(run[kind][name]) for run in record), strict=True)
-        print(f"{name:12} {kind:8}", [round(statistics.fmean(c), 2) for c in columns])
+        print(f"{name:12} {kind:8}", ends(mean_of(run[kind][name] for run in record)))
 assert all(ends(run["hack"]["true"])[1] < 0.05 for run in record)
 assert all(ends(run["repaired"]["true"])[1] > 0.2 for run in record)
 
 # %% [markdown]
-# **Read it.** Entropy falls and groups become alike in both: that is what learning looks like. Only the length tells them apart, and short answers can pass for thrift. The truth, measured beside the pay,
-# or a look at the samples, leaves no doubt.
+# **Read it.** Entropy falls and groups become alike in both: that is what learning looks like. In the hacked runs all of it goes further, and answers get shorter, which can pass for thrift. The truth, measured beside
+# the pay, or a look at the samples, leaves no doubt.
 #
 # > **Explain.** A colleague says: "Just add a KL penalty, then it cannot hack." Look at part 4 and at the left panel. What would a leash change about the curves,
 # > and what not? Two sentences.
@@ -770,7 +774,7 @@ checks.progress("08")
 # 2. $A_i = R_i - \text{mean of the others}$: no critic, no second network, and blind to where the reward's zero lies.
 # 3. Log-probabilities at the sampler's temperature; one ratio an answer; a clip that only matters with several updates. The loss is zero; watch the reward.
 # 4. KL in the reward is a leash: it sets how far, not which way.
-# 5. RL makes the likely likelier: pass@1 rises, pass@16 may fall.
+# 5. RL makes the likely likelier: here pass@1 rises, and pass@16 falls.
 # 6. What you pay for is what you get. Measure the truth beside the pay, and read samples.
 #
 # **Next.** *09 · Evaluation and export*: is the gain real, and does the exported model say the same?

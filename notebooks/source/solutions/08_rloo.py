@@ -16,14 +16,16 @@ if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
     get_ipython().system(repo.expand(r"pip install -q git+https://github.com/\1@\2"))
 
 # %%
+import json
 import statistics
 
 import torch
 
 from qftlab.core.rewards import countdown_reward, extract_answer, parse_expression
 from qftlab.core.sampling import SamplingParams
+from qftlab.data.bundled import bundled
 from qftlab.generate.engine import generate
-from qftlab.teach import checks, stages
+from qftlab.teach import checks, policy_plots, stages, views
 from qftlab.train.config import TrainConfig
 from qftlab.train.rloo import fresh_problems
 from qftlab.train.rollouts import encode_prompts
@@ -73,8 +75,8 @@ assert logprobs.grad[0] == 0 and logprobs.grad[1] > 0
 # %% [markdown]
 # ## Exercise 08.3 · k3
 #
-# $e^r - 1 \ge r$ for every $r$, so no sample is negative. And the average is right: $e^r$ is $\pi_{ref}/\pi$, whose mean over samples of $\pi$ is 1, so that $e^r - 1$ adds nothing
-# on average, and takes away much of the scatter of $-r$.
+# $e^r - 1 \ge r$ for every $r$, so no sample is negative. And the average is right: $e^r$ is $\pi_{ref}/\pi$, whose mean over samples of $\pi$ is 1, so $e^r - 1$ adds nothing
+# on average, and it takes away much of the scatter of $-r$.
 
 # %%
 def my_k3(logprobs, ref_logprobs):
@@ -100,8 +102,8 @@ def my_selection(prompts, answers, rewards, limit):
 checks.check("08.4", my_selection)
 
 # %% [markdown]
-# And the training it is for: 256 fresh puzzles, eight answers each, what is right goes into one epoch of SFT. What comes out is measured on 256 other puzzles,
-# sampled once each at temperature 1.
+# And the training it is for: 256 fresh puzzles, eight answers each, and what is right goes into two epochs of SFT. Before and after, the model answers 256 other puzzles
+# four times each, at temperature 1.
 
 # %%
 model, tokenizer = (stage := stages.stage("warm", preset=PRESET)).model, stage.tokenizer
@@ -137,13 +139,13 @@ after = accuracy(others)
 print(f"on this machine: {len(rows)} rows; {before:.0%} right, then {after:.0%}")
 
 # %% [markdown]
-# It helps: with rewards of 0 and 1 this *is* REINFORCE without a baseline, two epochs of it on one rollout. Wrong answers teach it nothing, though, and what the model
-# cannot do at all never enters the set; so it levels off earlier than RLOO, which also pushes down.
+# With rewards of 0 and 1 this is REINFORCE without a baseline: two epochs of it on one rollout. Wrong answers teach it nothing, and a puzzle that the model
+# never solves never enters the set. RLOO also pushes down.
 
 # %% [markdown]
 # ## Exercise 08.5 · Repair the verifier
 #
-# One line was missing. Sorted lists, since a number may be given twice; and no more than that: which operations are allowed the parser already knows.
+# One line was missing. It compares sorted lists, because a number may be given twice. Nothing else is needed: the parser already knows which operations are allowed.
 
 # %%
 def my_verifier(text, numbers, target):
@@ -159,8 +161,8 @@ checks.check("08.5", my_verifier)
 # %% [markdown]
 # ## Predict, then run: whose histogram is the widest?
 #
-# That of *plain reward + 1*. Each answer is pushed by at least 1, whatever it is worth, and the pushes of the eight only cancel on average. *Plain reward* and *leave one out*
-# are about equal: most rewards are 0.1, so the plain reward is nearly what a baseline would make of it. Had the model been right nine times in ten, the plain histogram would be the wide one.
+# That of *plain reward + 1*. Each answer is pushed by at least 1, whatever it is worth, and the pushes of the eight cancel only on average. *Plain reward* and *leave one out*
+# are about equal: most rewards are 0.1, so there is little for a baseline to take off. Were the model right nine times in ten, the plain reward would be the noisy one: the lesson counts a mean square of 0.90 against 0.10.
 #
 # ## Predict, then run: the hack
 #
@@ -169,8 +171,18 @@ checks.check("08.5", my_verifier)
 #
 # ## Explain: "just add a KL penalty"
 #
-# A leash sets how far the policy goes, not which way: with the gap in place the shortcut remains what pays best for each nat, so a longer run or a looser leash ends at the same place, and a tight one
-# keeps the honest gain away as well. It buys time to notice; the cause is the verifier.
+# A leash sets how far the policy goes, not which way. With the gap in place the shortcut still pays best for each nat, so a loose leash ends at the same place;
+# a tight one keeps the honest gain away as well. We tried both, nine runs each, from the lesson's student and with the lesson's `run_course`:
+
+# %%
+record = json.loads(bundled("records", "08_hack.json").read_text())["runs"]
+kinds = {kind: [run[kind] for run in record] for kind in ("hack, β 0.1", "hack, β 1")}
+leashed = {kind: (runs[0], runs[1:]) for kind, runs in kinds.items()}
+views.show_figure(policy_plots.courses(leashed), alt="With beta 0.1 paid reward climbs "
+                  "to 1, true accuracy falls to 0; with beta 1 both stay. Nine runs.")
+
+# %% [markdown]
+# Left: hacked all the same. Right: not hacked, and nothing learned either. A leash buys time to notice; the cause is the verifier.
 
 # %%
 checks.progress("08")
