@@ -430,7 +430,7 @@ views.show_figure(ax, alt=alt)
 # states; but what a hidden state is compared with, at the output, is a row.
 #
 # **Does LoRA forget less?** On the development rows, where we chose the rates, rank 16 ended to the left of *full*. On these held-out rows,
-# which were read once, it does not: by the loss, *full* forgets less. By right answers it is the other way round: rank 16 keeps
+# which were read once, it does not: by the loss, *full* ends further left, even left of the base. By right answers it is the other way round: rank 16 keeps
 # more than *full*, as many as *full, slow*, and learns more than that. A loss is a mean over tokens; an answer is right only if every token is. So say
 # which of the two you mean by "forgotten", before you look, and report it also when it disagrees with you.
 

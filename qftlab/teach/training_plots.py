@@ -85,7 +85,7 @@ def trade_off(kinds: Mapping[str, Tensor], yours: tuple[str, Tensor], ax: Axes |
     ax.plot(path[1:, 1], path[1:, 0], "*", color="white", markeredgecolor="black", markersize=12, label=name)
     ax.axvline(path[0, 1], color="grey", linestyle=":", linewidth=1.5)
     ax.set_xscale("log")
-    ax.set_xticks([0.2, 0.3, 0.5, 1, 2], ["0.2", "0.3", "0.5", "1", "2"])
+    ax.set_xticks([0.2, 0.3, 0.5, 1], ["0.2", "0.3", "0.5", "1"])
     ax.minorticks_off()
     ax.set_ylim(0, 4)
     ax.legend(fontsize=FONT_SIZE, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
