@@ -450,6 +450,8 @@ assert list(seen.values()) == [1, 2, 3, 3, None]
 #
 # > **Predict, then run.** Sketch three loss curves over 16 steps. Where does each one end? The one with too large a rate: does
 # > it fall faster, stand still, or rise? And above or below the loss of a model that guesses blindly, $\ln 1024 = 6.93$ nats?
+#
+# **Read it.** The axis is logarithmic, the dotted line is the blind guess, and the wiggles are the batches: some are harder than others.
 
 # %%
 development = load_rows(bundled("instructions", "development.jsonl"))[::3]  # a third
@@ -482,7 +484,7 @@ assert max(sweep["too large"].losses) > math.log(1024)
 assert kept["too large"] < 0.2 < kept["too small"]
 
 # %% [markdown]
-# **Read it.** The axis is logarithmic, and the wiggles are the batches: some are harder than others. Too small: almost level;
+# Too small: almost level;
 # nothing is wrong with it but the time it would take. Right: a steep fall, then a slow one. Too large: up at once, beyond the dotted
 # line of a blind guess, and then a slow way out of the ruins. What the model knew from pretraining is gone: it can hardly do any of the
 # plain problems that it did before (`47 + 38 =`).
@@ -527,6 +529,8 @@ views.show_figure(ax, alt="Training loss falls to 0; held-out loss falls, then r
 #
 # The test set has 100 puzzles. We take the fine-tuned model of notebook 00 and train it on 40 rows: once on 40 honest ones;
 # once on 20 honest ones and 20 of the test set. All else is equal.
+#
+# **Read it** from the top: first the leaked puzzles, then the clean ones, and at the bottom all together, which is what a paper would report.
 
 # %%
 test = load_rows(bundled("countdown", "heldout.jsonl"))[:100]
@@ -567,9 +571,9 @@ for name, parts in share.items():
 assert on_leaked > 0.6 and on_leaked > on_clean + 0.3
 
 # %% [markdown]
-# **Read it.** From the top: on the leaked puzzles the third model shines. On the clean ones neither it nor the honest one is better
-# than before: forty rows, twenty times over, are part 7 again. The lowest group is what a paper would report,
-# and there the training with the leak *looks like a success*. Nothing about that number is odd. Only the split into leaked and clean
+# On the leaked puzzles the third model shines. On the clean ones neither it nor the honest one is better
+# than before: forty rows, twenty times over, are part 7 again. In the lowest group
+# the training with the leak *looks like a success*. Nothing about that number is odd. Only the split into leaked and clean
 # gives it away, and that needs somebody who looks.
 #
 # ### Exercise 03.4 · A detector (●●○, 8 minutes)
