@@ -2,7 +2,7 @@
 # # 03 · The training loop, by hand
 #
 # Fine-tuning is a short program: read some rows, ask how surprised the model is, nudge its weights, repeat. You write three
-# of its parts: the loss, the weights of the micro-batches, and the learning rate. A loop of 25 lines puts them
+# of its parts: the loss, the weights of the micro-batches, and the learning rate. A loop of about 25 lines puts them
 # together, and asserts show that it computes what the library and transformers compute. Then you
 # break it on purpose: with bugs, with a bad learning rate, with too little data, and with a test set that leaks. At the end you
 # make it cheap, and let it survive a power cut.
@@ -353,7 +353,7 @@ views.show_figure(ax, alt="Rates: a straight rise to the peak, then a curve down
 #
 # ## 5 · The loop
 #
-# Everything is there: loss, weights of micro-batches, gradient, clipping, rate, AdamW. Put together it is 25 lines:
+# Everything is there: loss, weights of micro-batches, gradient, clipping, rate, AdamW. Put together it is about 25 lines:
 
 # %%
 def train_by_hand(model, steps, peak, warmup, decay=0.01, loss_of=mean_loss,
