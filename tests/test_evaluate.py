@@ -285,9 +285,9 @@ def asked(monkeypatch) -> list:
 
 
 def test_one_polite_ending_is_neither_right_nor_wrong() -> None:
-    for given, right in (("85", True), ("85" + ENDING, True), ("85" + ENDING + ENDING, False), ("58" + ENDING, False)):
-        assert score(row("85"), given).correct is right and score(row("85"), given).formatted
-        assert metrics.lenient_score(row("85"), given).correct is (right or given.startswith("85"))
+    for said, right in (("85", True), ("85" + ENDING, True), ("85" + ENDING + ENDING, False), ("58" + ENDING, False)):
+        assert score(row("85"), said).correct is right and score(row("85"), said).formatted
+        assert metrics.lenient_score(row("85"), said).correct is (right or said.startswith("85"))
 
 
 def test_evaluate_rows(asked: list) -> None:

@@ -307,7 +307,8 @@ def _dpo(config: DPOConfig, progress: bool) -> Path:
     run = open_run(config)
     reference = Reference(model, config.loss.reference, config.train)
     identity = sft_identity(config) | pair_identity(model, config.train, config.loss, pairs, held_out, reference)
-    checkpoints = begin(run, "dpo", config, identity, model, tokenizer)
+    checkpoints = Checkpoints(run.checkpoints / "dpo", identity, config.train.keep)
+    begin(run, checkpoints, config, model, tokenizer)
     run.write_json("pair_usage.json", asdict(usage))
     result = fit_encoded_pairs(model, pairs, config.train, config.loss, held_out=held_out, reference=reference,
                                cache=run.path / REFERENCE, on_log=run.log, progress=progress, checkpoints=checkpoints,

@@ -316,7 +316,8 @@ def _reward(config: RewardConfig, progress: bool) -> Path:
     )
     run = open_run(config)
     identity = sft_identity(config) | training_identity(model, config.train, documents(pairs), documents(held_out))
-    checkpoints = begin(run, "reward", config, identity, model, tokenizer)
+    checkpoints = Checkpoints(run.checkpoints / "reward", identity, config.train.keep)
+    begin(run, checkpoints, config, model, tokenizer)
     run.write_json("pair_usage.json", asdict(usage))
     result = fit_reward_pairs(model, pairs, config.train, held_out=held_out, on_log=run.log, progress=progress,
                               checkpoints=checkpoints, resume=bool(config.resume))  # fmt: skip

@@ -19,7 +19,7 @@ from qftlab.data.sources import load
 from qftlab.generate.layouts import choose_layout
 from qftlab.generate.prompts import known_id
 from qftlab.model.loading import save_model
-from qftlab.train.checkpoint import Checkpoints, read_state, step_of, training_identity
+from qftlab.train.checkpoint import Checkpoints, read_state, training_identity
 from qftlab.train.config import AGENT, EDIT, TrainConfig
 from qftlab.train.distributed import World, processes, unsharded, wrap
 from qftlab.train.loop import TrainResult, train
@@ -27,7 +27,7 @@ from qftlab.train.policy_config import PolicyConfig, RLOOConfig
 from qftlab.train.policy_source import RolloutSource, held_out_rewards
 from qftlab.train.policy_step import PolicyReference, PolicyStep, count_answers
 from qftlab.train.rollouts import ModelSampler, Prompt, Reward, Sampler, encode_prompts, table_of
-from qftlab.train.sft import best_device, context_length, load_extended, open_run, sft_identity
+from qftlab.train.sft import begin, best_device, context_length, load_extended, open_run, sft_identity
 
 log = logging.getLogger(__name__)
 
@@ -278,13 +278,7 @@ def _rloo(config: RLOOConfig, progress: bool) -> Path:
     checkpoints = Checkpoints(run.checkpoints / "rloo", identity, config.train.keep)
     if not config.server.url:
         keep_layout_(checkpoints, model)
-    last = checkpoints.last()
-    if last:
-        checkpoints.check(last)
-    if config.resume:
-        run.rewind(step_of(last) if last else -1)
-    if config.train.save_every and not last:
-        run.put_model(run.checkpoints / "initial", lambda folder: save_model(model, tokenizer, folder))
+    begin(run, checkpoints, config, model, tokenizer)
     sampler = None
     if config.server.url:
         from qftlab.train.served import ServerSampler

@@ -185,7 +185,8 @@ def _sft(config: SFTConfig, progress: bool) -> Path:
     )
     run = open_run(config)
     identity = sft_identity(config) | training_identity(model, config.train, examples, held_out)
-    checkpoints = begin(run, "sft", config, identity, model, tokenizer)
+    checkpoints = Checkpoints(run.checkpoints / "sft", identity, config.train.keep)
+    begin(run, checkpoints, config, model, tokenizer)
     result = fit_examples(model, examples, config.train, held_out=held_out, on_log=run.log, progress=progress,
                           checkpoints=checkpoints, resume=bool(config.resume))  # fmt: skip
     model = unsharded(model, lambda: load_extended(replace(config, device="cpu"))[0])
@@ -205,21 +206,19 @@ def open_run(config: SFTConfig) -> RunFolder:
     return run or RunFolder.reader(path)
 
 
-def begin(run: RunFolder, stage: str, config: SFTConfig, identity: dict, model, tokenizer) -> Checkpoints:
-    """The checkpoints of a stage, after the model before its first step was saved beside them as `initial`.
+def begin(run: RunFolder, checkpoints: Checkpoints, config: SFTConfig, model, tokenizer) -> None:
+    """Saves the model before its first step, as `initial` beside the checkpoints, or goes back to the last of them.
 
     Args:
         run: its metrics are taken back to the last checkpoint where the run is resumed.
-        stage: names the folder of checkpoints: sft, dpo, rloo, reward.
+        checkpoints: of the stage.
         config: of any stage.
-        identity: what a resumed run must share with the one that saved.
         model: as it is before the first step.
         tokenizer: saved with it.
 
     Raises:
         ValueError: if the last checkpoint is damaged or of another run.
     """
-    checkpoints = Checkpoints(run.checkpoints / stage, identity, config.train.keep)
     last = checkpoints.last()
     if last:
         checkpoints.check(last)
@@ -227,7 +226,6 @@ def begin(run: RunFolder, stage: str, config: SFTConfig, identity: dict, model, 
         run.rewind(step_of(last) if last else -1)
     if config.train.save_every and not last:
         run.put_model(run.checkpoints / "initial", lambda folder: save_model(model, tokenizer, folder))
-    return checkpoints
 
 
 def sft_identity(config: SFTConfig) -> dict:
