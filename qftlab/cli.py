@@ -179,15 +179,13 @@ def load_for(config) -> tuple:
 
 def run_tour(config) -> None:
     """Runs the tour; exit code 1 if a stage missed its bar."""
-    from qftlab.teach.tour import MissedError
-    from qftlab.teach.tour import main as tour
+    from qftlab.teach import tour
 
     hide_loading_bars()
     try:
-        tour(config)
-    except MissedError as error:
-        complain(f"tour: {error}")
-        raise SystemExit(1) from None
+        tour.main(config)
+    except tour.MissedError as error:
+        raise SystemExit(complain(f"tour: {error}", 1)) from None
 
 
 def run_pretrain(config) -> None:
@@ -299,10 +297,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def complain(message: str) -> int:
+def complain(message: str, code: int = 2) -> int:
     """One message to standard error; returns the exit code."""
     print(f"qftlab {message}" if ": " in message else message, file=sys.stderr)
-    return 2
+    return code
 
 
 def overview() -> str:

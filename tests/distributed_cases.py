@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import random_model
+from random_models import random_model
 from test_rloo import shared_run
 from torch.distributed.tensor import DTensor
 

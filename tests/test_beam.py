@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_model
 from peft import LoraConfig, get_peft_model
+from random_models import random_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qftlab.core.sampling import SamplingParams

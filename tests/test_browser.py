@@ -142,6 +142,10 @@ class Lab:
         """The words of the tree's picture."""
         return self.box.locator(".qftlab-tree img").get_attribute("alt")
 
+    def alerts(self) -> list[str]:
+        """What the lab complains of."""
+        return self.box.get_by_role("alert").all_inner_texts()
+
     def until(self, is_so, what: str) -> None:
         """Waits ten seconds for something to be so."""
         for _ in range(200):
@@ -157,8 +161,27 @@ class Lab:
             self.page.keyboard.press(key)
 
 
+def runs_on(seen: Lab, chips: list[str]) -> None:
+    """Run writes the whole turn, and after a short Run a second one goes on; undone, the text is what it was."""
+    run, undo = (seen.box.get_by_role("button", name=name, exact=True) for name in ("Run", "Undo"))
+    seen.press(run, "Space")
+    seen.until(lambda: seen.chips()[-1] == "<|im_end|>", "the end of the turn")
+    turn = seen.chips()
+    assert turn[: len(chips)] == chips and len(turn) > len(chips) + 6
+    seen.press(run, "Space")
+    seen.until(lambda: seen.alerts() == ["⚠ the text has ended with <|im_end|>: undo, rewind or reset to go on"], "why")
+    seen.press(undo, "Space")
+    seen.until(lambda: seen.chips() == chips and not seen.alerts(), "the text of before, and no message")
+    seen.box.locator("input[type=number]").nth(5).fill("3")
+    for count in (3, 6):
+        seen.press(run, "Space")
+        seen.until(lambda: seen.chips() == turn[: len(chips) + count], f"{count} tokens more")  # noqa: B023
+    seen.press(undo, "Space", "Space")
+    seen.until(lambda: seen.chips() == chips and not seen.alerts(), "the text of before, and no message")
+
+
 def test_decoding_lab_of_notebook_04(lab, page) -> None:
-    """Runs the notebook, then from the keyboard: a slider, a forced token, both tabs, a wrong number; two widths."""
+    """The notebook is run; then, by keyboard: Run, a slider, a forced token, both tabs, a wrong number; two widths."""
     folder, address = lab
     shutil.copy(NOTEBOOK, folder / "04.ipynb")
     shutil.copytree(ROOT / "notebooks" / "figures", folder / "figures")
@@ -168,6 +191,7 @@ def test_decoding_lab_of_notebook_04(lab, page) -> None:
     seen.box.scroll_into_view_if_needed()
     bars, chips, tree = seen.bars(), seen.chips(), seen.tree()
     assert len(bars) == 12 and chips[0] == "prompt"
+    runs_on(seen, chips)
     slider, number = seen.box.locator(".noUi-handle").first, seen.box.locator("input[type=number]").first
     seen.press(slider, *["ArrowRight"] * 40)
     seen.until(lambda: float(number.input_value()) == 2, "the temperature at its highest")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
+from random_models import random_model
 
 from qftlab.data.batching import Example
 from qftlab.train import checkpoint

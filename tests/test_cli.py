@@ -260,7 +260,7 @@ def test_a_newcomers_slips_get_one_clear_line(arguments: str, message: str, tmp_
 
 def save_scorer(folder: Path) -> None:
     """A reward model, as `reward` leaves it."""
-    from conftest import random_model
+    from random_models import random_model
 
     from qftlab.model.loading import save_model
     from qftlab.text.tokenizer import load_tokenizer

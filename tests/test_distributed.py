@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
 from distributed_cases import CASES, HALF, STEPS, config, examples, fit
+from random_models import random_model
 from test_rloo import shared_run
 
 from qftlab.core.files import bundled

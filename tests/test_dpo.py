@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
+from random_models import random_model
 from torch.testing import assert_close
 
 from benchmarks import harness, preference

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 import yaml
-from conftest import random_model
+from random_models import random_model
 from test_lora import NEW, shaken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

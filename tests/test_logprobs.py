@@ -13,9 +13,9 @@ import sys
 
 import pytest
 import torch
-from conftest import random_model
 from hypothesis import given
 from hypothesis import strategies as st
+from random_models import random_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import random_model
 from hypothesis import given
 from hypothesis import strategies as st
+from random_models import random_model
 from torch.nn import functional as F
 from torch.testing import assert_close
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import random_model
+from random_models import random_model
 
 from qftlab.data.batching import Example, pack, pad
 from qftlab.model.loading import PRESETS, Preset, get_preset, load_model, save_model

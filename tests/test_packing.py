@@ -11,9 +11,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import random_model
 from hypothesis import given
 from hypothesis import strategies as st
+from random_models import random_model
 
 from qftlab.data.batching import Example, first_fit_decreasing, group_by_length, pack, pad
 from qftlab.model import attention, blocked

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
+from random_models import random_model
 
 from qftlab.core.sampling import SamplingParams
 from qftlab.generate.beam import beam_search

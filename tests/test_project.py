@@ -190,7 +190,9 @@ def test_every_notebook_has_the_one_setup_cell() -> None:
         assert not re.search(r"github[.com]*/[\w.-]+/[\w.-]+/blob/", "\n".join(prose)), name
 
 
-COPY = {"metadata": {"colab": {"provenance": [{"file_id": "https://github.com/ann/lab/blob/spring/25/notebooks/00.ipynb"}]}}}
+COPY = {
+    "metadata": {"colab": {"provenance": [{"file_id": "https://github.com/ann/lab/blob/spring/25/notebooks/00.ipynb"}]}}
+}
 BADGED = {"cells": [{"source": ["# 00\n", "[![Open in Colab](x.svg)](https://colab.research.google.com/github/eve/qft.lab/"
                                 "blob/main/notebooks/solutions/01_tokens.ipynb)"]}]}  # fmt: skip
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
+from random_models import random_model
 
 from qftlab import cli
 from qftlab.core.files import bundled

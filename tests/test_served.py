@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import random_model
+from random_models import random_model
 
 from qftlab.core.sampling import SamplingParams
 from qftlab.generate.engine import generate
