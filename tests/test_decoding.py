@@ -484,7 +484,7 @@ def test_the_end_of_a_text_and_of_the_context(tiny, model) -> None:
 
 @pytest.fixture
 def lab(tiny, model) -> DecodingLab:
-    return DecodingLab(model, tiny, PROMPT, preset="top-p", seed=3)
+    return DecodingLab(model, tiny, PROMPT, preset="top-p", seed=3, max_new_tokens=12)
 
 
 def chips(lab: DecodingLab) -> list[str]:
