@@ -221,8 +221,7 @@ for skill in ["sort", "countdown", "bugfix"]:
 # %%
 sft = stages.stage("sft", preset=PRESET, seed=SEED)
 print(f"{len(train_rows):,} rows, {len(sft.losses)} optimizer steps")
-
-# %%
+assert sum(sft.losses[-10:]) / 10 < 0.25 * sft.losses[0]
 ax = plots.loss_curve(range(1, len(sft.losses) + 1), sft.losses)
 views.show_figure(
     ax,
@@ -232,9 +231,6 @@ views.show_figure(
 # %% [markdown]
 # **Read it.** The steep fall at the left is the *format*: when to answer, and when to stop. The slow fall after it is
 # the *content*. Fine-tuning a model that already has the skills is mostly the first.
-
-# %%
-assert sum(sft.losses[-10:]) / 10 < 0.25 * sft.losses[0]
 
 # %% [markdown]
 # ## 5 · Did it help?
@@ -254,8 +250,6 @@ exact = [row for row in held_out if row["skill"] not in ("joke", "university")]
 base_chat = evaluate_rows(base.model, base.tokenizer, exact, max_new_tokens=24)
 base_shots = evaluate_rows(base.model, base.tokenizer, exact, few_shot=3)
 after = evaluate_rows(sft.model, sft.tokenizer, exact)
-
-# %%
 rates = {
     "base, chat": base_chat.in_format,
     "base, chat, leniently": base_chat.instructions,
@@ -542,8 +536,6 @@ alt = (
     "politeness with DPO, Countdown with RLOO"
 )
 views.show_figure(tour.stages_picture(scores), alt=alt)
-
-# %%
 scores.table().drop(columns="base, 3-shot*").map(lambda rate: f"{rate:.0%}")
 
 # %% [markdown]
