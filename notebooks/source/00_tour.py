@@ -167,13 +167,8 @@ print("rows:", tuple(rows_after.shape), "· tokens:", len(extended.tokenizer))
 # the `<|im_end|>` that ends it. Not on the question: the model should answer questions, not imitate people who ask them.
 
 # %%
-train_rows = load_rows(
-    [
-        bundled("instructions", "train.jsonl"),
-        bundled("countdown", "demonstrations.jsonl"),
-        bundled("bugfix", "train.jsonl"),
-    ]
-)
+files = ["instructions/train", "countdown/demonstrations", "bugfix/train"]
+train_rows = load_rows([bundled(f"{file}.jsonl") for file in files])
 example = next(row for row in train_rows if row["skill"] == "add")
 rendered = render_chat(extended.tokenizer, row_to_messages(example))[0]
 views.mask_view(extended.tokenizer, rendered)
@@ -223,10 +218,7 @@ sft = stages.stage("sft", preset=PRESET, seed=SEED)
 print(f"{len(train_rows):,} rows, {len(sft.losses)} optimizer steps")
 assert sum(sft.losses[-10:]) / 10 < 0.25 * sft.losses[0]
 ax = plots.loss_curve(range(1, len(sft.losses) + 1), sft.losses)
-views.show_figure(
-    ax,
-    alt="Training loss in nats per token over steps: a steep fall, then a slow one",
-)
+views.show_figure(ax, alt="Training loss over steps: a steep fall, then a slow one")
 
 # %% [markdown]
 # **Read it.** The steep fall at the left is the *format*: when to answer, and when to stop. The slow fall after it is
@@ -269,10 +261,7 @@ for name, rate in rates.items():
 
 # %%
 verdict = compare(base_chat, after)
-print(
-    f"{verdict.gained} questions gained, {verdict.lost} lost; "
-    f"p < 0.001: {verdict.p_value < 0.001}"
-)
+print(verdict.gained, "gained,", verdict.lost, "lost; p < 0.001:", verdict.p_value < 0.001)
 assert base_chat.in_format.accuracy < 0.05 and base_chat.format.accuracy < 0.05
 assert after.in_format.accuracy > 0.75 and after.format.accuracy > 0.95
 
@@ -379,9 +368,8 @@ print(generate(sft.model, sft.tokenizer, invented, max_new_tokens=60)[0].text)
 bugs = load_rows(bundled("bugfix", "heldout.jsonl"))
 for kind in ["crash", "failed test"]:
     row = next(r for r in bugs if r["kind"] == kind)
-    answer = generate(
-        sft.model, sft.tokenizer, [row_to_messages(row)[:-1]], max_new_tokens=40
-    )[0]
+    chat = row_to_messages(row)[:-1]
+    answer = generate(sft.model, sft.tokenizer, [chat], max_new_tokens=40)[0]
     print(row["instruction"], "\n⇒", answer.text, "\n")
 
 # %%
@@ -439,13 +427,8 @@ for name, s in [("base", base), ("after SFT", sft)]:
 warm = stages.stage("warm", preset=PRESET, seed=SEED)
 dpo = stages.stage("dpo", preset=PRESET, seed=SEED)
 for pair in style_pairs(2):
-    print(
-        pair["prompt"],
-        "\n  chosen:  ",
-        pair["chosen"],
-        "\n  rejected:",
-        pair["rejected"],
-    )
+    print(pair["prompt"], "\n  chosen:  ", pair["chosen"])
+    print("  rejected:", pair["rejected"])
 
 # %% [markdown]
 # **Formula.** Let $g$ be how much more likely an answer has become than it was before this stage, in nats. DPO widens
@@ -531,10 +514,7 @@ views.show_figure(
 # %%
 chain = {"base": base, "sft": sft, "warm": warm, "dpo": dpo, "rloo": rloo}
 scores = tour.measure(chain)
-alt = (
-    "Five rates over five stages: instructions and mode rise with SFT, "
-    "politeness with DPO, Countdown with RLOO"
-)
+alt = "Rates by stage: SFT lifts instructions and mode, DPO politeness, RLOO Countdown"
 views.show_figure(tour.stages_picture(scores), alt=alt)
 scores.table().drop(columns="base, 3-shot*").map(lambda rate: f"{rate:.0%}")
 
