@@ -261,7 +261,7 @@ for name, rate in rates.items():
 
 # %%
 verdict = compare(base_chat, after)
-print(verdict.gained, "gained,", verdict.lost, "lost; p < 0.001:", verdict.p_value < 0.001)
+print(f"{verdict.gained} gained, {verdict.lost} lost, p = {verdict.p_value:.0e}")
 assert base_chat.in_format.accuracy < 0.05 and base_chat.format.accuracy < 0.05
 assert after.in_format.accuracy > 0.75 and after.format.accuracy > 0.95
 
