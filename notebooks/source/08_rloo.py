@@ -390,7 +390,7 @@ assert abs(exact - 0.144) < 1e-3
 
 # %% [markdown]
 # **A real leash.** Three runs from the same start on the same puzzles, with β of 0, 0.1 and 1 (0 as a billionth, so that the distance is still measured). Together they take
-# half a minute, so we made them beforehand, nine times over: with five seeds, and with two of these on two other kinds of arithmetic, as other processors have it. The function below
+# half a minute, so we made them beforehand, nine times over: with five seeds, and with two of these again on two other kinds of arithmetic, as other processors have it (here that changed nothing one can see). The function below
 # is what was run; `run_leash(0.1, KL_STEPS, SEED)` makes one of them before your eyes.
 
 # %% tags=["recorded"]
@@ -425,9 +425,8 @@ names = {f"{beta:g}": f"β = {0 if beta < 1e-6 else beta:g}" for beta in BETAS}
 distances = {name: [run[beta]["kl"] for run in leashes] for beta, name in names.items()}
 drawing = policy_plots.lines(range(1, KL_STEPS + 1), distances, "optimizer step",
                              "KL (nats an answer)")
-views.show_figure(drawing, alt="KL from the start by step, nine runs each and their "
-                  "means: it climbs on and on without a leash, far less with beta 0.1, "
-                  "hardly at all with beta 1")
+views.show_figure(drawing, alt="KL from the start by step, runs and their means: up to "
+                  "nearly 3 nats without a leash, below 1 with beta 0.1, a half with 1")
 for beta, name in names.items():
     print(name, "mean reward:", ends(mean_of(run[beta]["reward"] for run in leashes)))
 for run in leashes:
@@ -436,7 +435,7 @@ for run in leashes:
 
 # %% [markdown]
 # **Read it.** Thin lines are single runs, thick ones their means. The same verifier, the same puzzles, and three distances. The first step is free, because its answers are the reference's own, and the second is the same for all three, because the first update saw no distance. From then on each run
-# goes as far as its leash allows. Far is not good by itself: at this high rate the runs without a leash go four times as far as those with β = 0.1, and earn no more. And a leash can be too short: at β = 1
+# goes as far as its leash allows. Far is not good by itself: at this high rate the runs without a leash go three times as far as those with β = 0.1, and earn no more. And a leash can be too short: at β = 1
 # a nat costs as much as a right answer earns, and the reward does not rise. Where your verifier is exact, the rate modest and the run short, 0 is a fair choice (the tour's); where the reward
 # is a *model* of what people like, it is not.
 
@@ -464,8 +463,8 @@ assert max(gaps) < 1e-3  # nats, of any token: sampler and trainer agree
 
 # %% [markdown]
 # **Read it.** Reward up: it works. Length flat: no padding, no shouting. Entropy *down*: the model makes up its mind, and with it rises the share of groups
-# whose eight answers all earn the same. Such a group has advantage zero and teaches nothing: at the end about half of what is sampled is computed and thrown away. Cut off and clipped: nothing, as it
-# should be with short answers and one update a rollout.
+# whose eight answers all earn the same. Such a group has advantage zero and teaches nothing: at the end more than half of what is sampled is computed and thrown away. Cut off: next to nothing, but for a bump near
+# step 30 that passed by itself. Clipped: nothing, as it should be with one update a rollout.
 
 # %% [markdown]
 # ## 6 · What was learned: better, or only surer?
@@ -699,7 +698,7 @@ verifier = checks.or_library("08.5", my_verifier)
 assert verifier("<answer>40</answer>", [4, 10, 7], 40) == 0.1
 repaired = run_course(student, verifier, HACK_STEPS, SEED)
 print("on this machine, paid:", ends(repaired["paid"]), "true:", ends(repaired["true"]))
-assert ends(repaired["true"])[1] > ends(repaired["true"])[0] + 0.05
+assert ends(repaired["true"])[1] > ends(repaired["true"])[0] + 0.04
 record = json.loads(bundled("records", "08_hack.json").read_text())["runs"]
 courses = {"one check missing": (hacked, [run["hack"] for run in record]),
            "repaired": (repaired, [run["repaired"] for run in record])}
@@ -709,7 +708,7 @@ views.show_figure(policy_plots.courses(courses), alt="Two panels. With one check
 
 # %% [markdown]
 # **Read it.** Bold is your run, thin are nine others, recorded as in part 4. Left: the shortcut is paid in full each time it is drawn, an honest attempt one time in eight. So the shortcut
-# spreads, and within ten steps hardly anything else is left. From then on nearly all groups are alike and nothing pulls back. Right: same start, same rate, same puzzles, one more
+# spreads, and by step fifteen hardly anything else is left. From then on nearly all groups are alike and nothing pulls back. Right: same start, same rate, same puzzles, one more
 # check. The shortcut earns 0.1, and the truth goes up.
 #
 # **Would the log have warned you?** Length, entropy and the share of groups all alike, at the beginning and at the end of the nine runs:
@@ -743,7 +742,8 @@ assert all(ends(run["repaired"]["true"])[1] > 0.2 for run in record)
 #
 # **The rate.** 3e-4 suits 1.3 million parameters; half a billion want 1e-6 to 1e-5 (below).
 #
-# **One seed.** Curves of RL from one set-up do not look alike. ONESEED That a verifier was not hacked proves nothing about the verifier.
+# **One seed.** Curves of RL from one set-up do not look alike: part 4's five seeds without a leash end at mean rewards from 0.25 to 0.34. And while we set up part 8, with four shortcuts in a thousand besides the round ones,
+# three seeds of five were hacked within thirty steps and two were not. That a verifier was not hacked in a run proves nothing about the verifier.
 #
 # ## Your exercises
 

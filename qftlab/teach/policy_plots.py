@@ -22,7 +22,7 @@ CURVES = {
 
 def advantage_bars(labels: Sequence[str], advantages: Sequence[float], title: str, ax: Axes | None = None) -> Axes:
     """One bar an answer: to the right what is pushed up, to the left, hatched, what is pushed down."""
-    ax = new_axes(ax, 7.0, 0.9 + 0.34 * len(labels))
+    ax = new_axes(ax, 6.2, 0.9 + 0.34 * len(labels))
     for row, value in enumerate(advantages):
         is_up = value > 0
         ax.barh(row, value, color=PALETTE[0 if is_up else 1], hatch="" if is_up else HATCHES[1], edgecolor="black")
@@ -34,7 +34,7 @@ def advantage_bars(labels: Sequence[str], advantages: Sequence[float], title: st
 
 def push_histogram(pushes: Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
     """Histograms as outlines over one axis that is wide enough for all of them."""
-    ax = new_axes(ax, 7.0, 3.6)
+    ax = new_axes(ax, 6.2, 3.2)
     reach = max(values.abs().max().item() for values in pushes.values())
     bins = torch.linspace(-reach, reach, 41).tolist()
     for i, (name, values) in enumerate(pushes.items()):
@@ -46,7 +46,7 @@ def push_histogram(pushes: Mapping[str, Tensor], ax: Axes | None = None) -> Axes
 
 def clip_curves(loss: Callable[..., Tensor], epsilon: float, ax: Axes | None = None) -> Axes:
     """A loss of (logprobs, old_logprobs, advantages, epsilon) against the ratio, for advantages 1 and −1."""
-    ax, ratio = new_axes(ax, 7.0, 3.3), torch.linspace(0.4, 1.8, 141)
+    ax, ratio = new_axes(ax, 6.2, 3.0), torch.linspace(0.4, 1.8, 141)
     for i, sign in enumerate((1.0, -1.0)):
         curve = loss(ratio.log(), torch.zeros_like(ratio), torch.full_like(ratio, sign), epsilon)
         ax.plot(ratio, curve, DASHES[i], color=PALETTE[i], linewidth=2.2, label=f"advantage {sign:+.0f}")
@@ -64,15 +64,17 @@ def lines(x: Sequence[float], series: Mapping[str, Sequence], xlabel: str, ylabe
         xlabel, ylabel: with units.
         ax: axes to draw into.
     """
-    ax = new_axes(ax, 7.0, 3.4)
+    ax = new_axes(ax, 6.2, 3.2)
     for i, (name, values) in enumerate(series.items()):
         runs = values if isinstance(values[0], Sequence) else []
         for run in runs:
-            ax.plot(x, run, color=PALETTE[i], alpha=0.35, linewidth=0.8)
+            ax.plot(x, run, color=_pale(PALETTE[i]), linewidth=1, antialiased=False)
         means = [sum(column) / len(column) for column in zip(*runs, strict=True)] if runs else values
         style = {"color": PALETTE[i], "linestyle": DASHES[i % 4], "marker": MARKERS[i], "linewidth": 2}
         ax.plot(x, means, label=f"{name}, mean of {len(runs)} runs" if runs else name, **style)
     ax.set_ylim(bottom=0)
+    if runs:
+        ax.set_ylim(top=1.3 * ax.get_ylim()[1])  # room for the legend above what is thin
     ax.legend(fontsize=FONT_SIZE, frameon=False)
     return finish(ax, xlabel, ylabel, "")
 
@@ -81,10 +83,10 @@ def run_curves(metrics: Sequence[Mapping[str, float]]):
     """Six small pictures of a run's log (an array of axes): faint as logged, bold as a mean of five steps."""
     from matplotlib import pyplot
 
-    _, axes = pyplot.subplots(2, 3, figsize=(8.6, 4.2), layout="constrained", sharex=True)
+    _, axes = pyplot.subplots(2, 3, figsize=(8.0, 3.6), layout="constrained", sharex=True)
     for ax, (name, title) in zip(axes.flat, CURVES.items(), strict=True):
         values = [record[name] for record in metrics if name in record]
-        ax.plot(range(1, len(values) + 1), values, color=PALETTE[0], alpha=0.3)
+        ax.plot(range(1, len(values) + 1), values, color=_pale(PALETTE[0]), linewidth=1, antialiased=False)
         ax.plot(range(1, len(values) + 1), running_mean(values, 5), color=PALETTE[0], linewidth=2)
         ax.set_ylim(0, max(1.25 * max(values), 0.05))
         finish(ax, "step" if ax in axes[1] else "", "", title)
@@ -113,14 +115,14 @@ def frontier(
         trained: the same of a trained model.
         ax: axes to draw into.
     """
-    ax = new_axes(ax, 7.0, 3.5)
+    ax = new_axes(ax, 6.2, 3.4)
     ax.plot(*zip(*best, strict=True), "-", color=PALETTE[0], linewidth=2, label="best policy, β from 10 to 0.1")
     ax.plot(*zip(*best_of_n.values(), strict=True), "s--", color=PALETTE[1], linewidth=1.5, label="best of n")
     for n, point in best_of_n.items():
         ax.annotate(str(n), point, textcoords="offset points", xytext=(6, -14), fontsize=FONT_SIZE)
     ax.plot(*trained, "D", color=PALETTE[3], markersize=10, label="RLOO, one answer")
     ax.set_ylim(0, 1)
-    ax.legend(fontsize=FONT_SIZE, frameon=False, loc="lower right")
+    ax.legend(fontsize=FONT_SIZE, frameon=False, loc="upper left")
     return finish(ax, "KL from the old model (nats an answer)", "puzzles solved", "")
 
 
@@ -132,17 +134,17 @@ def courses(panels: Mapping[str, tuple[Mapping[str, Sequence[float]], Sequence[M
     """
     from matplotlib import pyplot
 
-    _, axes = pyplot.subplots(1, len(panels), figsize=(4.3 * len(panels), 3.4), layout="constrained", sharey=True)
+    _, axes = pyplot.subplots(1, len(panels), figsize=(3.8 * len(panels), 3.1), layout="constrained", sharey=True)
     for ax, (title, (run, others)) in zip(axes, panels.items(), strict=True):
         for name, label, color, dash in (("paid", "paid reward", 3, "--"), ("true", "true accuracy", 0, "-")):
             for one in others:
-                ax.plot(range(1, len(one[name]) + 1), running_mean(one[name], 5), color=PALETTE[color], alpha=0.35,
-                        linewidth=0.8)  # fmt: skip
+                ax.plot(range(1, len(one[name]) + 1), running_mean(one[name], 5), color=_pale(PALETTE[color]),
+                        linewidth=1, antialiased=False)  # fmt: skip
             ax.plot(range(1, len(run[name]) + 1), running_mean(run[name], 5), dash, color=PALETTE[color],
                     linewidth=2.4, label=label)  # fmt: skip
         ax.set_ylim(0, 1.02)
         finish(ax, "optimizer step", "", title)
-    axes[0].legend(fontsize=FONT_SIZE, frameon=False, loc="center right")
+    axes[-1].legend(fontsize=FONT_SIZE, frameon=False, loc="upper left")
     return axes
 
 
@@ -158,6 +160,13 @@ def sample_rows(samples: Sequence[Mapping], ax: Axes | None = None) -> Axes:
     ax.set_ylim(len(samples) + 0.5, -0.7)
     ax.set_axis_off()
     return ax
+
+
+def _pale(color: str) -> tuple[float, ...]:
+    """A colour on its way to white: a solid one, because many shades make a large file."""
+    from matplotlib.colors import to_rgb
+
+    return tuple(1 - 0.4 * (1 - part) for part in to_rgb(color))
 
 
 def _shortened(prompt: str, width: int = 54) -> str:

@@ -175,11 +175,12 @@ checks.check("08.5", my_verifier)
 # a tight one keeps the honest gain away as well. We tried both, nine runs each, from the lesson's student and with the lesson's `run_course`:
 
 # %%
-record = json.loads(bundled("records", "08_hack.json").read_text())["runs"]
-kinds = {kind: [run[kind] for run in record] for kind in ("hack, β 0.1", "hack, β 1")}
-leashed = {kind: (runs[0], runs[1:]) for kind, runs in kinds.items()}
+record = json.loads(bundled("records", "08_leashed_hack.json").read_text())["runs"]
+betas = {f"β = {beta}": [run[beta] for run in record] for beta in ("0.1", "1")}
+leashed = {name: (runs[0], runs[1:]) for name, runs in betas.items()}
 views.show_figure(policy_plots.courses(leashed), alt="With beta 0.1 paid reward climbs "
                   "to 1, true accuracy falls to 0; with beta 1 both stay. Nine runs.")
+assert all(max(run["true"][-5:]) < 0.05 for run in betas["β = 0.1"])
 
 # %% [markdown]
 # Left: hacked all the same. Right: not hacked, and nothing learned either. A leash buys time to notice; the cause is the verifier.
