@@ -12,6 +12,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from qftlab.core.files import bundled
@@ -23,6 +24,7 @@ from qftlab.data.style import is_polite, style_pairs
 from qftlab.evaluate.metrics import mcnemar
 from qftlab.generate.engine import generate
 from qftlab.model.loading import load_model, save_model
+from qftlab.teach.stage_builders import right
 from qftlab.teach.stages import stage
 from qftlab.text.chat import row_to_messages
 from qftlab.text.tokenizer import load_tokenizer
@@ -91,7 +93,7 @@ def texts(model, tokenizer, prompts: Sequence, temperature: float = 0.0) -> list
 
 def countdown_marks(model, tokenizer, temperature: float = 0.0) -> list[bool]:
     """Right or wrong on each of the 400 held-out problems."""
-    rows = load_rows(bundled("countdown", "heldout.jsonl"))
+    rows = load_rows(bundled("countdown", "development.jsonl"))
     answers = texts(model, tokenizer, [row_to_messages(row)[:-1] for row in rows], temperature)
     return [countdown_reward(t, r["numbers"], r["target"]) == 1 for t, r in zip(answers, rows, strict=True)]
 
@@ -99,8 +101,6 @@ def countdown_marks(model, tokenizer, temperature: float = 0.0) -> list[bool]:
 def percent(marks: Sequence[bool]) -> float:
     """Share of True, in percent."""
     return round(100 * sum(marks) / len(marks), 2)
-
-
 
 
 def style_marks(model, tokenizer, rows: Sequence[dict]) -> tuple[list[bool], list[bool], list[bool]]:
@@ -118,7 +118,7 @@ def style(seed: int) -> list[dict]:
     for when in ("before", "after"):
         if when == "after":
             began = time.process_time()
-            fit_pairs(model, tokenizer, style_pairs(320, seed), _seeded(STYLE_TRAIN, seed), held_out_rows=held_out,
+            fit_pairs(model, tokenizer, style_pairs(320, seed), replace(STYLE_TRAIN, seed=seed), held_out_rows=held_out,
                       on_log=logs.append)  # fmt: skip
             seconds = time.process_time() - began
         found[when] = (*style_marks(model, tokenizer, held_out), countdown_marks(model, tokenizer))
@@ -136,8 +136,7 @@ def countdown_pairs(model, tokenizer, seed: int, round_: int) -> SampledPairs:
     rng = random.Random(f"dpo {seed} {round_}")
     rows = [countdown_row(random_problem(rng)) for _ in range(NUM_PROMPTS)]
     return sample_pairs(
-        model, tokenizer, rows, lambda prompt, ids, text, row: countdown_reward(text, row["numbers"], row["target"]),
-        num_generations=8, max_new_tokens=48, seed=seed, batch_size=320,
+        model, tokenizer, rows, right, num_generations=8, max_new_tokens=48, seed=seed, batch_size=320,
     )  # fmt: skip
 
 
@@ -153,7 +152,7 @@ def countdown(seed: int) -> list[dict]:
         (model, tokenizer), began, course = countdown_base(), time.process_time(), []
         for round_ in range(rounds):
             sampled, logs = countdown_pairs(model, tokenizer, seed, round_), []
-            fit_encoded_pairs(model, sampled.pairs[NUM_HELD_OUT:], _seeded(COUNTDOWN_TRAIN, seed, lr=lr), loss,
+            fit_encoded_pairs(model, sampled.pairs[NUM_HELD_OUT:], replace(COUNTDOWN_TRAIN, seed=seed, lr=lr), loss,
                               held_out=sampled.pairs[:NUM_HELD_OUT], on_log=logs.append)  # fmt: skip
             held = [log for log in logs if "held_out_loss" in log]
             chosen = [held[i]["held_out_chosen_logprob"] for i in (0, -1)]
@@ -169,30 +168,41 @@ def countdown(seed: int) -> list[dict]:
     return records
 
 
-def _seeded(config: TrainConfig, seed: int, **changes) -> TrainConfig:
-    return TrainConfig(**{**vars(config), "seed": seed, **changes})
-
-
 EXPERIMENTS: dict[str, Callable[[int], list[dict]]] = {"style": style, "countdown": countdown}
 
 
-def main(words: list[str] | None = None) -> int:
-    """The command line; prints and keeps a record a run."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.preference_runs", description=__doc__)
-    parser.add_argument("experiments", nargs="*", default=list(EXPERIMENTS), help=f"of {', '.join(EXPERIMENTS)}")
+def run_experiments(
+    words: list[str] | None, module: str, about: str, experiments: dict[str, Callable[[int], list[dict]]]
+) -> int:
+    """A command line over experiments and seeds; prints the records of each run and keeps them.
+
+    Args:
+        words: the arguments, those of the process where None.
+        module: what is run, for the usage line.
+        about: its description.
+        experiments: from a seed to records, by name.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about)
+    parser.add_argument("experiments", nargs="*", default=list(experiments), help=f"of {', '.join(experiments)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args(words)
-    if unknown := set(args.experiments) - set(EXPERIMENTS):
-        parser.error(f"an experiment must be one of {', '.join(EXPERIMENTS)}, got {', '.join(sorted(unknown))}")
+    if unknown := set(args.experiments) - set(experiments):
+        parser.error(f"an experiment must be one of {', '.join(experiments)}, got {', '.join(sorted(unknown))}")
     logging.basicConfig(level=logging.WARNING)
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / "records.jsonl").open("a", encoding="utf-8") as file:
         for name in args.experiments:
             for seed in args.seeds:
-                for record in EXPERIMENTS[name](seed):
-                    print(json.dumps(record, ensure_ascii=False), flush=True)
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                for record in experiments[name](seed):
+                    line = json.dumps(record, ensure_ascii=False)
+                    print(line, flush=True)
+                    file.write(line + "\n")
     return 0
+
+
+def main(words: list[str] | None = None) -> int:
+    """The command line."""
+    return run_experiments(words, "benchmarks.preference_runs", __doc__, EXPERIMENTS)
 
 
 if __name__ == "__main__":
