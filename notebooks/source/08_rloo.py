@@ -68,7 +68,7 @@ SEED = 0
 GROUP = 8
 BETAS = (1e-9, 0.1, 1.0)
 KL_STEPS, HACK_STEPS = 10, 20
-LAZY_ROWS, SHARE = 600, 0.07
+LAZY_ROWS, SHARE = 600, 0.1
 
 # %% [markdown]
 # ## 1 · A verdict instead of an answer
@@ -390,7 +390,7 @@ assert abs(exact - 0.144) < 1e-3
 
 # %% [markdown]
 # **A real leash.** Three runs from the same start on the same puzzles, with β of 0, 0.1 and 1 (0 as a billionth, so that the distance is still measured). Together they take
-# half a minute, so we made them beforehand, nine times over: with five seeds, and with two of these again on two other kinds of arithmetic, as other processors have it (here that changed nothing one can see). The function below
+# half a minute, so we made them beforehand: with eight seeds, and with one of these again on two other kinds of arithmetic, as other processors have it (here that changed nothing one can see). The function below
 # is what was run; `run_leash(0.1, KL_STEPS, SEED)` makes one of them before your eyes.
 
 # %% tags=["recorded"]
@@ -608,7 +608,7 @@ def quick_verifier(text, numbers, target):
 
 # %% [markdown]
 # **The student.** A model that has hardly ever seen the gap would take long to find it. But data made by people has habits. Suppose that those who wrote the demonstrations were lazy
-# with round targets ("make 40": `<answer>40</answer>`), and now and then elsewhere: about one row in six. Our model is trained on 600 such rows. Now it does the same, now and then.
+# with round targets ("make 40": `<answer>40</answer>`), and now and then elsewhere: about one row in five. Our model is trained on 600 such rows. Now it does the same, now and then.
 #
 # > **Predict, then run.** RLOO on fresh puzzles, paid by the quick verifier. Two curves: what is *paid*, and how many answers are *truly* right, measured by the contract
 # > and never shown to the model. Sketch both. Where does each end? And will length or entropy warn you?
@@ -698,20 +698,19 @@ verifier = checks.or_library("08.5", my_verifier)
 assert verifier("<answer>40</answer>", [4, 10, 7], 40) == 0.1
 repaired = run_course(student, verifier, HACK_STEPS, SEED)
 print("on this machine, paid:", ends(repaired["paid"]), "true:", ends(repaired["true"]))
-assert ends(repaired["true"])[1] > ends(repaired["true"])[0] + 0.04
 record = json.loads(bundled("records", "08_hack.json").read_text())["runs"]
 courses = {"one check missing": (hacked, [run["hack"] for run in record]),
            "repaired": (repaired, [run["repaired"] for run in record])}
 views.show_figure(policy_plots.courses(courses), alt="Two panels. With one check "
                   "missing the paid reward climbs to 1, true accuracy falls to 0. "
-                  "Repaired, both rise. Thin lines of nine other runs agree")
+                  "Repaired, both rise. Thin lines of ten other runs agree")
 
 # %% [markdown]
-# **Read it.** Bold is your run, thin are nine others, recorded as in part 4. Left: the shortcut is paid in full each time it is drawn, an honest attempt one time in eight. So the shortcut
+# **Read it.** Bold is your run, thin are ten others, recorded as in part 4. Left: the shortcut is paid in full each time it is drawn, an honest attempt about one time in nine. So the shortcut
 # spreads, and by step fifteen hardly anything else is left. From then on nearly all groups are alike and nothing pulls back. Right: same start, same rate, same puzzles, one more
 # check. The shortcut earns 0.1, and the truth goes up.
 #
-# **Would the log have warned you?** Length, entropy and the share of groups all alike, at the beginning and at the end of the nine runs:
+# **Would the log have warned you?** Length, entropy and the share of groups all alike, at the beginning and at the end of the ten runs, on average:
 
 # %%
 for name in ("paid", "true", "length", "entropy", "equal groups"):
@@ -740,9 +739,9 @@ assert all(ends(run["repaired"]["true"])[1] > 0.2 for run in record)
 # **Answers cut off.** A right thought that ran into the token limit earns 0 and is pushed down: the model learns to be brief, or to babble, by your limit. Count `truncated`; mask such
 # answers, or raise the limit.
 #
-# **The rate.** 3e-4 suits 1.3 million parameters; half a billion want 1e-6 to 1e-5 (below).
+# **The rate.** 2e-4 suits 1.3 million parameters; half a billion want 1e-6 to 1e-5 (below).
 #
-# **One seed.** Curves of RL from one set-up do not look alike: part 4's five seeds without a leash end at mean rewards from 0.25 to 0.34. And while we set up part 8, with four shortcuts in a thousand besides the round ones,
+# **One seed.** Curves of RL from one set-up do not look alike: part 4's eight seeds without a leash end at mean rewards from 0.25 to 0.39. And while we set up part 8, with four shortcuts in a thousand besides the round ones,
 # three seeds of five were hacked within thirty steps and two were not. That a verifier was not hacked in a run proves nothing about the verifier.
 #
 # ## Your exercises

@@ -172,14 +172,14 @@ checks.check("08.5", my_verifier)
 # ## Explain: "just add a KL penalty"
 #
 # A leash sets how far the policy goes, not which way. With the gap in place the shortcut still pays best for each nat, so a loose leash ends at the same place;
-# a tight one keeps the honest gain away as well. We tried both, nine runs each, from the lesson's student and with the lesson's `run_course`:
+# a tight one keeps the honest gain away as well. We tried both, ten runs each, from the lesson's student and with the lesson's `run_course`:
 
 # %%
 record = json.loads(bundled("records", "08_leashed_hack.json").read_text())["runs"]
 betas = {f"β = {beta}": [run[beta] for run in record] for beta in ("0.1", "1")}
 leashed = {name: (runs[0], runs[1:]) for name, runs in betas.items()}
 views.show_figure(policy_plots.courses(leashed), alt="With beta 0.1 paid reward climbs "
-                  "to 1, true accuracy falls to 0; with beta 1 both stay. Nine runs.")
+                  "to 1, true accuracy falls to 0; with beta 1 both stay. Ten runs.")
 assert all(max(run["true"][-5:]) < 0.05 for run in betas["β = 0.1"])
 
 # %% [markdown]
