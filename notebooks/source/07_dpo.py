@@ -5,7 +5,7 @@
 # model and without sampling, by a loss that fits in five lines. You derive it and check it where the exact answer is known. Then you see it
 # succeed on one real preference, and wreck the same model on another.
 #
-# ![Log-probabilities of chosen and rejected answers along nine runs of two kinds: under plain DPO both fall by many nats; with an NLL term the chosen ones stay nearly where they were](figures/07_dpo.png)
+# ![Log-probabilities of chosen and rejected answers along eight runs of each of two kinds: under plain DPO both fall by many nats; with an NLL term the chosen ones stay nearly where they were](figures/07_dpo.png)
 #
 # **Read it.** Both kinds of runs learn to prefer the right answers: solid lies above dashed, and the gap grows. But plain DPO, left, makes
 # *both* unlikely, and what takes their place is mostly wrong. One more term in the loss, right, keeps the chosen answers nearly where they were.
@@ -42,7 +42,7 @@ from qftlab.data.sources import load, load_rows
 from qftlab.data.style import ENDING, style_pairs
 from qftlab.teach import checks, preference_plots, stages, views
 from qftlab.teach.preferences import (
-    answers_to, best_of_curve, by_length, careless, has_product, share_ending,
+    answers_to, best_of_curve, careless, has_product, share_ending,
     share_of_products, share_right, spread, token_gains,
 )  # fmt: skip
 from qftlab.train.config import TrainConfig
@@ -56,9 +56,9 @@ from qftlab.train.reward import ImplicitReward, ModelReward, fit_reward, reward_
 # Everything you may want to change is in this cell. `RUNS` is what part 4 compares: β, the weight of the NLL term, the learning rate and the number of
 # pairs. `JUDGES` are the annotators of part 7, with the share of pairs that they do not check.
 #
-# A training run is one draw of a lottery: another seed or another CPU gives other figures. So the pictures below show nine *recorded* runs of the very
-# functions you see here: five seeds, and four runs in which the same CPU rounds as other CPUs do. Thin lines and dots are single runs, bold lines and bars
-# their means. (`python -m benchmarks.records` made them.) Part 4 and part 7 also train in front of you, with your `SEED`.
+# A training run is one draw of a lottery: another seed or another CPU gives other figures. So the pictures below show eight *recorded* runs, one a seed, of the very
+# functions you see here. Thin lines and dots are single runs, bold lines and bars their means. (`python -m benchmarks.records` made them. It also made two runs in which the same CPU
+# rounds as other CPUs do; over so few steps they equal the run of their seed to the third decimal.) Part 4 and part 7 also train in front of you, with your `SEED`.
 
 # %% tags=["parameters"]
 PRESET = "tiny"
@@ -314,8 +314,8 @@ print("left alone, the model finds the bare answer likelier in most pairs:", is_
 # in memory. TRL agrees: [tests/test_dpo.py](../tests/test_dpo.py) trains ten steps beside TRL's `DPOTrainer`, with sigmoid, IPO and the NLL term, packed and padded: losses, log-probabilities
 # and final weights are equal to 1e-5.
 #
-# **The run.** The stage `dpo` of the course is this run: β 0.1, 320 pairs once, a rate of 5e-5, and an NLL term of weight 5, so that the chosen answers stay likely (part 4 shows
-# what happens without). The stage ships with the lab, and so do the records of its training.
+# **The run.** The stage `dpo` of the course is this run: plain DPO, β 0.1, 320 pairs once, a rate of 1.2e-4. Only the last layer is trained, so that the model forgets little.
+# The stage ships with the lab, and so do the records of its training.
 
 # %%
 tuned = stages.stage("dpo", preset=PRESET)
@@ -326,9 +326,7 @@ views.show_figure(preference_plots.easy(path, *polite), alt="Left: along the dpo
                   "chosen answers become likelier and rejected ones less likely. "
                   "Right: nearly all answers have the ending after it")  # fmt: skip
 first, last = (record for record in tuned.metrics if "held_out_loss" in record)
-tokens = sum(sum(pair.chosen.loss_mask) for pair in pairs) / len(pairs)
-nll = stages.recipe("dpo").loss.nll_weight * -first["held_out_chosen_logprob"] / tokens
-assert abs(first["held_out_loss"] - (math.log(2) + nll)) < 0.02
+assert abs(first["held_out_loss"] - math.log(2)) < 1e-6
 assert [r["held_out_preference_accuracy"] for r in (first, last)] == [0.5, 1.0]
 assert last["held_out_chosen_logprob"] > first["held_out_chosen_logprob"]
 assert 0.2 < polite[0][1] < 0.5 and min(polite[1]) > 0.8
@@ -388,8 +386,9 @@ def run_dpo(beta, nll, rate, num_pairs, seed):
 
 # %%
 def recorded(name):
-    """The runs of a record: one dict for each seed and kind of rounding."""
-    return json.loads(bundled("records", f"{name}.json").read_text())["runs"]
+    """The runs of a record: one dict for each seed."""
+    runs = json.loads(bundled("records", f"{name}.json").read_text())["runs"]
+    return [run for run in runs if run["numerics"] == "plain"]
 
 
 wrecks, styles, judgings = map(recorded, ("07_wreck", "07_style", "07_judges"))
@@ -408,7 +407,7 @@ print(f"{len(paths)} runs end at {min(accuracies):.2f} to {max(accuracies):.2f} 
 # **Read it.** It looks like a good experiment, four times over: margins on held-out pairs rise, and all four policies come to prefer the right answer in about
 # two pairs of three. (The margin is $\beta h$, so at β 0.5 the same $h$ is drawn five times as high.) This is the picture that goes into the report.
 #
-# > **Predict, then run.** Before training, the model solved a third of 400 held-out problems greedily, and a fifth when sampled. Which of the four solves
+# > **Predict, then run.** Before training, the model solved 29 % of 400 held-out problems greedily, and 16 % when sampled. Which of the four solves
 # > most now, and which fewest? You may use only the picture above. Say a number for each.
 
 # %%
@@ -424,9 +423,11 @@ for name in ("before", *RUNS):
 # less. Right, what that means: other answers take their place, and most of them are wrong. A little of the NLL term softens the fall. With weight 1 the chosen answers stay near where they were, and so does
 # most of the skill.
 #
-# **A rescue is not yet a gain.** Look at the table. Only "gentle" pays: @@GENTLE@@
+# **A rescue is not yet a gain.** Look at the table. "NLL 1" loses greedy accuracy and wins nothing that stands out of its spread. Only "gentle" gains: its *sampled* answers are right more often than before, in
+# every one of the runs. Its *greedy* answers are not, they are right a little less often if anything. DPO made wrong answers rarer, and the likeliest answer is no better for it. (To raise that one
+# takes practice, notebook 08.)
 #
-# **In front of you.** The wreck and the rescue, with your seed and on your machine. (Your figures may lie outside the recorded range: nine runs are few.)
+# **In front of you.** The wreck and the rescue, with your seed and on your machine. (Your figures may lie outside the recorded range: eight runs are few.)
 
 # %% tags=["nbval-ignore-output"]
 live = {name: run_dpo(*RUNS[name], SEED) for name in ("plain", "NLL 1")}
@@ -578,7 +579,7 @@ print("greedy, a nice day instead:", spread([end["said"][ENDING][0] for end in a
 # %% [markdown]
 # **Read it.** First group of bars: with both endings the model now prefers the answer that has it, always. The other two: the ending that it never said, it still never
 # says. Its answers with that ending began at −93 nats and have risen by more than 40; at −50 nats nobody will ever hear them. And look at the last line printed. "Have a nice day!" is in none of these pairs,
-# but the model now says it @@NICE@@. What the pairs made unlikely is to stop after the bare answer, and the
+# but the model now says it in about half of its greedy answers, up from one in sixteen. What the pairs made unlikely is to stop after the bare answer, and the
 # probability went to what was likeliest after that: part 5 again.
 #
 # **A preference chooses among what a model already
@@ -633,8 +634,8 @@ assert all(liked[-1] < liked[1] for liked in tastes["checks all"])
 
 
 # %% [markdown]
-# **Read it.** Left: what each reward model thinks of an answer of this length. The annotator's taste has become the model's: longer is better. Right: the truth. Answers of 18 tokens are seldom right. They all
-# have brackets, and this small model is poor at brackets.
+# **Read it.** Left: what each reward model thinks of an answer of this length. The annotator's taste has become the model's: longer is better. The other model likes long answers least. Right: the
+# truth. Answers of 18 tokens are seldom right.
 
 # %% [markdown]
 # ## 8 · Over-optimisation
@@ -650,6 +651,7 @@ assert all(liked[-1] < liked[1] for liked in tastes["checks all"])
 # ### Exercise 07.5 · The best of n, without sampling again (●●●, 12 minutes)
 #
 # `scores` and `values` belong to the answers to one prompt. Give the mean value of the best-scored of `n` answers, over all choices of `n` different ones.
+# Of 32 answers 16 can be chosen in 601,080,390 ways, so count them instead of listing them. An answer that was drawn twice stands there twice, with the same score and value.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -670,7 +672,7 @@ def my_best_of(scores, values, n):
 checks.check("07.5", my_best_of)
 
 # %% [markdown]
-# > **Predict, then run.** Two reward models: one agrees with the program on about two pairs in three, the other has the annotator's taste. At $n = 1$ a fifth of the
+# > **Predict, then run.** Two reward models: one agrees with the program on about two pairs in three, the other has the annotator's taste. At $n = 1$ a sixth of the
 # > answers are right. At $n = 32$, with each of the two as judge: more, or fewer? And is more search always better with the first?
 
 # %%
@@ -683,8 +685,18 @@ views.show_figure(ax, alt="Left: the score of the best of n rises with n for bot
                   "Right: the share of right ones rises at first for the annotator who "
                   "checks all, and falls for the careless one")  # fmt: skip
 for name in JUDGES:
-    for k, n in ((0, "1"), (-1, "32")):
-        print(f"{name}, n = {n}:", spread([run[name]["truth"][k] for run in judgings]))
+    truth = dict(zip(SIZES, zip(*(run[name]["truth"] for run in judgings))))
+    three = ", ".join(spread(truth[n]) for n in (1, 4, 32))
+    print(f"{name}: right at n = 1, 4 and 32: {three}")
+assert all(end < begin for begin, end in zip(truth[1], truth[32]))  # careless
+
+# %% [markdown]
+# **Read it.** Left, both searches succeed: the proxy rises at every step, and it must, because the best of more answers never has a lower score. Right, the truth. With the careless annotator's model the
+# first doubling still helps a little; after that the search finds *worse* answers, and at $n = 32$ they are right less often than without any search. The other curve is the warning that matters in practice: even with
+# faultless labels the reward model is only a guess. The truth rises up to $n = 4$ or so, and then more search gives nothing, or takes some back. Gao et al. (2023) measured such curves, for best-of-n and for reinforcement learning alike.
+#
+# DPO can be over-optimised without any reward model in sight: it searches by gradient instead of by sampling, and β is the brake. In part 2, β → 0 took the reward's
+# favourite, whether the reward was right or not; in part 4, sixteen steps at too high a rate were enough.
 
 # %% tags=["nbval-ignore-output"]
 for name, found in mine.items():
@@ -695,12 +707,6 @@ for name, found in mine.items():
     print(f"most ({100 * best:.0f} %) at n = {SIZES[found['truth'].index(best)]}")
 
 # %% [markdown]
-# **Read it.** Left, both searches succeed: the proxy rises at every step, and must, because the best of more answers is never worse. Right, the truth.  Gao et al. (2023) measured such curves, for best-of-n and for reinforcement learning alike.
-#
-# DPO can be over-optimised without any reward model in sight: it searches by gradient instead of by sampling, and β is the brake. In part 2, β → 0 took the reward's
-# favourite, whether the reward was right or not; in part 4, sixteen steps at too high a rate were enough.
-
-# %% [markdown]
 # ## 9 · What goes wrong in practice
 #
 # **The first loss is not 0.693** (plus an NLL term). Then policy and reference differ before the first step: dropout is on in one of them, one runs in bf16 and the other does not, or the
@@ -708,7 +714,7 @@ for name, found in mine.items():
 #
 # **Only the margin is watched.** Part 4. Log both log-probabilities, and *generate* every few hundred steps.
 #
-# **The rate of fine-tuning is kept.** DPO wants a tenth of it, or less. Two thirds of it wrecked our model in 16 steps; the style of part 3 was learned with a twelfth.
+# **The rate of fine-tuning is kept.** DPO wants a tenth of it, or less. Two thirds of it wrecked our model in 16 steps; the known ending of part 6 was learned with a twelfth.
 #
 # **Nobody wrote the chosen answers.** Part 6. If neither answer of a pair is one that the model could have written, preferences have little to choose from. Fine-tune on the chosen
 # answers first, or sample pairs from the model itself.
@@ -739,7 +745,7 @@ checks.progress("07")
 #
 # **The same:** the loss, the pairs, and every picture worth drawing. `python -m qftlab dpo` runs it from files to files, and reads UltraFeedback as it comes.
 #
-# **Different:** *rates* are fifty times smaller than that of part 3, or less. *Memory*: the reference's log-probabilities are computed once and kept in a file, so that there is no second model; with
+# **Different:** *rates* are a hundred times smaller than that of part 3, or smaller still. *Memory*: the reference's log-probabilities are computed once and kept in a file, so that there is no second model; with
 # adapters, `loss.reference=base` switches them off for that. *Data*: pairs come from other models and from people, so part 6 applies: fine-tune first.
 #
 # **Published settings.** SmolLM2-360M, the size nearest to ours at 0.5B, on UltraFeedback: β 0.5, rate 1e-6, two epochs, cosine (Hugging Face's alignment handbook, `recipes/smollm2`).

@@ -16,10 +16,10 @@ Figures = Sequence[Mapping[str, float]]  # along a run
 SIDES = {"chosen": ("-", "o"), "rejected": ("--", "v")}
 
 
-def _panels(widths: Sequence[float] = (1, 1), height: float = 4.0, **options) -> Sequence[Axes]:
+def _panels(widths: Sequence[float] = (1, 1), height: float = 3.1, **options) -> Sequence[Axes]:
     from matplotlib import pyplot
 
-    size = (9.5, height)
+    size = (8.0, height)
     return pyplot.subplots(1, len(widths), figsize=size, width_ratios=widths, layout="constrained", **options)[1]
 
 
@@ -39,10 +39,13 @@ def runs(ax: Axes, x: Sequence[float], values: Sequence[Sequence[float]], line: 
         line: marker and dash, as matplotlib has them; the marker is the mean's.
         look: colour and label.
     """
+    from matplotlib.colors import to_rgb
+
+    pale = tuple(1 - 0.4 * (1 - part) for part in to_rgb(look["color"]))  # solid: many shades make a large file
     for run in values:
-        ax.plot(x, run, line[1:], color=look["color"], linewidth=0.8, alpha=0.4)
+        ax.plot(x, run, line[1:], color=pale, linewidth=1, antialiased=False)
     means = [sum(column) / len(column) for column in zip(*values, strict=True)]
-    ax.plot(x, means, line, linewidth=2.2, markersize=6, **look)
+    ax.plot(x, means, line, linewidth=2, markersize=6, **look)
 
 
 def bars(
@@ -85,7 +88,7 @@ def bandit(
         names: of the answers.
         ax: axes to draw into.
     """
-    ax = new_axes(ax)
+    ax = new_axes(ax, 6.2, 3.2)
     for i, name in enumerate(names):
         ax.plot(fine, exact[:, i].tolist(), DASHES[i], color=PALETTE[i], linewidth=2)
         ax.plot(betas, found[:, i].tolist(), MARKERS[i], color=PALETTE[i], markersize=8, label=name)
@@ -116,7 +119,7 @@ def easy(path: Figures, before: Sequence[float], after: Sequence[float]) -> Axes
     bars(right, ["greedy", "sampled"], {"before DPO": [[s] for s in before], "after DPO": [[s] for s in after]})
     _legend(left, ncols=2)
     _legend(right)
-    finish(right, "", "answers with the ending (%)", "")
+    finish(right, "", "with the ending (%)", "")
     return left
 
 
@@ -137,7 +140,7 @@ def logs(draws: Sequence[Mapping[str, Mapping]], names: Sequence[str], every: in
     right.set_ylim(0, 100)
     _legend(left, ncols=2)
     finish(left, "pairs seen", "margin (nats)", "")
-    finish(right, "pairs seen", "preference accuracy (%)", "")
+    finish(right, "pairs seen", "pairs ranked rightly (%)", "")
     return left
 
 
@@ -151,7 +154,7 @@ def collapse(draws: Sequence[Mapping[str, Mapping]], names: Sequence[str], shown
         shown: which runs are drawn on the left.
         every: pairs seen between two figures.
     """
-    left, right = _panels((3, 2), 4.6)
+    left, right = _panels((3, 2), 3.6)
     for name in shown:
         paths = [draw[name]["path"] for draw in draws]
         both_sides(left, paths, [every * k for k in range(len(paths[0]))], PALETTE[names.index(name)], name)
@@ -179,7 +182,7 @@ def habits(draws: Sequence[Mapping[str, Sequence[Mapping]]], endings: Sequence[s
         for k, when in enumerate(("before DPO", "after DPO")):
             values = [(draw[ending][k]["preferred"], *draw[ending][k]["said"][ending]) for draw in draws]
             groups[when] = list(zip(*values, strict=True))
-        bars(ax, ["preferred", "said (greedy)", "said (sampled)"], groups)
+        bars(ax, ["preferred", "said,\ngreedy", "said,\nsampled"], groups)
         finish(ax, f"…{ending}", "", "")
     _legend(axes[0], ncols=2)
     axes[0].set_ylabel("%", fontsize=FONT_SIZE)
@@ -204,7 +207,7 @@ def taste(lengths: Sequence[int], draws: Sequence[Mapping[str, Mapping]], judges
     truth.set_ylim(bottom=0)
     _legend(left, title="the annotator …")
     finish(left, "tokens of the answer", "mean score (std)", "")
-    finish(truth, "tokens of the answer", "right answers (%)", "")
+    finish(truth, "tokens of the answer", "right (%)", "")
     return left
 
 
@@ -228,6 +231,6 @@ def search(sizes: Sequence[int], draws: Sequence[Mapping[str, Mapping]], judges:
         ax.minorticks_off()
     axes[1].set_ylim(bottom=0)
     _legend(axes[0], title="the annotator …")
-    finish(axes[0], "n, answers to choose from", "score of the choice (std)", "")
-    finish(axes[1], "n, answers to choose from", "choices that are right (%)", "")
+    finish(axes[0], "n, answers to choose from", "mean score (std)", "")
+    finish(axes[1], "n, answers to choose from", "right (%)", "")
     return axes[0]
