@@ -698,6 +698,7 @@ verifier = checks.or_library("08.5", my_verifier)
 assert verifier("<answer>40</answer>", [4, 10, 7], 40) == 0.1
 repaired = run_course(student, verifier, HACK_STEPS, SEED)
 print("on this machine, paid:", ends(repaired["paid"]), "true:", ends(repaired["true"]))
+assert ends(repaired["true"])[1] > ends(hacked["true"])[1] + 0.1
 record = json.loads(bundled("records", "08_hack.json").read_text())["runs"]
 courses = {"one check missing": (hacked, [run["hack"] for run in record]),
            "repaired": (repaired, [run["repaired"] for run in record])}
