@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from random_models import random_model
 
 from qftlab.generate import beam, engine, layouts
 from qftlab.generate.decoder import Decoder
@@ -21,7 +22,6 @@ from qftlab.train.pairs import sample_pairs
 from qftlab.train.policy_config import PolicyConfig
 from qftlab.train.rloo import fit_policy, fresh_problems
 from qftlab.train.rollouts import encode_prompts
-from tests.conftest import random_model
 
 ROUNDING = 1e-5  # other orders of summation, fp32, logits up to 10: as in test_decoder.py
 MIXED = "transposed,joined,tiled"
