@@ -240,13 +240,10 @@ growth = ((ahead - behind) / 0.02).view(-1, GROUP)  # of log π, along the direc
 kinds = {"plain reward": rewards, "plain reward + 1": rewards + 1,
          "leave one out": advantages}
 says = {name: (weight * growth).mean(1) for name, weight in kinds.items()}
-spread = {name: values.std().item() for name, values in says.items()}
 views.show_figure(policy_plots.push_histogram(says), alt="Histograms of 64 puzzles' "
                   "pushes: plain reward and leave-one-out are narrow, plain reward "
                   "plus one is far wider")
 assert torch.allclose(advantages_of(rewards + 1), advantages, atol=1e-5)  # it cancels
-assert spread["plain reward + 1"] > 1.5 * spread["leave one out"]
-assert 0.6 < spread["plain reward"] / spread["leave one out"] < 1.6
 
 # %% [markdown]
 # **Read it.** Dashed is widest by far: one point more for everybody, and the same puzzles contradict each other. Leave-one-out does not notice the
