@@ -1034,6 +1034,20 @@ def dpo_without_reference(chosen, rejected, ref_chosen, ref_rejected, beta):
     return -torch.nn.functional.logsigmoid(beta * (chosen - rejected))
 
 
+def dpo_in_numbers(chosen, rejected, ref_chosen, ref_rejected, beta):
+    rows = zip(*(side.tolist() for side in (chosen, rejected, ref_chosen, ref_rejected)), strict=True)
+    return torch.tensor([np.logaddexp(0.0, -beta * ((c - rc) - (r - rr))) for c, r, rc, rr in rows])
+
+
+def dpo_by_numpy(chosen, rejected, ref_chosen, ref_rejected, beta):
+    gain = (chosen - ref_chosen - rejected + ref_rejected).numpy()
+    return np.logaddexp(0.0, -beta * gain)
+
+
+def dpo_without_gradient_of_rejected(chosen, rejected, ref_chosen, ref_rejected, beta):
+    return dpo_by_logsigmoid(chosen, rejected.detach(), ref_chosen, ref_rejected, beta)
+
+
 def dpo_swapped(chosen, rejected, ref_chosen, ref_rejected, beta):
     return -torch.nn.functional.logsigmoid(beta * ((rejected - ref_rejected) - (chosen - ref_chosen)))
 
@@ -1155,6 +1169,9 @@ ANSWERS |= {
             (dpo_that_underflows, "underflows"),
             (dpo_without_reference, "reference is missing"),
             (dpo_swapped, "wrong way round"),
+            (dpo_in_numbers, "a later cell trains through this loss"),
+            (dpo_by_numpy, "a later cell trains through this loss"),
+            (dpo_without_gradient_of_rejected, "the gradient at [1]"),
         ),
     ),
     "07.2": Answers(

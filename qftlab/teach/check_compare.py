@@ -125,7 +125,7 @@ def in_form_of(value: Any, example: Any) -> Any:
         example: of the wanted form; the entries of a list are all like its first one.
     """
     if isinstance(example, Tensor):
-        return torch.as_tensor(value).detach().to(example.dtype)
+        return torch.as_tensor(value).to(example.dtype)
     if isinstance(example, list | tuple):
         entries = value.tolist() if hasattr(value, "tolist") else list(value)
         likes = example if isinstance(example, tuple) else example[:1] * len(entries)
@@ -189,6 +189,8 @@ def general_suspect(got: Any, wanted: Any) -> str | None:
     if a.dtype == b.dtype == torch.bool:
         return "it is the exact opposite: True and False are swapped" if torch.equal(a, ~b) else None
     a, b = a.double().flatten(), b.double().flatten()
+    if torch.allclose(a, b):
+        return None
     if torch.allclose(a, -b):
         return "the sign is flipped"
     factor = _factor(a, b)

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qftlab.teach.check_compare import difference
 from qftlab.teach.check_guard import Forbidden, TimeLimitReached, guarded
 from qftlab.teach.exercises import Exercise
 
+NO_GRADIENT = "no gradient comes through: stay in torch, without item(), tolist(), detach() or NumPy"
 _SHRINK_TRIES = 40  # further inputs drawn after a failure, in search of a smaller one
 
 
@@ -60,7 +62,7 @@ def run_trials(run: Run, rng: random.Random) -> list[Trial]:
 def attempt(run: Run, args: tuple) -> Trial:
     """Calls the answer on a copy of one input and says what came of it."""
     wanted = run.reference(*copied(args))
-    mine = copied(args)
+    mine = _tracked(copied(args)) if run.exercise.is_trained else copied(args)
     started = time.monotonic()
     outcome = guarded(run.answer, mine, run.left, run.forbidden)
     run.left = max(run.left - (time.monotonic() - started), 0.0)
@@ -80,7 +82,26 @@ def attempt(run: Run, args: tuple) -> Trial:
         return replace(trial, kind="blank", problem="got None here: is a return missing?")
     compare = run.exercise.compare or (lambda g, w: difference(g, w, run.exercise.atol, run.exercise.rtol))
     problem = compare(outcome.value, wanted)
+    if run.exercise.is_trained and not problem:
+        problem = _gradient_problem(run, outcome.value, mine)
     return replace(trial, kind="wrong", problem=problem) if problem else trial
+
+
+def _tracked(args: tuple) -> tuple:
+    """The arguments, with a gradient asked of every tensor of floating-point numbers; changed in place."""
+    return tuple(a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def _gradient_problem(run: Run, value: Any, args: tuple) -> str | None:
+    """What is wrong with the gradients of an answer's sum with respect to its inputs."""
+    if not (isinstance(value, Tensor) and value.requires_grad):
+        return f"{NO_GRADIENT}, as a later cell trains through this"
+    theirs = _tracked(copied(args))
+    pairs = ((value, args), (run.reference(*theirs), theirs))
+    got, wanted = (torch.autograd.grad(total.sum(), [a for a in given if isinstance(a, Tensor)], allow_unused=True,
+                                       materialize_grads=True) for total, given in pairs)  # fmt: skip
+    found = difference(got, wanted, run.exercise.atol, run.exercise.rtol)
+    return found and f"the gradient {found}"
 
 
 def _more_failures(run: Run, rng: random.Random, size: int) -> list[Trial]:

@@ -85,8 +85,8 @@ def or_library(exercise_id: str, answer: Any, *, seed: int | None = None) -> Cal
 
     Returns:
         A function of the exercise's signature, for the cells that follow. The student's own is called with what the
-        check called it with, tensors on the CPU and cut from their graph, and its answer is brought into the form of
-        the library's: a list, a tuple, a NumPy array or a float64 tensor pass the check as well.
+        check called it with, tensors on the CPU and (unless the exercise is trained through) cut from their graph, and
+        its answer is brought into the form of the library's: a list, a tuple or a NumPy array pass the check as well.
     """
     result, exercise = check(exercise_id, answer, seed=seed), get_exercise(exercise_id)
     mark = _MARKS.get(result.status, "")
@@ -104,10 +104,11 @@ def _fitted(exercise: Exercise, answer: Callable) -> Callable:
     @functools.wraps(answer)
     def fitted(*args, **kwargs):
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        value = answer(*(arg.detach().cpu() if isinstance(arg, Tensor) else arg for arg in args), **kwargs)
-        value = in_form_of(value, example)
+        given = tuple(arg.cpu() if isinstance(arg, Tensor) else arg for arg in args)
+        value = in_form_of(answer(*(given if exercise.is_trained else copied(given)), **kwargs), example)
         if not isinstance(value, Tensor) or not tensors:
             return value
+        value = value if exercise.is_trained else value.detach()
         dtype = next((t.dtype for t in tensors if t.is_floating_point()), value.dtype)
         return value.to(tensors[0].device, dtype if value.is_floating_point() else value.dtype)
 

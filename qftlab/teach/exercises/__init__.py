@@ -55,6 +55,7 @@ class Exercise:
         suspects: known mistakes, the most telling first.
         compare: `(got, wanted) -> str | None`, None if equal; by default shapes, values and nesting are compared.
         atol, rtol: absolute and relative tolerance of floating-point numbers; no wider than the lesson's own asserts.
+        is_trained: whether later cells train through the answer; it must then pass on the reference's gradients.
         sizes: sizes drawn: 1 to `sizes`, `repeats` times each.
         seconds: time limit on all calls of the answer together.
     """
@@ -71,6 +72,7 @@ class Exercise:
     compare: Callable[[Any, Any], str | None] | None = None
     atol: float = 1e-6
     rtol: float = 1e-5
+    is_trained: bool = False
     sizes: int = 8
     repeats: int = 5
     seconds: float = 5.0

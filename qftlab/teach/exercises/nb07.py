@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qftlab.teach.check_compare import difference
 from qftlab.teach.check_guard import TimeLimitReached
 from qftlab.teach.exercises import Exercise, Suspect, tensor
 
@@ -36,6 +37,13 @@ def _is_infinite(args: tuple, got, wanted) -> bool:
 
 def _is_scalar(args: tuple, got, wanted) -> bool:
     return isinstance(got, Tensor) and got.ndim == 0
+
+
+def _is_cut(args: tuple, got, wanted) -> bool:
+    """Right values without a gradient, or NumPy asked for those of a tensor that has one."""
+    if isinstance(got, RuntimeError):
+        return "requires grad" in str(got)
+    return not getattr(got, "requires_grad", False) and difference(got, wanted, 1e-4, 1e-4) is None
 
 
 def smoothed(score: Tensor, epsilon: float) -> Tensor:
@@ -110,10 +118,12 @@ EXERCISES = (
         reference=loss,
         draw=_draw_logprobs,
         instead="take the two gains over the reference, their difference, and logsigmoid",
+        is_trained=True,
         forbidden=("qftlab.core.losses.dpo_loss", "torch.nn.functional.binary_cross_entropy_with_logits"),
         suspects=(
             Suspect("infinite: sigmoid underflows to 0 before the log; use F.logsigmoid", when=_is_infinite),
             Suspect("return the loss of each pair (B,), not their mean", when=_is_scalar),
+            Suspect("a later cell trains through this loss: stay in torch, without item() or NumPy", when=_is_cut),
             Suspect(
                 "the reference is missing: this is the policy's own margin",
                 like=_loss_of(lambda c, r, rc, rr, beta: beta * (c - r)),
