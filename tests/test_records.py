@@ -49,11 +49,11 @@ def test_what_is_there_is_not_made_again(lesson, monkeypatch) -> None:
         return done
 
     monkeypatch.setattr(records.subprocess, "run", one)
-    runs = [{"seed": seed, "numerics": name} for seed, name in records.DRAWS if (seed, name) != (1, "avx2")]
+    runs = [{"seed": seed, "numerics": name} for seed, name in records.DRAWS if (seed, name) != (0, "avx2")]
     lesson.write_text(json.dumps({"settings": {"STEPS": 3}, "machine": "", "runs": runs}), encoding="utf-8")
     records.make("97_demo")
     records.make("97_demo")
-    assert made == [(1, "avx2")]
+    assert made == [(0, "avx2")]
     lesson.write_text(json.dumps({"settings": {"STEPS": 4}, "machine": "", "runs": runs}), encoding="utf-8")
     with pytest.raises(ValueError, match="delete it"):
         records.make("97_demo")
@@ -64,8 +64,7 @@ def test_a_record_is_whole(name: str) -> None:
     text = (records.FOLDER / f"{name}.json").read_text(encoding="utf-8")
     record = json.loads(text)
     assert record["settings"] == records.settings(name), f"delete it and run `python -m benchmarks.records {name}`"
-    draws = records.draws(name)
-    assert [(run["seed"], run["numerics"]) for run in record["runs"]] == draws
-    assert len(draws) >= 8 and len({numerics for _, numerics in draws}) == 3
+    assert [(run["seed"], run["numerics"]) for run in record["runs"]] == records.DRAWS
+    assert sum(numerics == "plain" for _, numerics in records.DRAWS) >= 8, "other numerics are no further draws"
     assert record["machine"] and "NaN" not in text and "Infinity" not in text
     assert "/root" not in text and "/home" not in text and "/work" not in text

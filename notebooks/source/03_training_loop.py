@@ -84,6 +84,7 @@ NUM_LEAKED = 20
 start = stages.stage("extended", preset=PRESET)
 model, tokenizer = start.model, start.tokenizer
 rows = load_rows(bundled("instructions", "train.jsonl"))
+fixed, _ = encode_rows(tokenizer, rows[:64])  # parts 3 and 9: the same with any SEED
 random.Random(SEED).shuffle(rows)
 examples, usage = encode_rows(tokenizer, rows[:512])
 print(f"{usage.rows} rows, {usage.tokens:,} tokens, {usage.trained_tokens:,} trained")
@@ -280,7 +281,7 @@ def loss_and_gradient(examples, size, weigh):
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-mixed = sorted(examples[:64], key=lambda e: count_trained([e]))[::9]  # short and long
+mixed = sorted(fixed, key=lambda e: count_trained([e]))[::9]  # short and long
 
 
 def equally(counts):
@@ -480,7 +481,7 @@ final = {name: result.held_out[-1][1] for name, result in sweep.items()}
 print("on this machine, development loss:", {n: f"{x:.1f}" for n, x in final.items()})
 print("plain arithmetic still right:", {n: f"{share:.0%}" for n, share in kept.items()})
 assert final["right"] < 0.5 * final["too small"]
-assert max(sweep["too large"].losses) > math.log(1024)
+assert sum(sweep["too large"].losses[1:9]) / 8 > math.log(1024)
 assert kept["too large"] < 0.2 < kept["too small"]
 
 # %% [markdown]
@@ -626,7 +627,7 @@ print("the detector finds the leaked rows, and finds nothing in the honest ones"
 # packed by the library, which is told the borders only and makes no table; and packed by somebody who told attention nothing.
 
 # %%
-three = examples[:3]
+three = fixed[::30]  # three of 64
 document = torch.tensor([n for n, e in enumerate(three) for _ in e.input_ids])  # (T,)
 positions = torch.cat([torch.arange(len(e.input_ids)) for e in three])  # (T,)
 inner = (document.diff().nonzero().flatten() + 1).tolist()
