@@ -213,14 +213,14 @@ def command_line(command: str, python: Path, arguments: list[str]) -> list[str]:
     if command == "test":
         return test_command(python, arguments)
     words = {
-        "tour": ["-m", "qftlab", "tour"],
+        "tour": ["-m", "qftlab_course", "tour"],
         "lab": ["notebooks/mine.py"],
         "check": ["-m", "pytest", *workers(), "-q", "-m", FAST, "tests"],
         "notebooks": ["notebooks/build.py"],
         "badges": ["notebooks/build.py", "--badges"],
         "bench": ["-m", "benchmarks.run"],
         "anywhere": ["-m", "benchmarks.anywhere"],
-        "stages": ["-m", "qftlab.teach.stages"],
+        "stages": ["-m", "qftlab_course", "stages"],
     }[command]
     return [str(python), *words, *arguments]
 

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from benchmarks.preference_runs import both_marks, countdown_base, percent, run_experiments
-from qftlab.evaluate.metrics import mcnemar
-from qftlab.teach.stage_builders import right
-from qftlab.teach.stages import recipe
+from qftlab.evaluate import mcnemar
 from qftlab.train.config import TrainConfig
 from qftlab.train.policy_config import PolicyConfig
 from qftlab.train.rloo import fit_policy, fresh_problems
+from qftlab_course.stage_builders import right
+from qftlab_course.stages import recipe
 
 # Above 1 fewer groups of answers are all alike; accuracy is measured at 1, and greedy.
 POLICY = PolicyConfig(num_generations=8, max_new_tokens=32, temperature=1.3)

@@ -20,12 +20,9 @@ from qftlab.core.rewards import countdown_reward
 from qftlab.core.sampling import SamplingParams
 from qftlab.data.countdown import countdown_row, random_problem
 from qftlab.data.sources import load_rows
-from qftlab.data.style import is_polite, style_pairs
-from qftlab.evaluate.metrics import mcnemar
+from qftlab.evaluate import mcnemar
 from qftlab.generate.engine import generate
 from qftlab.model.loading import load_model, save_model
-from qftlab.teach.stage_builders import right
-from qftlab.teach.stages import stage
 from qftlab.text.chat import row_to_messages
 from qftlab.text.tokenizer import load_tokenizer
 from qftlab.train.config import TrainConfig
@@ -33,6 +30,9 @@ from qftlab.train.dpo import fit_encoded_pairs, fit_pairs
 from qftlab.train.pairs import SampledPairs, sample_pairs
 from qftlab.train.preference_config import PreferenceLoss
 from qftlab.train.sft import fit_rows
+from qftlab_course.stage_builders import right
+from qftlab_course.stages import stage
+from qftlab_course.world.style import is_polite, style_pairs
 
 FOLDER = Path("runs/preference")
 NUM_PROMPTS, NUM_HELD_OUT = 3200, 200  # of Countdown: prompts a round, and pairs of each round never trained on

@@ -17,7 +17,7 @@ from pathlib import Path
 import jupytext
 
 from benchmarks.harness import machine
-from qftlab.teach.preferences import by_length
+from qftlab_course.lessons.preferences import by_length
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES, FOLDER = ROOT / "notebooks/source", ROOT / "data/records"

@@ -21,7 +21,7 @@ from urllib.parse import quote
 import nbformat
 import pytest
 
-from qftlab.teach.stages import STAGES
+from qftlab_course.stages import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = sorted((ROOT / "notebooks" / "source").rglob("[0-9]*.py"))
@@ -114,7 +114,7 @@ def test_installed_wheel_has_what_every_lesson_imports_and_reads(installed: Path
     lines = sorted({line for imports, _ in wanted for line in imports})
     paths = sorted({tuple(path) for _, found in wanted for path in found if path})
     assert len(lines) > 30 and len(paths) > 3
-    code = "from qftlab.data.bundled import bundled\nfrom qftlab.teach.stages import STAGES, stage\n"
+    code = "from qftlab.data.bundled import bundled\nfrom qftlab_course.stages import STAGES, stage\n"
     code += "".join(f"{line}\n" for line in lines)
     code += f"assert all([bundled(*path).is_file() for path in {paths}])\n"  # it names what is not there
     code += "print([bundled() in stage(name).path.parents for name in STAGES])"

@@ -40,17 +40,15 @@ import math
 
 import torch
 
-from qftlab.core import plots
 from qftlab.core.losses import dpo_loss, leave_one_out_advantages, masked_cross_entropy
 from qftlab.core.sampling import SamplingParams
 from qftlab.data.bundled import bundled
 from qftlab.data.sources import load_rows
-from qftlab.data.style import is_polite, style_pairs
-from qftlab.evaluate.kept import evaluate_kept
-from qftlab.evaluate.skills import compare, evaluate_rows
 from qftlab.generate.engine import generate
-from qftlab.teach import stages, tour, views
 from qftlab.text.chat import render_chat, row_to_messages
+from qftlab_course import plots, stages, tour, views
+from qftlab_course.measure import compare, evaluate_kept, evaluate_rows
+from qftlab_course.world.style import is_polite, style_pairs
 
 # %% [markdown]
 # One cell holds everything you may want to change. `PRESET` names the model and its recipe: `tiny` is the model in this

@@ -36,14 +36,14 @@ import tempfile
 import torch
 from matplotlib import pyplot
 
-from qftlab.core import plots
 from qftlab.core.logprobs import token_logprobs
-from qftlab.data.facts import WORDS
 from qftlab.generate.engine import generate
-from qftlab.model.loading import get_preset, load_model, save_model
+from qftlab.model.loading import load_model, save_model
 from qftlab.model.vocabulary import extend_model
-from qftlab.teach import checks, stages, views
 from qftlab.text.tokenizer import extend_tokenizer, load_tokenizer
+from qftlab_course import checks, plots, stages, views
+from qftlab_course.presets import get_preset
+from qftlab_course.world.facts import WORDS
 
 # %% [markdown]
 # Everything you may want to change is in this cell. `PRESET` names the model: `tiny`, which is in this repository, or

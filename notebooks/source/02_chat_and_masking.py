@@ -32,19 +32,18 @@ if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
 # %%
 import torch
 
-from qftlab.core import plots
 from qftlab.core.losses import masked_cross_entropy
 from qftlab.data.batching import Example, pack, pad
 from qftlab.data.bundled import bundled
 from qftlab.data.sources import load_rows
-from qftlab.data.style import is_polite
 from qftlab.generate.engine import generate
-from qftlab.teach import checks, stages, views
-from qftlab.teach.widgets import MaskViewer
 from qftlab.text.chat import render_chat, render_prompt, row_to_messages
 from qftlab.text.tokenizer import load_tokenizer
 from qftlab.train.config import TrainConfig
 from qftlab.train.sft import encode_rows, fit_examples
+from qftlab_course import checks, plots, stages, views
+from qftlab_course.widgets import MaskViewer
+from qftlab_course.world.style import is_polite
 
 # %% [markdown]
 # Everything you may want to change is in this cell: the model, the chat we look at, and the size of the experiment in

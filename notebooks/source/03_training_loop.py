@@ -47,21 +47,20 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from transformers import get_cosine_schedule_with_warmup as cosine_with_warmup
 from transformers import get_linear_schedule_with_warmup as linear_with_warmup
 
-from qftlab.core import plots
 from qftlab.core.losses import masked_cross_entropy
 from qftlab.data.batching import batches, count_trained, first_fit_decreasing, pack, pad
 from qftlab.data.bundled import bundled
 from qftlab.data.sources import load_rows
 from qftlab.data.split import contamination
-from qftlab.evaluate.kept import evaluate_kept
-from qftlab.evaluate.metrics import wilson_interval
-from qftlab.evaluate.skills import evaluate_rows
-from qftlab.model.loading import get_preset
-from qftlab.teach import checks, stages, training_plots, views
+from qftlab.evaluate import wilson_interval
 from qftlab.train import loop
 from qftlab.train.config import TrainConfig
 from qftlab.train.sft import encode_rows, fit_examples, fit_rows
 from qftlab.train.step import Step, count_trained_tokens, to_device
+from qftlab_course import checks, plots, stages, views
+from qftlab_course.lessons import training_plots
+from qftlab_course.measure import evaluate_kept, evaluate_rows
+from qftlab_course.presets import get_preset
 
 # %% [markdown]
 # Everything you may want to change is in this cell. `PEAK` is the learning rate: three times that of the course's own

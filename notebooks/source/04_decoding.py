@@ -39,16 +39,15 @@ from matplotlib import pyplot
 from transformers import DynamicCache
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from qftlab.core import plots
 from qftlab.core.sampling import SamplingParams, filter_logits, uniform
-from qftlab.data.style import is_polite
 from qftlab.generate.beam import beam_search
 from qftlab.generate.engine import generate
-from qftlab.generate.trace import beam_trace
-from qftlab.teach import checks, stages, views
-from qftlab.teach.decoding import texts_of
-from qftlab.teach.widgets import DecodingLab
 from qftlab.text.chat import render_prompt
+from qftlab_course import checks, plots, stages, views
+from qftlab_course.decoding import texts_of
+from qftlab_course.trace import beam_trace
+from qftlab_course.widgets import DecodingLab
+from qftlab_course.world.style import is_polite
 
 # %% [markdown]
 # Everything you may want to change is in this cell: the model, the number of beams, the most tokens of an answer, and the

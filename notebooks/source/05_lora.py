@@ -40,17 +40,19 @@ import torch
 from qftlab.data.batching import Example
 from qftlab.data.bundled import bundled
 from qftlab.data.sources import load_rows
-from qftlab.evaluate.kept import evaluate_kept
 from qftlab.generate.engine import generate
 from qftlab.model.config import LoRAConfig
 from qftlab.model.export import export_model
 from qftlab.model.loading import load_model
-from qftlab.model.lora import add_adapters, count_parameters, load_adapters
-from qftlab.model.lora import merge_adapters, save_adapters
-from qftlab.teach import checks, stages, training_plots, views
+from qftlab.model.lora import (
+    add_adapters, count_parameters, load_adapters, merge_adapters, save_adapters,
+)
 from qftlab.train.config import TrainConfig
 from qftlab.train.sft import encode_rows, fit_examples, fit_rows, held_out_loss
 from qftlab.train.step import Step
+from qftlab_course import checks, stages, views
+from qftlab_course.lessons import training_plots
+from qftlab_course.measure import evaluate_kept
 
 # %% [markdown]
 # Everything you may want to change is in this cell. `RUNS` is what part 4 compares: a rank (0 is full fine-tuning), a learning

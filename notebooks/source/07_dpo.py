@@ -39,18 +39,19 @@ import torch
 from qftlab.core.losses import dpo_loss, preference_accuracy
 from qftlab.data.bundled import bundled
 from qftlab.data.sources import load, load_rows
-from qftlab.data.style import ENDING, style_pairs
-from qftlab.teach import checks, preference_plots, stages, views
-from qftlab.teach.preferences import (
-    answers_to, best_of_curve, careless, has_product, share_ending,
-    share_of_products, share_right, spread, token_gains,
-)  # fmt: skip
 from qftlab.train.config import TrainConfig
 from qftlab.train.dpo import fit_pairs
 from qftlab.train.pair_rows import encode_pairs
 from qftlab.train.preference_config import PreferenceLoss
 from qftlab.train.reference import Reference
 from qftlab.train.reward import ImplicitReward, ModelReward, fit_reward, reward_model
+from qftlab_course import checks, stages, views
+from qftlab_course.lessons import preference_plots
+from qftlab_course.lessons.preferences import (
+    answers_to, best_of_curve, careless, has_product, share_ending,
+    share_of_products, share_right, spread, token_gains,
+)  # fmt: skip
+from qftlab_course.world.style import ENDING, style_pairs
 
 # %% [markdown]
 # Everything you may want to change is in this cell. `RUNS` is what part 4 compares: β, the weight of the NLL term, the learning rate and the number of
@@ -596,7 +597,7 @@ print("greedy, a nice day instead:", spread([end["said"][ENDING][0] for end in a
 # A fresh head is zero, so all answers tie and the first loss is $\log 2$ again.
 #
 # **Who chose?** So far a program did, without mistakes. People are busy. Our annotator checks three pairs in ten; of the others they take the *longer* answer, because it
-# looks like more work (`careless` in [preferences.py](../qftlab/teach/preferences.py); where both are equally long they do check). Studies of real data find just this:
+# looks like more work (`careless` in [preferences.py](../qftlab_course/lessons/preferences.py); where both are equally long they do check). Studies of real data find just this:
 # length alone explains much of what reward models like (Singhal et al. 2023). We train two reward models, one on the program's labels and one on the annotator's, and let both
 # score the same 32 answers to each of 64 new problems.
 

@@ -48,15 +48,16 @@ from qftlab.core.sampling import SamplingParams
 from qftlab.data.batching import Example, pad
 from qftlab.data.bundled import bundled
 from qftlab.data.sources import load_rows
-from qftlab.evaluate.metrics import pass_at_k
+from qftlab.evaluate import pass_at_k
 from qftlab.generate.engine import generate
-from qftlab.teach import checks, policy_plots, stage_recipes, stages, views
 from qftlab.train.config import TrainConfig
 from qftlab.train.policy_config import PolicyConfig
 from qftlab.train.policy_step import PolicyStep
 from qftlab.train.rloo import fit_policy, fresh_problems
 from qftlab.train.rollouts import encode_prompts
 from qftlab.train.sft import fit_rows
+from qftlab_course import checks, stage_recipes, stages, views
+from qftlab_course.lessons import policy_plots
 
 # %% [markdown]
 # Everything you may want to change is in this cell. `GROUP` is the number of answers to each puzzle, `BETAS` the lengths of the leash in part 4.

@@ -274,4 +274,3 @@ def _logprobs(logits: Tensor, tokens: Tensor, temperature: float | Tensor) -> Te
     scale = temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature
     scores = logits.float() / scale  # (B, V)
     return scores.gather(1, tokens.unsqueeze(1)).squeeze(1) - scores.logsumexp(-1)
-

@@ -22,8 +22,8 @@ import copy
 import torch
 
 from qftlab.model.vocabulary import extend_model
-from qftlab.teach import checks, stages
 from qftlab.text.tokenizer import extend_tokenizer, load_tokenizer
+from qftlab_course import checks, stages
 
 # %% tags=["parameters"]
 PRESET = "tiny"

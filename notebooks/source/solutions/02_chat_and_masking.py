@@ -20,8 +20,8 @@ import torch
 
 from qftlab.core.losses import masked_cross_entropy
 from qftlab.data.batching import Example
-from qftlab.teach import checks, stages
 from qftlab.text.chat import render_chat
+from qftlab_course import checks, stages
 
 # %% tags=["parameters"]
 PRESET = "tiny"

@@ -20,7 +20,7 @@ import math
 
 import torch
 
-from qftlab.teach import checks
+from qftlab_course import checks
 
 # %% tags=["parameters"]
 SEED = 0

@@ -21,11 +21,11 @@ import math
 import torch
 
 from qftlab.core.sampling import SamplingParams
-from qftlab.data.instructions import sum_steps
 from qftlab.generate.beam import beam_search
 from qftlab.generate.engine import generate
-from qftlab.teach import checks, stages
 from qftlab.text.chat import render_prompt
+from qftlab_course import checks, stages
+from qftlab_course.world.instructions import sum_steps
 
 # %% tags=["parameters"]
 PRESET = "tiny"

@@ -18,7 +18,7 @@ if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
 # %%
 import torch
 
-from qftlab.teach import checks
+from qftlab_course import checks
 
 # %% tags=["parameters"]
 SEED = 0

@@ -22,7 +22,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from qftlab.teach import checks
+from qftlab_course import checks
 
 # %% tags=["parameters"]
 SEED = 0

@@ -25,11 +25,12 @@ from qftlab.core.rewards import countdown_reward, extract_answer, parse_expressi
 from qftlab.core.sampling import SamplingParams
 from qftlab.data.bundled import bundled
 from qftlab.generate.engine import generate
-from qftlab.teach import checks, policy_plots, stages, views
 from qftlab.train.config import TrainConfig
 from qftlab.train.rloo import fresh_problems
 from qftlab.train.rollouts import encode_prompts
 from qftlab.train.sft import fit_rows
+from qftlab_course import checks, stages, views
+from qftlab_course.lessons import policy_plots
 
 # %% tags=["parameters"]
 PRESET = "tiny"

@@ -1,0 +1,211 @@
+"""The library's commands: what each does with its configuration, and the table of them.
+
+Another package adds its own through the entry-point group `qftlab.commands`: a dict of names and `Command`s. Only what
+a command needs is imported when it runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import logging
+import os
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+PROGRAM = "python -m qftlab"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: what it does, an example, where its configuration is ("module:class"), and what runs it.
+
+    One that `speaks` says itself what the log would say, so only warnings are logged.
+    """
+
+    summary: str
+    example: str
+    config: str
+    run: Callable[[typing.Any], None]
+    speaks: bool = False
+
+
+def trains(function: str, chats: bool = True) -> Callable[[typing.Any], None]:
+    """A command that trains by a library function ("module:function") and says where the model is."""
+
+    def run(config) -> None:
+        module, _, name = function.partition(":")
+        hide_loading_bars()
+        folder = getattr(importlib.import_module(module), name)(config, progress=sys.stderr.isatty())
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            print(f"model, metrics and curves: {folder}")
+            if chats:
+                print(f'try it: {PROGRAM} chat --model "{folder}"')
+
+    return run
+
+
+def run_export(config) -> None:
+    """Merges, checks and writes, and says what was checked."""
+    from qftlab.model.export import Card, export_model
+
+    model, tokenizer = load_named(config.model, dtype_of_run(config), config.device)
+    report = export_model(model, tokenizer, config.output, card=Card(base=config.base, data=config.data), in_place=True)
+    print(f"{report.path}: {report.positions} greedy tokens as before, largest difference of a logit "
+          f"{report.largest_difference:.1e} of the largest one (allowed {report.tolerance:.0e})")  # fmt: skip
+
+
+def dtype_of_run(config) -> str:
+    """The dtype asked for; for `auto` that in which the run trained: adapters in fp32 may stand on weights in bf16."""
+    from qftlab.train.runs import METRICS, own_settings, resolve_model
+
+    # model/, checkpoints/initial and checkpoints/final are one or two folders below the run.
+    above = Path(resolve_model(config.model)).resolve().parents[:2]
+    run = next((folder for folder in above if (folder / METRICS).is_file()), None)
+    if config.dtype != "auto" or run is None:
+        return config.dtype
+    asked = own_settings(run).get("dtype", "auto")
+    return "float32" if asked == "float16" else asked  # training never computes in fp16
+
+
+def run_generate(config) -> None:
+    """Prints the answers."""
+    from qftlab.generate.engine import generate
+
+    prompts = [config.prompt] if config.prompt else [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if config.num_generations > 1 and not config.sampling.temperature:
+        log.warning("%d answers to a prompt are all the same at temperature 0: --sampling.temperature 1 samples them",
+                    config.num_generations)  # fmt: skip
+    if not prompts:
+        raise ValueError('prompt must be given, got none: --prompt "..." or lines on standard input')
+    model, tokenizer, options = load_for(config)
+    asked = prompts if config.raw else [[{"role": "user", "content": p}] for p in prompts]
+    answers = generate(model, tokenizer, asked, num_generations=config.num_generations, stop=config.stop,
+                       batch_size=config.batch_size, **options)  # fmt: skip
+    for i, answer in enumerate(answers):
+        prompt = prompts[i // config.num_generations]
+        record = {"prompt": prompt, "text": answer.text, "finish_reason": answer.finish_reason}
+        print(json.dumps(record, ensure_ascii=False) if config.format == "jsonl" else answer.text, flush=True)
+
+
+def run_chat(config, source: TextIO | None = None) -> None:
+    """Reads turns from a terminal or a pipe and answers each."""
+    from qftlab.generate.engine import generate
+
+    model, tokenizer, options = load_for(config)
+    source = sys.stdin if source is None else source
+    is_terminal = source.isatty()
+    if is_terminal:
+        print("Ask something. /new starts a new conversation, /quit ends.")
+    start = [{"role": "system", "content": config.system}] if config.system else []
+    messages = list(start)
+    while (line := read_turn(source, is_terminal)) is not None:
+        if line == "/quit":
+            break
+        if line == "/new":
+            messages = list(start)
+        if not line or line == "/new":
+            continue
+        messages = fit_context(model, tokenizer, [*messages, {"role": "user", "content": line}], len(start),
+                               config.max_new_tokens)  # fmt: skip
+        text = generate(model, tokenizer, [messages], **options)[0].text
+        messages.append({"role": "assistant", "content": text})
+        print(f"Model: {text}" if is_terminal else text, flush=True)
+
+
+def read_turn(source: TextIO, is_terminal: bool) -> str | None:
+    """The next line, without the white space around it; None at the end."""
+    if is_terminal:
+        print("You:   ", end="", flush=True)
+    line = source.readline()
+    return line.strip() if line else None
+
+
+def fit_context(model, tokenizer, messages: list[dict], kept: int, max_new_tokens: int) -> list[dict]:
+    """The conversation without its oldest turns, where it has outgrown the model's context; the first `kept` stay."""
+    from qftlab.text.chat import render_prompt
+    from qftlab.train.sft import context_length
+
+    limit = context_length(model)
+    while limit and len(messages) > kept + 1 and len(render_prompt(tokenizer, messages)) + max_new_tokens > limit:
+        log.warning("the conversation has outgrown %d tokens: its oldest turn is forgotten", limit)
+        messages = messages[:kept] + messages[kept + 2 :]
+    return messages
+
+
+def load_named(name: str, dtype: str, device: str) -> tuple:
+    """Model and tokenizer by the name a user gives."""
+    from qftlab.model.loading import load_model
+    from qftlab.text.tokenizer import load_tokenizer
+    from qftlab.train.runs import resolve_model
+    from qftlab.train.sft import best_device
+
+    hide_loading_bars()
+    folder = resolve_model(name)
+    return load_model(folder, dtype=dtype, device=best_device(device)), load_tokenizer(folder)
+
+
+def hide_loading_bars() -> None:
+    """Turns off transformers' bars, which are longer than the loading of a small model takes."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def load_for(config) -> tuple:
+    """Model, tokenizer and the options of `generate`."""
+    from qftlab.core.sampling import SamplingParams
+
+    params = SamplingParams(**dataclasses.asdict(config.sampling))
+    model, tokenizer = load_named(config.model, config.dtype, config.device)
+    return model, tokenizer, {"max_new_tokens": config.max_new_tokens, "params": params, "seed": config.seed}
+
+
+def text_of(function: str) -> Callable[[typing.Any], None]:
+    """A command that prints the text a library function ("module:function") makes of its configuration."""
+
+    def run(config) -> None:
+        module, _, name = function.partition(":")
+        print(getattr(importlib.import_module(module), name)(config))
+
+    return run
+
+
+COMMANDS = {
+    "sft": Command("supervised fine-tuning on files of rows",
+                   "sft --data data/instructions/train.jsonl --train.epochs 1 --output runs/sft",
+                   "qftlab.train.config:SFTConfig", trains("qftlab.train.sft:sft")),
+    "dpo": Command("direct preference optimisation on files of pairs",
+                   "dpo --model runs/sft/latest --data pairs.jsonl --loss.beta 0.5 --loss.nll_weight 1",
+                   "qftlab.train.preference_config:DPOConfig", trains("qftlab.train.dpo:dpo")),
+    "rloo": Command("policy gradient on rollouts that functions or a model reward",
+                    "rloo --model runs/sft/latest --problems 2000 --rewards [countdown] --policy.num_generations 8",
+                    "qftlab.train.policy_config:RLOOConfig", trains("qftlab.train.rloo:rloo")),
+    "reward": Command("a reward model from files of pairs, which `rloo --reward_model` takes",
+                      "reward --model runs/sft/latest --data pairs.jsonl --output runs/reward",
+                      "qftlab.train.policy_config:RewardConfig", trains("qftlab.train.reward:reward", chats=False)),
+    "generate": Command("answers to prompts, from an option or standard input",
+                        'generate --prompt "What is 47 + 38?" --model runs/sft/latest',
+                        "qftlab.generate.config:GenerateConfig", run_generate),
+    "chat": Command("a conversation in the terminal",
+                    "chat --model runs/sft/latest --sampling.temperature 0.7",
+                    "qftlab.generate.config:ChatConfig", run_chat),
+    "export": Command("adapters merged and checked, in a folder that transformers and vLLM load",
+                      "export --model runs/sft/latest --output exported", "qftlab.model.config:ExportConfig",
+                      run_export),
+    "data": Command("reads files, folders and hub names of rows, and says what is in them and what is wrong",
+                    "data --data [rows.jsonl,more.csv] --bad report", "qftlab.data.commands:DataConfig",
+                    text_of("qftlab.data.commands:describe")),
+    "lengths": Command("how long rows are in tokens, and which are longer than a limit",
+                       "lengths --data data/instructions/train.jsonl --max_length 64",
+                       "qftlab.data.commands:LengthsConfig", text_of("qftlab.data.commands:measure")),
+    "split": Command("a seeded split without a prompt on both sides, or (--against) what two sets share",
+                     "split --data rows.jsonl --output runs/split", "qftlab.data.commands:SplitConfig",
+                     text_of("qftlab.data.commands:divide")),
+}  # fmt: skip

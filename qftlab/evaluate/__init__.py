@@ -1,1 +1,0 @@
-"""Evaluation: what was right, how sure that is, and the page that shows it."""

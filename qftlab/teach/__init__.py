@@ -1,1 +1,0 @@
-"""What a notebook shows, and how it checks an exercise."""

@@ -1,0 +1,1 @@
+"""Pictures and helpers of one lesson each."""

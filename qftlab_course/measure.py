@@ -1,0 +1,251 @@
+"""What the lab measures: the skills of `tiny` row by row, asked in a chat, as plain text, or as it was pretrained."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qftlab.core.sampling import SamplingParams
+from qftlab.evaluate import Comparison, Rate, compare_marks
+from qftlab.generate.engine import GREEDY, Completion, generate
+from qftlab.text.chat import row_to_messages
+from qftlab_course.scores import SkillScore, lenient_score, score_row
+from qftlab_course.world.style import ENDING, without_ending
+
+if TYPE_CHECKING:
+    import pandas
+
+logger = logging.getLogger(__name__)
+# Skills with a line of their own: they do not count towards instruction accuracy.
+OWN_LINE = ("countdown", "bugfix")
+PLAIN_STOP = ("\n\n", "\nQuestion:")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model answered to a set of rows, and how that was scored; all three in the order of the rows."""
+
+    rows: tuple[dict, ...]
+    completions: tuple[Completion, ...]
+    scores: tuple[SkillScore, ...]
+    few_shot: int = 0
+
+    @property
+    def skills(self) -> list[str]:
+        """The skills of the rows, in order of appearance."""
+        return list(dict.fromkeys(row.get("skill", "unlabelled") for row in self.rows))
+
+    def skill(self, name: str) -> Rate:
+        """Accuracy of one skill over its rows that have a right answer ("bugfix": over the mode)."""
+        marks = [s.correct for r, s in self._pairs() if r.get("skill", "unlabelled") == name and s.correct is not None]
+        return Rate(name, sum(marks), len(marks))
+
+    @property
+    def instructions(self) -> Rate:
+        """Accuracy over all rows with a right answer, Countdown and bugfix aside."""
+        marks = [m for m in self.instruction_marks() if m is not None]
+        return Rate("instructions", sum(marks), len(marks))
+
+    @property
+    def in_format(self) -> Rate:
+        """Instruction accuracy as a chat counts it: the answer is right *and* the turn was ended as it should be."""
+        pairs = zip(self.instruction_marks(), self.scores, strict=True)
+        marks = [bool(mark and score.formatted) for mark, score in pairs if mark is not None]
+        return Rate("instructions, in format", sum(marks), len(marks))
+
+    @property
+    def format(self) -> Rate:
+        """Share of all rows whose format was kept."""
+        return Rate("format", sum(s.formatted for s in self.scores), len(self.scores))
+
+    @property
+    def mode(self) -> Rate:
+        """Share of bugfix rows that began with the right mode."""
+        rate = self.skill("bugfix")
+        return Rate("mode", rate.correct, rate.n)
+
+    @property
+    def fix(self) -> Rate:
+        """Share of bugfix rows answered exactly as the reference."""
+        marks = [s.fix_correct for s in self.scores if s.fix_correct is not None]
+        return Rate("fix", sum(marks), len(marks))
+
+    @property
+    def countdown(self) -> Rate:
+        """Share of Countdown rows solved."""
+        return self.skill("countdown")
+
+    def instruction_marks(self) -> list[bool | None]:
+        """Right or wrong, row by row; None for rows outside the instruction accuracy. What a paired test takes."""
+        return [None if r.get("skill") in OWN_LINE else s.correct for r, s in self._pairs()]
+
+    def to_frame(self) -> pandas.DataFrame:
+        """One line a skill, then the totals: n, correct, accuracy, low, high, format (rates in [0, 1]).
+
+        `format` is nan for few-shot answers in plain text, which have no format to keep.
+        """
+        import pandas
+
+        lines = [self._line(self.skill(name), self._formatted(name)) for name in self.skills]
+        lines.append(self._line(self.instructions, self._formatted(None)))
+        if self.fix.n:
+            lines.append(self._line(self.fix, self._formatted("bugfix")))
+        return pandas.DataFrame(lines).set_index("skill")
+
+    def _pairs(self) -> list[tuple[dict, SkillScore]]:
+        return list(zip(self.rows, self.scores, strict=True))
+
+    def _formatted(self, name: str | None) -> float:
+        """Format of one skill, or (None) of what instruction accuracy is about and the open skills."""
+        skills = {s for s in self.skills if s == name or (name is None and s not in OWN_LINE)}
+        marks = [s.formatted for r, s in self._pairs() if r.get("skill", "unlabelled") in skills]
+        return math.nan if self.few_shot or not marks else sum(marks) / len(marks)
+
+    def _line(self, rate: Rate, formatted: float) -> dict:
+        low, high = rate.interval if rate.n else (math.nan, math.nan)
+        return {"skill": rate.name, "n": rate.n, "correct": rate.correct, "accuracy": rate.accuracy,
+                "low": low, "high": high, "format": formatted}  # fmt: skip
+
+
+def evaluate_rows(
+    model,
+    tokenizer,
+    rows: Sequence[dict],
+    *,
+    few_shot: int = 0,
+    examples: Sequence[dict] | None = None,
+    params: SamplingParams = GREEDY,
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Evaluation:
+    """Asks the model every row and scores its answers.
+
+    Args:
+        model: a causal transformers model.
+        tokenizer: its tokenizer.
+        rows: dicts with "instruction", "input", "output" and "skill".
+        few_shot: 0 asks through the chat template and scores strictly; k > 0 shows k solved examples of the same skill
+            as plain text ("Question: … Answer: …") and reads the answer leniently: the fair way to ask a base model.
+        examples: rows the few-shot examples come from; by default the other rows of `rows`.
+        params: sampling, greedy by default.
+        max_new_tokens: by default half as many again as the longest reference of the row's skill, plus 8 and a polite
+            ending.
+        seed: of the sampling and of the choice of examples.
+        batch_size: rows decoded together.
+
+    Raises:
+        ValueError: if `few_shot` is negative, or no other row of a skill is there to be shown.
+    """
+    if few_shot < 0:
+        raise ValueError(f"few_shot must be 0 or more, got {few_shot}")
+    completions: list[Completion | None] = [None] * len(rows)
+    by_skill: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        by_skill.setdefault(row.get("skill", "unlabelled"), []).append(i)
+    for number, members in enumerate(by_skill.values()):
+        budget = max_new_tokens or _budget(tokenizer, [rows[i]["output"] for i in members])
+        if few_shot:
+            context = getattr(model.config, "max_position_embeddings", None)
+            pool = rows if examples is None else examples
+            prompts = [
+                few_shot_prompt(tokenizer, rows[i], pool, few_shot, seed=seed + i, limit=context and context - budget)
+                for i in members
+            ]
+        else:
+            prompts = [row_to_messages(rows[i])[:-1] for i in members]
+        answers = generate(model, tokenizer, prompts, max_new_tokens=budget, params=params, seed=seed + number,
+                           stop=PLAIN_STOP if few_shot else (), batch_size=batch_size)  # fmt: skip
+        for i, answer in zip(members, answers, strict=True):
+            completions[i] = answer
+    scores = [
+        lenient_score(row, answer.text) if few_shot else score_row(row, answer, tokenizer)
+        for row, answer in zip(rows, completions, strict=True)
+    ]
+    return Evaluation(tuple(rows), tuple(completions), tuple(scores), few_shot)
+
+
+def _budget(tokenizer, outputs: Sequence[str]) -> int:
+    *asked, ending = tokenizer([*outputs, ENDING], add_special_tokens=False).input_ids
+    longest = max(map(len, asked))
+    return longest + longest // 2 + 8 + len(ending)
+
+
+def _question(row: dict) -> str:
+    return f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
+
+
+def few_shot_prompt(
+    tokenizer, row: dict, pool: Sequence[dict], k: int, *, seed: int = 0, limit: int | None = None
+) -> str:
+    """Plain text: k solved questions of the row's skill, then its own question, ending in "Answer:".
+
+    Args:
+        tokenizer: counts the tokens.
+        row: the row to ask; a row of `pool` with its question and answer is never shown.
+        pool: where the examples come from.
+        k: how many, fewer where the pool has fewer or `limit` is reached (a log line says so).
+        seed: of the choice.
+        limit: the most tokens the prompt may have.
+
+    Raises:
+        ValueError: if the pool has no other row of this skill.
+    """
+    # Jokes share their question, so it takes question and answer to know a row.
+    asked = _question(row), row["output"]
+    others = [r for r in pool if r.get("skill") == row.get("skill") and (_question(r), r["output"]) != asked]
+    if not others:
+        raise ValueError(f"few-shot examples must share the skill {row.get('skill')!r}, got none: pass examples=")
+    shots = random.Random(seed).sample(others, min(k, len(others)))
+    solved = [f"Question: {_question(r)}\nAnswer: {r['output']}\n\n" for r in shots]
+    final = f"Question: {_question(row)}\nAnswer:"
+    while limit is not None and solved and len(tokenizer("".join(solved) + final).input_ids) > limit:
+        solved = solved[1:]
+    if len(solved) < k:
+        logger.info("%d of %d examples fit in front of a %s question", len(solved), k, row.get("skill"))
+    return "".join(solved) + final
+
+
+def compare(before: Evaluation, after: Evaluation) -> Comparison:
+    """Compares instruction accuracy row by row.
+
+    Raises:
+        ValueError: if the two were asked different rows.
+    """
+    if [_question(r) for r in before.rows] != [_question(r) for r in after.rows]:
+        raise ValueError("compare needs the same rows in the same order on both sides, got different questions")
+    return compare_marks(before.instruction_marks(), after.instruction_marks(), "instructions")
+
+
+def evaluate_kept(model, tokenizer, rows: Sequence[dict], *, batch_size: int = 64) -> Rate:
+    """Share of rows whose plain form ("47 + 38 =") is continued with the right answer, greedily, without any chat.
+
+    A polite ending is taken off, as everywhere in scoring.
+
+    Args:
+        model: a causal transformers model, base or fine-tuned.
+        tokenizer: its tokenizer.
+        rows: rows with "plain" and "output"; rows without "plain" are left out.
+        batch_size: rows decoded together.
+
+    Raises:
+        ValueError: if no row has a plain form.
+    """
+    asked = [row for row in rows if row.get("plain")]
+    if not asked:
+        raise ValueError('rows must have a "plain" form, got none: use data/instructions/heldout.jsonl')
+    longest = max(len(ids) for ids in tokenizer([row["output"] + ENDING for row in asked]).input_ids)
+    answers = generate(
+        model,
+        tokenizer,
+        [row["plain"] for row in asked],
+        max_new_tokens=longest + 2,
+        stop=("\n",),
+        batch_size=batch_size,
+    )
+    right = sum(without_ending(a.text.strip()) == row["output"] for a, row in zip(answers, asked, strict=True))
+    return Rate("kept", right, len(asked))
