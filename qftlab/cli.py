@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qftlab import __version__
 from qftlab.commands import COMMANDS, PROGRAM, Command
-from qftlab.core.options import parse_config
+from qftlab.settings import parse_config
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from qftlab.commands import Command, hide_loading_bars, load_named
-from qftlab.core.checks import check_at_least
+from qftlab.settings import check_at_least
 
 
 @dataclass(frozen=True)

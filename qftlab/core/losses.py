@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qftlab.core.checks import check_choice
+from qftlab.settings import check_choice
 
 
 def masked_cross_entropy(logits: Tensor, labels: Tensor, num_tokens: int | Tensor | None = None) -> Tensor:

@@ -10,8 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from qftlab.core.checks import check_at_least, check_choice
 from qftlab.data.sources import DataError, LoadReport, load, stream
+from qftlab.settings import check_at_least, check_choice
 
 Names = tuple[str, ...] | str
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
-from qftlab.core.checks import check_at_least, check_choice
 from qftlab.data.batching import Example, count_trained
+from qftlab.settings import check_at_least, check_choice
 from qftlab.text.chat import render_chat, row_to_messages
 
 FIRST = 10  # affected rows that are named

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from qftlab.core.checks import check_at_least
+from qftlab.settings import check_at_least
 
 FIRST = 10
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qftlab.core.checks import check_at_least, check_choice
+from qftlab.settings import check_at_least, check_choice
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 

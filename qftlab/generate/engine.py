@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 
-from qftlab.core.checks import check_at_least
 from qftlab.core.sampling import SamplingParams
 from qftlab.generate.batch import Batch, Settings
 from qftlab.generate.decoder import Decoder
@@ -21,6 +20,7 @@ from qftlab.generate.layouts import layout_for
 from qftlab.generate.prompts import Prompt, check_prompts, default_stop_ids, encode_prompts, head_rows
 from qftlab.generate.texts import TextStream, continuation_text, find_stop
 from qftlab.model.modules import module_mode
+from qftlab.settings import check_at_least
 
 logger = logging.getLogger(__name__)
 GREEDY = SamplingParams(temperature=0.0)

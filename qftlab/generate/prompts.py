@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qftlab.core.checks import check_at_least
+from qftlab.settings import check_at_least
 from qftlab.text.chat import render_prompt
 
 END_OF_TURN = "<|im_end|>"

@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from qftlab.core.checks import check_choice
 from qftlab.core.files import resolve
 from qftlab.model.attention import NAME as PACKED
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.lora import adapter_base, is_adapted, load_adapters, save_adapters
+from qftlab.settings import check_choice
 from qftlab.text.tokenizer import not_loadable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}

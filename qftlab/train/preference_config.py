@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qftlab.core.checks import check_at_least, check_choice
 from qftlab.model.config import LoRAConfig
+from qftlab.settings import check_at_least, check_choice
 from qftlab.train.config import TrainConfig, check_data, check_run
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qftlab.core.checks import check_choice
 from qftlab.core.chunks import chunk_tokens
 from qftlab.core.logprobs import linear_cross_entropy, linear_logprobs, module_logprobs
 from qftlab.model.head import head_terms
 from qftlab.model.modules import causal_model, module_mode
+from qftlab.settings import check_choice
 
 log = logging.getLogger(__name__)
 IGNORED = -100

@@ -23,9 +23,9 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from qftlab.core.checks import check_at_least
 from qftlab.data.batching import Example, pack
 from qftlab.model.attention import register_packed_attention
+from qftlab.settings import check_at_least
 from qftlab.train.loop import MicroBatch, optimizer_step
 from qftlab.train.step import Step
 from qftlab_course.world.corpus import END, Document, documents, tokenizer_text

@@ -12,8 +12,8 @@ import pytest
 
 from qftlab import cli
 from qftlab.core.files import bundled
-from qftlab.core.options import option_helps
 from qftlab.data.sources import load_rows
+from qftlab.settings import option_helps
 from qftlab_course.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,11 +15,11 @@ import yaml
 
 from qftlab import cli, commands
 from qftlab.core.files import bundled
-from qftlab.core.options import option_helps
 from qftlab.core.sampling import SamplingParams
 from qftlab.data.sources import load_rows
 from qftlab.generate.config import SamplingConfig
 from qftlab.model.config import ExportConfig
+from qftlab.settings import option_helps
 from qftlab.train.config import SFTConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]

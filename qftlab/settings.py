@@ -1,4 +1,4 @@
-"""Command-line flags and YAML → the frozen dataclass that a notebook builds in Python."""
+"""The settings of all that runs, as frozen dataclasses, and how flags and YAML become them; torch is not imported."""
 
 from __future__ import annotations
 
@@ -6,6 +6,28 @@ import dataclasses
 import re
 import typing
 from collections.abc import Sequence
+
+
+def check_at_least(low: float, **values: float | None) -> None:
+    """Refuses a number below `low`, and nan; None passes.
+
+    Raises:
+        ValueError: naming the first such value.
+    """
+    for name, value in values.items():
+        if value is not None and not value >= low:
+            raise ValueError(f"{name} must be at least {low:g}, got {value}")
+
+
+def check_choice(allowed: tuple[str, ...], **values: str) -> None:
+    """Refuses a word that is not among those allowed.
+
+    Raises:
+        ValueError: naming the value and the allowed words.
+    """
+    for name, value in values.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def parse_config(config_class: type, arguments: Sequence[str], program: str, about: str) -> object:
