@@ -75,8 +75,8 @@ def run_tour(config) -> None:
 
 def run_evaluate(config) -> None:
     """Prints the table, and writes the page if asked."""
-    from qftlab.core.files import bundled
     from qftlab.data.sources import load_rows
+    from qftlab.files import bundled
     from qftlab_course.measure import evaluate_rows
     from qftlab_course.report import Section, format_cell, write_report
 
@@ -104,7 +104,7 @@ def run_pretrain(config) -> None:
 
 def run_stages(config) -> None:
     """Trains the course models anew."""
-    from qftlab.core.files import bundled
+    from qftlab.files import bundled
     from qftlab_course.stages import rebuild
 
     rebuild(Path(config.output) if config.output else bundled("stages"))

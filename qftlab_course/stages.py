@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from qftlab.core.files import bundled, resolve
+from qftlab.files import bundled, resolve
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import adapter_base, is_adapted, load_adapters
 from qftlab.text.tokenizer import load_tokenizer

@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas
 
 from qftlab.core.sampling import SamplingParams
-from qftlab.data.bundled import bundled
 from qftlab.data.sources import load_rows
 from qftlab.evaluate import Comparison, Rate, compare_marks
+from qftlab.files import bundled
 from qftlab.generate.engine import GREEDY, generate
 from qftlab_course import plots
 from qftlab_course.measure import Evaluation, compare, evaluate_kept, evaluate_rows

@@ -94,7 +94,7 @@ def test_wheel_and_sdist_carry_every_file_of_data(built: Path) -> None:
 
 
 def test_installed_wheel_finds_the_data_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
-    code = "from qftlab.data.bundled import bundled; print(bundled(), sum(p.is_file() for p in bundled().rglob('*')))"
+    code = "from qftlab.files import bundled; print(bundled(), sum(p.is_file() for p in bundled().rglob('*')))"
     where, count = run([installed, "-c", code], tmp_path).rsplit(maxsplit=1)
     assert Path(where).name == "_bundled" and ROOT not in Path(where).parents
     assert int(count) > 0
@@ -114,7 +114,7 @@ def test_installed_wheel_has_what_every_lesson_imports_and_reads(installed: Path
     lines = sorted({line for imports, _ in wanted for line in imports})
     paths = sorted({tuple(path) for _, found in wanted for path in found if path})
     assert len(lines) > 30 and len(paths) > 3
-    code = "from qftlab.data.bundled import bundled\nfrom qftlab_course.stages import STAGES, stage\n"
+    code = "from qftlab.files import bundled\nfrom qftlab_course.stages import STAGES, stage\n"
     code += "".join(f"{line}\n" for line in lines)
     code += f"assert all([bundled(*path).is_file() for path in {paths}])\n"  # it names what is not there
     code += "print([bundled() in stage(name).path.parents for name in STAGES])"
@@ -136,7 +136,7 @@ def test_the_setup_cell_installs_the_wheel_that_git_gives(tmp_path: Path) -> Non
     pip.chmod(0o755)
     text = LESSONS[0].read_text(encoding="utf-8")
     setup = text.partition('# %% tags=["setup"]\n')[2].partition("# %%")[0]
-    where = "import qftlab; from qftlab.data.bundled import bundled; print(qftlab.__file__, bundled('tiny'))"
+    where = "import qftlab; from qftlab.files import bundled; print(qftlab.__file__, bundled('tiny'))"
     cells = [nbformat.v4.new_code_cell(source) for source in (setup, where)]
     notebook = json.dumps(nbformat.v4.new_notebook(cells=cells))
     (tmp_path / "a.ipynb").write_text(notebook)

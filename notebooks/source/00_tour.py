@@ -42,7 +42,7 @@ import torch
 
 from qftlab.core.losses import dpo_loss, leave_one_out_advantages, masked_cross_entropy
 from qftlab.core.sampling import SamplingParams
-from qftlab.data.bundled import bundled
+from qftlab.files import bundled
 from qftlab.data.sources import load_rows
 from qftlab.generate.engine import generate
 from qftlab.text.chat import render_chat, row_to_messages

@@ -34,7 +34,7 @@ import torch
 
 from qftlab.core.losses import masked_cross_entropy
 from qftlab.data.batching import Example, pack, pad
-from qftlab.data.bundled import bundled
+from qftlab.files import bundled
 from qftlab.data.sources import load_rows
 from qftlab.generate.engine import generate
 from qftlab.text.chat import render_chat, render_prompt, row_to_messages

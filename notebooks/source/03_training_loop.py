@@ -49,7 +49,7 @@ from transformers import get_linear_schedule_with_warmup as linear_with_warmup
 
 from qftlab.core.losses import masked_cross_entropy
 from qftlab.data.batching import batches, count_trained, first_fit_decreasing, pack, pad
-from qftlab.data.bundled import bundled
+from qftlab.files import bundled
 from qftlab.data.sources import load_rows
 from qftlab.data.split import contamination
 from qftlab.evaluate import wilson_interval

@@ -38,7 +38,7 @@ import warnings
 import torch
 
 from qftlab.data.batching import Example
-from qftlab.data.bundled import bundled
+from qftlab.files import bundled
 from qftlab.data.sources import load_rows
 from qftlab.generate.engine import generate
 from qftlab.model.config import LoRAConfig

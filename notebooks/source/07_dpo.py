@@ -37,7 +37,7 @@ import math
 import torch
 
 from qftlab.core.losses import dpo_loss, preference_accuracy
-from qftlab.data.bundled import bundled
+from qftlab.files import bundled
 from qftlab.data.sources import load, load_rows
 from qftlab.train.config import TrainConfig
 from qftlab.train.dpo import fit_pairs

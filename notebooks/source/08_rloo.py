@@ -46,7 +46,7 @@ from qftlab.core.losses import (
 from qftlab.core.rewards import countdown_reward, extract_answer, parse_expression
 from qftlab.core.sampling import SamplingParams
 from qftlab.data.batching import Example, pad
-from qftlab.data.bundled import bundled
+from qftlab.files import bundled
 from qftlab.data.sources import load_rows
 from qftlab.evaluate import pass_at_k
 from qftlab.generate.engine import generate

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from qftlab.core.files import resolve
+from qftlab.files import resolve
 from qftlab.model.attention import NAME as PACKED
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.lora import adapter_base, is_adapted, load_adapters, save_adapters

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from qftlab.core.files import bundled
+from qftlab.files import bundled
 from qftlab.model.config import LoRAConfig
 from qftlab.model.vocabulary import row_layers
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qftlab.core.files import resolve
+from qftlab.files import resolve
 
 NEW_TOKENS = ("<|AGENT|>", "<|EDIT|>")
 

@@ -9,8 +9,8 @@ import json
 import pytest
 import torch
 
-from qftlab.core.files import bundled
 from qftlab.data.sources import load_rows
+from qftlab.files import bundled
 from qftlab.model.config import LoRAConfig
 from qftlab.model.loading import load_model
 from qftlab.model.lora import trained_token_ids

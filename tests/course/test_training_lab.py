@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import records
-from qftlab.core.files import bundled
+from qftlab.files import bundled
 from qftlab_course.lessons import training_plots
 
 

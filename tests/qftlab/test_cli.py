@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from qftlab import cli, commands
-from qftlab.core.files import bundled
 from qftlab.core.sampling import SamplingParams
 from qftlab.data.sources import load_rows
+from qftlab.files import bundled
 from qftlab.generate.config import SamplingConfig
 from qftlab.model.config import ExportConfig
 from qftlab.settings import option_helps

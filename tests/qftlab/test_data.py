@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qftlab.data.batching import Example, batches, count_trained, pack, pad
-from qftlab.data.bundled import bundled
 from qftlab.data.sources import DataError, load_rows
+from qftlab.files import bundled
 
 ROW = {"instruction": "Add", "input": "", "output": "3"}
 

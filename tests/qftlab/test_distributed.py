@@ -20,8 +20,8 @@ from distributed_cases import CASES, HALF, STEPS, config, examples, fit
 from random_models import random_model
 from test_rloo import shared_run
 
-from qftlab.core.files import bundled
 from qftlab.data.sources import load_rows
+from qftlab.files import bundled
 from qftlab.model.loading import load_model, save_model
 from qftlab.text.tokenizer import load_tokenizer
 from qftlab.train.checkpoint import Checkpoints

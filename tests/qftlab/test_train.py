@@ -22,9 +22,9 @@ from transformers import (
     get_scheduler,
 )
 
-from qftlab.core.files import bundled
 from qftlab.data.batching import Example, pack, pad
 from qftlab.data.sources import load_rows
+from qftlab.files import bundled
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.loading import load_model, save_model
 from qftlab.text.tokenizer import load_tokenizer

@@ -23,7 +23,7 @@ import torch
 
 from qftlab.core.rewards import countdown_reward, extract_answer, parse_expression
 from qftlab.core.sampling import SamplingParams
-from qftlab.data.bundled import bundled
+from qftlab.files import bundled
 from qftlab.generate.engine import generate
 from qftlab.train.config import TrainConfig
 from qftlab.train.rloo import fresh_problems

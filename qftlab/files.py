@@ -39,3 +39,6 @@ def resolve(name_or_path: str | Path) -> str:
     if is_hub_name and name.split("/")[0] not in OWN_FOLDERS:
         return name
     raise FileNotFoundError(f'{name} is no folder: give "tiny", the folder of a saved model, or a name on the hub')
+
+
+__all__ = ["bundled"]
