@@ -40,7 +40,7 @@ import math
 
 import torch
 
-from qftlab.core.losses import dpo_loss, leave_one_out_advantages, masked_cross_entropy
+from qftlab.maths.losses import dpo_loss, leave_one_out_advantages, masked_cross_entropy
 from qftlab.core.sampling import SamplingParams
 from qftlab.files import bundled
 from qftlab.data.sources import load_rows

@@ -32,7 +32,7 @@ if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
 # %%
 import torch
 
-from qftlab.core.losses import masked_cross_entropy
+from qftlab.maths.losses import masked_cross_entropy
 from qftlab.data.batching import Example, pack, pad
 from qftlab.files import bundled
 from qftlab.data.sources import load_rows

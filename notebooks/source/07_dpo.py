@@ -36,7 +36,7 @@ import math
 
 import torch
 
-from qftlab.core.losses import dpo_loss, preference_accuracy
+from qftlab.maths.losses import dpo_loss, preference_accuracy
 from qftlab.files import bundled
 from qftlab.data.sources import load, load_rows
 from qftlab.train.config import TrainConfig

@@ -40,7 +40,7 @@ import statistics
 import torch
 
 from qftlab.core.logprobs import token_logprobs
-from qftlab.core.losses import (
+from qftlab.maths.losses import (
     clipped_policy_loss, kl_estimate, leave_one_out_advantages,
 )  # fmt: skip
 from qftlab.core.rewards import countdown_reward, extract_answer, parse_expression

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qftlab.core.losses import dpo_loss, preference_accuracy, sum_by_document
 from qftlab.data.batching import batches, first_fit_decreasing, group_by_length, pack, pad
+from qftlab.maths.losses import dpo_loss, preference_accuracy, sum_by_document
 from qftlab.model.loading import save_model
 from qftlab.model.modules import module_mode
 from qftlab.train.checkpoint import Checkpoints, training_identity

@@ -13,7 +13,7 @@ from qftlab.train.config import TrainConfig, check_data, check_run
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """What DPO minimises; see `qftlab.core.losses.dpo_loss`.
+    """What DPO minimises; see `qftlab.maths.losses.dpo_loss`.
 
     Args:
         beta: how strongly the policy is held to the reference; smaller lets it go further.

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
-from qftlab.core.losses import preference_accuracy, sum_by_document
 from qftlab.data.batching import Example, pack, pad
 from qftlab.files import resolve
+from qftlab.maths.losses import preference_accuracy, sum_by_document
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.loading import save_model
 from qftlab.model.modules import module_mode

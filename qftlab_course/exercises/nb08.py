@@ -175,7 +175,7 @@ EXERCISES = (
         title="Leave one out",
         dots=2,
         minutes=8,
-        reference="qftlab.core.losses.leave_one_out_advantages",
+        reference="qftlab.maths.losses.leave_one_out_advantages",
         draw=_draw_rewards,
         instead="take each reward minus the mean of the others in its row",
         suspects=(
@@ -224,7 +224,7 @@ EXERCISES = (
         reference=clipped,
         draw=_draw_ratios,
         instead="take the smaller of ratio · A and clipped ratio · A, and turn the sign",
-        forbidden=("qftlab.core.losses.clipped_policy_loss",),
+        forbidden=("qftlab.maths.losses.clipped_policy_loss",),
         suspects=(
             Suspect("the ratio is not clipped", like=_ratio_loss(lambda ratio, cut, a: -ratio * a)),
             Suspect(
@@ -261,7 +261,7 @@ EXERCISES = (
         reference=k3,
         draw=_draw_logprobs,
         instead="compute exp(r) - 1 - r with r = reference minus policy",
-        forbidden=("qftlab.core.losses.kl_estimate", "torch.nn.functional.kl_div"),
+        forbidden=("qftlab.maths.losses.kl_estimate", "torch.nn.functional.kl_div"),
         suspects=(
             Suspect("r is turned round: reference minus policy", like=lambda p, ref: k3(ref, p)),
             Suspect("this is k1, which may be negative", like=lambda p, ref: p - ref),

@@ -18,7 +18,7 @@ import torch
 from exercise_answers import ANSWERS
 from torch.nn import functional as F
 
-from qftlab.core.losses import masked_cross_entropy
+from qftlab.maths.losses import masked_cross_entropy
 from qftlab_course import check_guard, checks
 from qftlab_course.check_compare import as_tensor, bulk, difference, general_suspect, show
 from qftlab_course.check_guard import Forbidden, guarded, mentioned, resolve
@@ -171,11 +171,11 @@ HIDDEN = [
     (loss_through_class, "torch.nn.CrossEntropyLoss"),
     (loss_through_instance, "torch.nn.CrossEntropyLoss"),
     (loss_through_getattr, "torch.nn.functional.cross_entropy"),
-    (loss_through_default, "qftlab.core.losses.masked_cross_entropy"),
-    (loss_through_helper, "qftlab.core.losses.masked_cross_entropy"),
-    (loss_through_inner, "qftlab.core.losses.masked_cross_entropy"),
-    (LossObject(), "qftlab.core.losses.masked_cross_entropy"),
-    (LossMethod().loss, "qftlab.core.losses.masked_cross_entropy"),
+    (loss_through_default, "qftlab.maths.losses.masked_cross_entropy"),
+    (loss_through_helper, "qftlab.maths.losses.masked_cross_entropy"),
+    (loss_through_inner, "qftlab.maths.losses.masked_cross_entropy"),
+    (LossObject(), "qftlab.maths.losses.masked_cross_entropy"),
+    (LossMethod().loss, "qftlab.maths.losses.masked_cross_entropy"),
 ]
 
 

@@ -9,10 +9,10 @@ import matplotlib
 import pytest
 import torch
 
-from qftlab.core.losses import sum_by_document
 from qftlab.data.batching import pad
 from qftlab.files import bundled
 from qftlab.generate.engine import generate
+from qftlab.maths.losses import sum_by_document
 from qftlab.model.loading import load_model
 from qftlab.text.tokenizer import load_tokenizer
 from qftlab.train.pair_rows import encode_pairs

@@ -14,7 +14,8 @@ from random_models import random_model
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from qftlab.core.losses import (
+from qftlab.data.batching import Example, pack, pad
+from qftlab.maths.losses import (
     clipped_policy_loss,
     dpo_loss,
     is_clipped,
@@ -23,7 +24,6 @@ from qftlab.core.losses import (
     preference_accuracy,
     sum_by_document,
 )
-from qftlab.data.batching import Example, pack, pad
 from qftlab.train.step import Step
 
 

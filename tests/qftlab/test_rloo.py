@@ -14,9 +14,9 @@ import torch
 from random_models import random_model
 from torch.testing import assert_close
 
-from qftlab.core.losses import leave_one_out_advantages
 from qftlab.data.batching import Example, pack
 from qftlab.generate.engine import Completion
+from qftlab.maths.losses import leave_one_out_advantages
 from qftlab.model.config import LoRAConfig
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import add_adapters

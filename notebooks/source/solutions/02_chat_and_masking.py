@@ -18,7 +18,7 @@ if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
 # %%
 import torch
 
-from qftlab.core.losses import masked_cross_entropy
+from qftlab.maths.losses import masked_cross_entropy
 from qftlab.data.batching import Example
 from qftlab.text.chat import render_chat
 from qftlab_course import checks, stages
