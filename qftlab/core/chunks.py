@@ -43,7 +43,7 @@ def chunk_tokens(vocab_size: int, device: torch.device) -> int:
 def _kernel() -> Callable | None:
     """Our own kernel for a chunk on CUDA; None without Triton."""
     try:
-        from qftlab.core.kernels import slopes_
+        from qftlab.maths.kernels import slopes_
     except ImportError:
         log.info("no Triton: the loss of a chunk takes several passes over its logits in place of two")
         return None

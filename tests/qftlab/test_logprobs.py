@@ -420,7 +420,7 @@ def test_chunks_shrink_as_the_vocabulary_grows() -> None:
 
 KERNEL = """
 import torch
-import qftlab.core.kernels as kernels
+import qftlab.maths.kernels as kernels
 kernels.BLOCK = 64  # so that a row takes several
 torch.manual_seed(0)
 for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7)):
