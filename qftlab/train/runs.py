@@ -163,7 +163,7 @@ def draw_curves(
     """Writes what a run is judged by as a PNG: its rewards, both log-probabilities of pairs, or else its losses."""
     from matplotlib.figure import Figure
 
-    from qftlab.core.plots import finish, loss_curve
+    from qftlab.maths.plots import finish, loss_curve
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     ax = figure.subplots()
