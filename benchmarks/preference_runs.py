@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qftlab.core.rewards import countdown_reward
 from qftlab.core.sampling import SamplingParams
 from qftlab.data.countdown import countdown_row, random_problem
 from qftlab.data.sources import load_rows
 from qftlab.evaluate import mcnemar
 from qftlab.files import bundled
 from qftlab.generate.engine import generate
+from qftlab.maths.verify import countdown_reward
 from qftlab.model.loading import load_model, save_model
 from qftlab.text.chat import row_to_messages
 from qftlab.text.tokenizer import load_tokenizer

@@ -7,10 +7,10 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from qftlab.core.rewards import countdown_reward
 from qftlab.data.batching import Example, batches
 from qftlab.data.sources import load_rows
 from qftlab.files import bundled
+from qftlab.maths.verify import countdown_reward
 from qftlab.model.lora import add_adapters
 from qftlab.model.vocabulary import extend_model
 from qftlab.text.tokenizer import extend_tokenizer

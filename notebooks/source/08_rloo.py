@@ -43,7 +43,7 @@ from qftlab.core.logprobs import token_logprobs
 from qftlab.maths.losses import (
     clipped_policy_loss, kl_estimate, leave_one_out_advantages,
 )  # fmt: skip
-from qftlab.core.rewards import countdown_reward, extract_answer, parse_expression
+from qftlab.maths.verify import countdown_reward, extract_answer, parse_expression
 from qftlab.core.sampling import SamplingParams
 from qftlab.data.batching import Example, pad
 from qftlab.files import bundled

@@ -7,7 +7,7 @@ import random
 import torch
 from torch import Tensor
 
-from qftlab.core.rewards import extract_answer, parse_expression
+from qftlab.maths.verify import extract_answer, parse_expression
 from qftlab_course.exercises import Exercise, Suspect, tensor
 
 REWARDS = (0.0, 0.1, 1.0)
@@ -295,7 +295,7 @@ EXERCISES = (
         title="Repair the verifier",
         dots=3,
         minutes=10,
-        reference="qftlab.core.rewards.countdown_reward",
+        reference="qftlab.maths.verify.countdown_reward",
         draw=_draw_answer,
         instead="parse the answer with parse_expression and compare its numbers with those given",
         sizes=19,

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qftlab.core.rewards import countdown_reward
 from qftlab.core.sampling import SamplingParams
 from qftlab.data.batching import Example, pad
 from qftlab.generate.engine import generate
+from qftlab.maths.verify import countdown_reward
 from qftlab.model.modules import module_mode
 from qftlab.text.chat import row_to_messages
 from qftlab.train.step import Step, to_device

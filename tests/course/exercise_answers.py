@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qftlab.core.rewards import extract_answer, parse_expression
+from qftlab.maths.verify import extract_answer, parse_expression
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from random_models import random_model
 from torch.testing import assert_close
 
 from benchmarks import harness, preference
-from qftlab.core.rewards import countdown_reward
 from qftlab.data.batching import Example
 from qftlab.data.countdown import countdown_row, random_problem
+from qftlab.maths.verify import countdown_reward
 from qftlab.model.config import LoRAConfig
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import add_adapters

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qftlab.core.rewards import (
+from qftlab.data.countdown import countdown_row, random_problem, solve
+from qftlab.maths.verify import (
     answer_reward,
     countdown_reward,
     exact_reward,
@@ -19,7 +20,6 @@ from qftlab.core.rewards import (
     first_token_reward,
     parse_expression,
 )
-from qftlab.data.countdown import countdown_row, random_problem, solve
 
 
 def reward(expression: str, numbers: list[int] = (3, 4, 5), target: int = 35) -> float:
