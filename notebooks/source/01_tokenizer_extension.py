@@ -36,7 +36,7 @@ import tempfile
 import torch
 from matplotlib import pyplot
 
-from qftlab.core.logprobs import token_logprobs
+from qftlab.maths.logprobs import token_logprobs
 from qftlab.generate.engine import generate
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.vocabulary import extend_model

@@ -39,7 +39,7 @@ import statistics
 
 import torch
 
-from qftlab.core.logprobs import token_logprobs
+from qftlab.maths.logprobs import token_logprobs
 from qftlab.maths.losses import (
     clipped_policy_loss, kl_estimate, leave_one_out_advantages,
 )  # fmt: skip

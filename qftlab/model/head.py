@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from qftlab.core.chunks import Term
+from qftlab.maths.logprobs import Term
 
 PLAIN = (Tensor, nn.Parameter)  # no shards, no quantised storage
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qftlab.core.chunks import chunk_tokens
-from qftlab.core.logprobs import linear_cross_entropy, linear_logprobs, module_logprobs
+from qftlab.maths.logprobs import chunk_tokens, linear_cross_entropy, linear_logprobs, module_logprobs
 from qftlab.model.head import head_terms
 from qftlab.model.modules import causal_model, module_mode
 from qftlab.settings import check_choice

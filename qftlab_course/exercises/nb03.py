@@ -189,7 +189,7 @@ EXERCISES = (
             "torch.nn.functional.nll_loss",
             "torch.nn.CrossEntropyLoss",
             "torch.nn.NLLLoss",
-            "qftlab.core.logprobs.token_logprobs",
+            "qftlab.maths.logprobs.token_logprobs",
             "transformers.loss.loss_utils.ForCausalLMLoss",
         ),
         suspects=(

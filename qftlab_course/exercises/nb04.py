@@ -187,7 +187,7 @@ EXERCISES = (
         reference=entropy,
         draw=_draw_entropy,
         instead="divide the logits by the temperature, take log_softmax, and add up -p log p",
-        forbidden=("qftlab.core.logprobs.entropy", "torch.distributions.Categorical"),
+        forbidden=("qftlab.maths.logprobs.entropy", "torch.distributions.Categorical"),
         atol=1e-4,
         suspects=(
             Suspect(

@@ -19,8 +19,8 @@ from transformers import (
 )
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from qftlab.core.logprobs import entropy, token_logprobs
 from qftlab.core.sampling import SamplingParams, filter_logits, sample, uniform
+from qftlab.maths.logprobs import entropy, token_logprobs
 from qftlab.maths.losses import masked_cross_entropy
 
 

@@ -19,16 +19,17 @@ from random_models import random_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qftlab.core import chunks
-from qftlab.core.chunks import Term, chunk_tokens
-from qftlab.core.logprobs import (
+from qftlab.data.batching import Example, pack
+from qftlab.maths import logprobs
+from qftlab.maths.logprobs import (
+    Term,
+    chunk_tokens,
     entropy,
     linear_cross_entropy,
     linear_logprobs,
     module_logprobs,
     token_logprobs,
 )
-from qftlab.data.batching import Example, pack
 from qftlab.model.head import head_terms
 from qftlab.model.modules import causal_model
 from qftlab.train.step import Step, count_trained_tokens
@@ -363,8 +364,8 @@ PEAK = """
 import resource, sys, torch
 from pathlib import Path
 from torch.nn import functional as F
-from qftlab.core.chunks import Term
-from qftlab.core.logprobs import linear_cross_entropy, linear_logprobs
+from qftlab.maths.logprobs import Term
+from qftlab.maths.logprobs import linear_cross_entropy, linear_logprobs
 kind, n, vocab, width = sys.argv[1], *map(int, sys.argv[2:])
 x, w = (torch.empty(rows, width).normal_().requires_grad_() for rows in (n, vocab))
 y = torch.arange(n) % vocab
@@ -452,7 +453,7 @@ def test_on_cuda_in_bf16(way: str, monkeypatch) -> None:
     """Ours with and without Triton, and Liger's where it is installed, against fp64 on the same bf16 numbers."""
     pytest.importorskip("liger_kernel" if way == "liger" else "triton")
     if way == "torch":
-        monkeypatch.setattr(chunks, "_kernel", lambda: None)
+        monkeypatch.setattr(logprobs, "_kernel", lambda: None)
     x, w = (t.detach().cuda().bfloat16().requires_grad_() for t in tensors((700, 128), (5000, 128)))
     y = labels(700, 5000).cuda()
     exact = [t.detach().double().requires_grad_() for t in (x, w)]

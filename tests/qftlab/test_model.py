@@ -176,7 +176,7 @@ def test_saved_models_load_in_plain_transformers(tmp_path):
 
 def test_the_real_llama_loads_and_scores_english(real_data):
     """A 260k-parameter Llama trained on children's stories: its own text is likelier than the same words shuffled."""
-    from qftlab.core.logprobs import token_logprobs
+    from qftlab.maths.logprobs import token_logprobs
 
     model, tokenizer = load_model(real_data / "tinylm" / "hf"), load_tokenizer(real_data / "tinylm" / "hf")
 
