@@ -19,11 +19,11 @@ from benchmarks.models import (
     random_prompts,
     word_tokenizer,
 )
-from qftlab.core.sampling import SamplingParams, sample, uniform
 from qftlab.generate.beam import beam_search
 from qftlab.generate.decoder import Decoder
 from qftlab.generate.engine import generate
 from qftlab.generate.layouts import choose_layout
+from qftlab.maths.sampling import SamplingParams, sample, uniform
 
 GREEDY = SamplingParams(temperature=0.0)
 PLAIN = SamplingParams()

@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qftlab.core.sampling import SamplingParams
 from qftlab.data.countdown import countdown_row, random_problem
 from qftlab.data.sources import load_rows
 from qftlab.evaluate import mcnemar
 from qftlab.files import bundled
 from qftlab.generate.engine import generate
+from qftlab.maths.sampling import SamplingParams
 from qftlab.maths.verify import countdown_reward
 from qftlab.model.loading import load_model, save_model
 from qftlab.text.chat import row_to_messages

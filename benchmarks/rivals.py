@@ -12,7 +12,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCri
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from benchmarks.harness import MismatchError, Options
-from qftlab.core.sampling import SamplingParams, filter_logits
+from qftlab.maths.sampling import SamplingParams, filter_logits
 
 
 class EndAt(StoppingCriteria):

@@ -160,7 +160,7 @@ def hide_loading_bars() -> None:
 
 def load_for(config) -> tuple:
     """Model, tokenizer and the options of `generate`."""
-    from qftlab.core.sampling import SamplingParams
+    from qftlab.maths.sampling import SamplingParams
 
     params = SamplingParams(**dataclasses.asdict(config.sampling))
     model, tokenizer = load_named(config.model, config.dtype, config.device)

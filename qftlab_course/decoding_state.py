@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qftlab.core.sampling import SamplingParams, sample, uniform
 from qftlab.generate.beam import BeamStep, beam_search
 from qftlab.generate.prompts import default_stop_ids, encode_prompts, head_rows
+from qftlab.maths.sampling import SamplingParams, sample, uniform
 from qftlab_course.decoding import texts_of
 from qftlab_course.reader import Reader
 from qftlab_course.trace import (

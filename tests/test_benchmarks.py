@@ -19,7 +19,7 @@ import torch
 from benchmarks import generation, harness, preference, rivals, run, training
 from benchmarks.harness import Benchmark, MismatchError, Options, Side
 from benchmarks.models import bench_config, half_billion_config, random_model, random_prompts, word_tokenizer
-from qftlab.core.sampling import SamplingParams
+from qftlab.maths.sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = Options(rounds=2, quick=True)

@@ -41,7 +41,7 @@ import math
 import torch
 
 from qftlab.maths.losses import dpo_loss, leave_one_out_advantages, masked_cross_entropy
-from qftlab.core.sampling import SamplingParams
+from qftlab.maths.sampling import SamplingParams
 from qftlab.files import bundled
 from qftlab.data.sources import load_rows
 from qftlab.generate.engine import generate

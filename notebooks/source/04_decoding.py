@@ -39,7 +39,7 @@ from matplotlib import pyplot
 from transformers import DynamicCache
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from qftlab.core.sampling import SamplingParams, filter_logits, uniform
+from qftlab.maths.sampling import SamplingParams, filter_logits, uniform
 from qftlab.generate.beam import beam_search
 from qftlab.generate.engine import generate
 from qftlab.text.chat import render_prompt

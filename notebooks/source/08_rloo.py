@@ -44,7 +44,7 @@ from qftlab.maths.losses import (
     clipped_policy_loss, kl_estimate, leave_one_out_advantages,
 )  # fmt: skip
 from qftlab.maths.verify import countdown_reward, extract_answer, parse_expression
-from qftlab.core.sampling import SamplingParams
+from qftlab.maths.sampling import SamplingParams
 from qftlab.data.batching import Example, pad
 from qftlab.files import bundled
 from qftlab.data.sources import load_rows

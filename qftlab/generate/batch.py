@@ -10,9 +10,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from qftlab.core.sampling import RowParams, SamplingParams, sample, sample_rows, uniform
 from qftlab.generate.cache import KVCache, Prefix
 from qftlab.generate.decoder import Decoder
+from qftlab.maths.sampling import RowParams, SamplingParams, sample, sample_rows, uniform
 
 # A graph has a fixed number of rows and columns; these are rounded up to, so that few graphs serve all.
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)

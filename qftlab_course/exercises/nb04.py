@@ -208,7 +208,7 @@ EXERCISES = (
         reference=top_p,
         draw=_draw_top_p,
         instead="sort the probabilities, add them up, and put what you keep back in its place",
-        forbidden=("qftlab.core.sampling.filter_logits", "transformers.TopPLogitsWarper"),
+        forbidden=("qftlab.maths.sampling.filter_logits", "transformers.TopPLogitsWarper"),
         suspects=(
             Suspect("the token that crosses p is cut; it belongs to the set", like=_without_crossing),
             Suspect("decided in sorted order, applied to unsorted logits; put it back in its place", like=_unsorted),
@@ -232,7 +232,7 @@ EXERCISES = (
         reference=penalise,
         draw=_draw_penalty,
         instead="copy the logits, and divide or multiply those of the tokens seen, by their sign",
-        forbidden=("qftlab.core.sampling.filter_logits", "transformers.RepetitionPenaltyLogitsProcessor"),
+        forbidden=("qftlab.maths.sampling.filter_logits", "transformers.RepetitionPenaltyLogitsProcessor"),
         suspects=(
             Suspect(
                 "negative logits are divided too, which makes those tokens more likely; multiply them",

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qftlab.core.sampling import SamplingParams
 from qftlab.data.batching import Example, pad
 from qftlab.generate.engine import generate
+from qftlab.maths.sampling import SamplingParams
 from qftlab.maths.verify import countdown_reward
 from qftlab.model.modules import module_mode
 from qftlab.text.chat import row_to_messages

@@ -623,8 +623,8 @@ def test_oracles_agree_with_the_library() -> None:
 def test_oracles_of_decoding_agree_with_the_library_and_transformers() -> None:
     from transformers import RepetitionPenaltyLogitsProcessor, StopStringCriteria, TopPLogitsWarper
 
-    from qftlab.core.sampling import SamplingParams, filter_logits
     from qftlab.maths.logprobs import entropy
+    from qftlab.maths.sampling import SamplingParams, filter_logits
     from qftlab.text.tokenizer import load_tokenizer
     from qftlab_course.exercises import nb04
 

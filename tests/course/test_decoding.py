@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from test_views import NASTY, hides_nothing, parsed, svg_words
 from transformers import AutoTokenizer
 
-from qftlab.core.sampling import SamplingParams, filter_logits, sample, uniform
 from qftlab.generate.beam import beam_search
 from qftlab.generate.decoder import Decoder
 from qftlab.generate.engine import generate
+from qftlab.maths.sampling import SamplingParams, filter_logits, sample, uniform
 from qftlab.model.loading import load_model
 from qftlab_course import decoding_lab, views, widgets
 from qftlab_course.decoding import candidate_words, decoding_tree, distribution_view, texts_of

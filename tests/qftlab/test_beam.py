@@ -11,11 +11,11 @@ from peft import LoraConfig, get_peft_model
 from random_models import random_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from qftlab.core.sampling import SamplingParams
 from qftlab.generate import beam
 from qftlab.generate.beam import BeamHypothesis, BeamStep, beam_search
 from qftlab.generate.decoder import Decoder
 from qftlab.generate.engine import generate
+from qftlab.maths.sampling import SamplingParams
 from qftlab.text.tokenizer import load_tokenizer
 
 START, A, B, END, C, END_2 = range(6)

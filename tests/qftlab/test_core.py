@@ -19,9 +19,9 @@ from transformers import (
 )
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from qftlab.core.sampling import SamplingParams, filter_logits, sample, uniform
 from qftlab.maths.logprobs import entropy, token_logprobs
 from qftlab.maths.losses import masked_cross_entropy
+from qftlab.maths.sampling import SamplingParams, filter_logits, sample, uniform
 
 
 def batch(seed: int = 0, rows: int = 3, width: int = 9, vocab: int = 50):

@@ -10,11 +10,11 @@ from peft import LoraConfig, get_peft_model
 from tests.test_generate import FAMILIES, PROMPTS, make_model, tokenizer  # noqa: F401  (a fixture)
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from qftlab.core.sampling import SamplingParams
 from qftlab.generate.cache import KVCache, compact
 from qftlab.generate.decoder import Decoder, bump_weights_version_
 from qftlab.generate.engine import generate, stream
 from qftlab.generate.fuse import LAYOUTS
+from qftlab.maths.sampling import SamplingParams
 
 # Other orders of summation, fp32: logits here reach 10, and differences of up to 5e-6 were seen.
 ROUNDING = 1e-5

@@ -20,11 +20,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from qftlab.core.sampling import SamplingParams
 from qftlab.generate import engine
 from qftlab.generate.engine import Completion, generate
 from qftlab.generate.prompts import default_stop_ids
 from qftlab.generate.texts import continuation_text, find_stop
+from qftlab.maths.sampling import SamplingParams
 from qftlab.model.attention import register_packed_attention
 
 SHAPE = {

@@ -15,9 +15,9 @@ import pytest
 import torch
 from random_models import random_model
 
-from qftlab.core.sampling import SamplingParams
 from qftlab.generate.beam import beam_search
 from qftlab.generate.engine import generate
+from qftlab.maths.sampling import SamplingParams
 from qftlab.model.loading import load_model
 from qftlab.text.tokenizer import load_tokenizer
 

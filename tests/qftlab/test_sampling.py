@@ -18,8 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from qftlab.core.draws import draw, weigh
-from qftlab.core.sampling import RowParams, SamplingParams, filter_logits, sample, sample_rows, uniform
+from qftlab.maths.sampling import RowParams, SamplingParams, draw, filter_logits, sample, sample_rows, uniform, weigh
 
 GREEDY = SamplingParams(temperature=0.0)
 any_params = st.builds(

@@ -11,8 +11,8 @@ import pytest
 import torch
 from random_models import random_model
 
-from qftlab.core.sampling import SamplingParams
 from qftlab.generate.engine import generate
+from qftlab.maths.sampling import SamplingParams
 from qftlab.model.config import LoRAConfig
 from qftlab.model.lora import add_adapters
 from qftlab.text.tokenizer import load_tokenizer

@@ -20,7 +20,7 @@ import math
 
 import torch
 
-from qftlab.core.sampling import SamplingParams
+from qftlab.maths.sampling import SamplingParams
 from qftlab.generate.beam import beam_search
 from qftlab.generate.engine import generate
 from qftlab.text.chat import render_prompt

@@ -22,7 +22,7 @@ import statistics
 import torch
 
 from qftlab.maths.verify import countdown_reward, extract_answer, parse_expression
-from qftlab.core.sampling import SamplingParams
+from qftlab.maths.sampling import SamplingParams
 from qftlab.files import bundled
 from qftlab.generate.engine import generate
 from qftlab.train.config import TrainConfig
