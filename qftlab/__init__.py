@@ -1,4 +1,4 @@
-"""qftlab: the tested and fast version of what the notebooks teach; import from its rooms, as `qftlab.text.chat`."""
+"""qftlab: the tested and fast version of what the notebooks teach; import from its rooms, as `qftlab.rows.chat`."""
 
 from __future__ import annotations
 

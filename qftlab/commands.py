@@ -129,7 +129,7 @@ def read_turn(source: TextIO, is_terminal: bool) -> str | None:
 
 def fit_context(model, tokenizer, messages: list[dict], kept: int, max_new_tokens: int) -> list[dict]:
     """The conversation without its oldest turns, where it has outgrown the model's context; the first `kept` stay."""
-    from qftlab.text.chat import render_prompt
+    from qftlab.rows.chat import render_prompt
     from qftlab.train.sft import context_length
 
     limit = context_length(model)

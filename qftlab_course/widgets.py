@@ -92,7 +92,7 @@ def _rendered(tokenizer, conversation):
     first = conversation[0] if isinstance(conversation, Sequence) and conversation else conversation
     if hasattr(first, "input_ids"):
         return conversation
-    from qftlab.text.chat import render_chat
+    from qftlab.rows.chat import render_chat
 
     return render_chat(tokenizer, conversation)
 

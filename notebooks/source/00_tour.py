@@ -45,7 +45,7 @@ from qftlab.maths.sampling import SamplingParams
 from qftlab.files import bundled
 from qftlab.data.sources import load_rows
 from qftlab.generate.engine import generate
-from qftlab.text.chat import render_chat, row_to_messages
+from qftlab.rows.chat import render_chat, row_to_messages
 from qftlab_course import plots, stages, tour, views
 from qftlab_course.measure import compare, evaluate_kept, evaluate_rows
 from qftlab_course.world.style import is_polite, style_pairs

@@ -42,7 +42,7 @@ from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from qftlab.maths.sampling import SamplingParams, filter_logits, uniform
 from qftlab.generate.beam import beam_search
 from qftlab.generate.engine import generate
-from qftlab.text.chat import render_prompt
+from qftlab.rows.chat import render_prompt
 from qftlab_course import checks, plots, stages, views
 from qftlab_course.decoding import texts_of
 from qftlab_course.trace import beam_trace

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from qftlab.data.batching import Example, count_trained
+from qftlab.rows.chat import render_chat, row_to_messages
 from qftlab.settings import check_at_least, check_choice
-from qftlab.text.chat import render_chat, row_to_messages
 
 FIRST = 10  # affected rows that are named
 QUESTION, ANSWER = "qftlabquestionmark", "qftlabanswermark"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from qftlab.rows.chat import render_prompt
 from qftlab.settings import check_at_least
-from qftlab.text.chat import render_prompt
 
 END_OF_TURN = "<|im_end|>"
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]

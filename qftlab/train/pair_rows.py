@@ -10,7 +10,7 @@ from pathlib import Path
 from qftlab.data.batching import Example, count_trained
 from qftlab.data.schemas import convert_row, remarks
 from qftlab.data.sources import load
-from qftlab.text.chat import render_chat
+from qftlab.rows.chat import render_chat
 
 log = logging.getLogger(__name__)
 REFUSED = ("equal pair", "score tie", "empty answer")

@@ -12,7 +12,7 @@ from qftlab.generate.decoder import Decoder
 from qftlab.generate.engine import Completion, generate
 from qftlab.generate.layouts import layout_for
 from qftlab.maths.sampling import SamplingParams
-from qftlab.text.chat import row_to_messages
+from qftlab.rows.chat import row_to_messages
 from qftlab.train.pair_rows import Pair
 from qftlab.train.rollouts import Reward
 

@@ -19,7 +19,7 @@ from qftlab.maths.losses import preference_accuracy, sum_by_document
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.loading import save_model
 from qftlab.model.modules import module_mode
-from qftlab.text.chat import render_chat, render_prompt
+from qftlab.rows.chat import render_chat, render_prompt
 from qftlab.text.tokenizer import load_tokenizer
 from qftlab.train.checkpoint import Checkpoints, training_identity
 from qftlab.train.config import TrainConfig

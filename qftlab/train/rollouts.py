@@ -16,7 +16,7 @@ from qftlab.generate.decoder import Decoder, bump_weights_version_
 from qftlab.generate.engine import Completion, generate
 from qftlab.generate.layouts import choose_layout
 from qftlab.maths.sampling import SamplingParams
-from qftlab.text.chat import render_prompt, row_to_messages
+from qftlab.rows.chat import render_prompt, row_to_messages
 from qftlab.train.policy_config import PolicyConfig
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qftlab.data.batching import Example, count_trained
-from qftlab.text.chat import render_chat, row_to_messages
+from qftlab.rows.chat import render_chat, row_to_messages
 
 log = logging.getLogger(__name__)
 

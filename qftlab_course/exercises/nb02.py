@@ -119,7 +119,7 @@ EXERCISES = (
         reference=loss_mask,
         draw=_draw_turns,
         instead="go through the turns and add one flag per token: header, content, end of turn, newline",
-        forbidden=("qftlab.text.chat.render_chat",),
+        forbidden=("qftlab.rows.chat.render_chat",),
         suspects=(
             Suspect(
                 "the end of the turn is not trained: such a model never stops, it goes on to interview itself",

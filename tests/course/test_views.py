@@ -317,7 +317,7 @@ def test_mask_viewer_bundle_has_a_static_stand_in_and_short_text(tiny) -> None:
 
 
 def test_mask_viewer_renders_messages(tiny) -> None:
-    pytest.importorskip("qftlab.text.chat")
+    pytest.importorskip("qftlab.rows.chat")
     viewer = widgets.MaskViewer(tiny, [[{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]])
     assert viewer.selector.options[0][0] == "1: 2+3?"
     expected = chat(tiny, "2+3?", "5")

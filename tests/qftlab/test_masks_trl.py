@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qftlab.text.chat import EMPTY_THINKING, render_chat, render_prompt
+from qftlab.rows.chat import EMPTY_THINKING, render_chat, render_prompt
 from qftlab.text.tokenizer import load_tokenizer
 
 trl = pytest.importorskip("trl")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qftlab.text.chat import encode_plain, render_chat, render_prompt, row_to_messages
+from qftlab.rows.chat import encode_plain, render_chat, render_prompt, row_to_messages
 from qftlab.text.tokenizer import extend_tokenizer, load_tokenizer
 
 REAL = ("qwen2.5-0.5b", "qwen2.5-0.5b-instruct", "qwen3-0.6b")

@@ -20,7 +20,7 @@ import torch
 
 from qftlab.maths.losses import masked_cross_entropy
 from qftlab.data.batching import Example
-from qftlab.text.chat import render_chat
+from qftlab.rows.chat import render_chat
 from qftlab_course import checks, stages
 
 # %% tags=["parameters"]
