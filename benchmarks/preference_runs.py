@@ -24,7 +24,7 @@ from qftlab.maths.sampling import SamplingParams
 from qftlab.maths.verify import countdown_reward
 from qftlab.model.loading import load_model, save_model
 from qftlab.rows.chat import row_to_messages
-from qftlab.text.tokenizer import load_tokenizer
+from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.config import TrainConfig
 from qftlab.train.dpo import fit_encoded_pairs, fit_pairs
 from qftlab.train.pairs import SampledPairs, sample_pairs

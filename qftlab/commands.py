@@ -142,7 +142,7 @@ def fit_context(model, tokenizer, messages: list[dict], kept: int, max_new_token
 def load_named(name: str, dtype: str, device: str) -> tuple:
     """Model and tokenizer by the name a user gives."""
     from qftlab.model.loading import load_model
-    from qftlab.text.tokenizer import load_tokenizer
+    from qftlab.rows.tokenizer import load_tokenizer
     from qftlab.train.runs import resolve_model
     from qftlab.train.sft import best_device
 

@@ -13,7 +13,7 @@ from qftlab.files import bundled
 from qftlab.maths.verify import countdown_reward
 from qftlab.model.lora import add_adapters
 from qftlab.model.vocabulary import extend_model
-from qftlab.text.tokenizer import extend_tokenizer
+from qftlab.rows.tokenizer import extend_tokenizer
 from qftlab.train.config import TrainConfig
 from qftlab.train.dpo import fit_encoded_pairs
 from qftlab.train.loop import TrainResult

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 
-from qftlab.text.tokenizer import NEW_TOKENS
+from qftlab.rows.tokenizer import NEW_TOKENS
 from qftlab.train.config import TrainConfig
 from qftlab.train.policy_config import PolicyConfig
 from qftlab.train.preference_config import PreferenceLoss

@@ -21,7 +21,7 @@ import torch
 from qftlab.files import bundled, resolve
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import adapter_base, is_adapted, load_adapters
-from qftlab.text.tokenizer import load_tokenizer
+from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.checkpoint import fingerprint
 from qftlab.train.runs import sha256
 from qftlab.train.sft import best_device

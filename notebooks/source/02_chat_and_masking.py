@@ -38,7 +38,7 @@ from qftlab.files import bundled
 from qftlab.data.sources import load_rows
 from qftlab.generate.engine import generate
 from qftlab.rows.chat import render_chat, render_prompt, row_to_messages
-from qftlab.text.tokenizer import load_tokenizer
+from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.config import TrainConfig
 from qftlab.train.sft import encode_rows, fit_examples
 from qftlab_course import checks, plots, stages, views

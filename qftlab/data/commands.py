@@ -180,7 +180,7 @@ def measure(config: LengthsConfig) -> str:
         ValueError: for rows that cannot be read or rendered; under the policy "error", if any row is too long.
     """
     from qftlab.data.lengths import FIRST, LengthStats, limit_lengths, row_examples, row_lengths
-    from qftlab.text.tokenizer import load_tokenizer
+    from qftlab.rows.tokenizer import load_tokenizer
 
     tokenizer, report, stats = load_tokenizer(config.model), LoadReport(), LengthStats()
     window: list[dict] = []  # the rows of the batch in work

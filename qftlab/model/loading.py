@@ -16,8 +16,8 @@ from qftlab.files import resolve
 from qftlab.model.attention import NAME as PACKED
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.lora import adapter_base, is_adapted, load_adapters, save_adapters
+from qftlab.rows.tokenizer import not_loadable
 from qftlab.settings import check_choice
-from qftlab.text.tokenizer import not_loadable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 ATTENTIONS = (PACKED, "sdpa", "eager")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qftlab.text.tokenizer import ExtensionReport
+from qftlab.rows.tokenizer import ExtensionReport
 
 
 def extend_model(

@@ -20,7 +20,7 @@ from qftlab.model.attention import register_packed_attention
 from qftlab.model.loading import save_model
 from qftlab.model.modules import module_mode
 from qftlab.rows.chat import render_chat, render_prompt
-from qftlab.text.tokenizer import load_tokenizer
+from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.checkpoint import Checkpoints, training_identity
 from qftlab.train.config import TrainConfig
 from qftlab.train.distributed import World, processes, unsharded, wrap

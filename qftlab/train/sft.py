@@ -22,7 +22,7 @@ from qftlab.generate.prompts import known_id
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.modules import causal_model
 from qftlab.model.vocabulary import extend_model
-from qftlab.text.tokenizer import extend_tokenizer, load_tokenizer
+from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
 from qftlab.train.checkpoint import Checkpoints, step_of, training_identity
 from qftlab.train.config import SFTConfig, TrainConfig
 from qftlab.train.distributed import World, processes, unsharded, wrap

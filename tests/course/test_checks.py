@@ -625,7 +625,7 @@ def test_oracles_of_decoding_agree_with_the_library_and_transformers() -> None:
 
     from qftlab.maths.logprobs import entropy
     from qftlab.maths.sampling import SamplingParams, filter_logits
-    from qftlab.text.tokenizer import load_tokenizer
+    from qftlab.rows.tokenizer import load_tokenizer
     from qftlab_course.exercises import nb04
 
     rng, tokenizer = random.Random(0), load_tokenizer("tiny")

@@ -14,7 +14,7 @@ from qftlab.files import bundled
 from qftlab.generate.engine import generate
 from qftlab.maths.losses import sum_by_document
 from qftlab.model.loading import load_model
-from qftlab.text.tokenizer import load_tokenizer
+from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.pair_rows import encode_pairs
 from qftlab.train.reward import ImplicitReward
 from qftlab.train.step import Step

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qftlab.model.loading import load_model
-from qftlab.text.tokenizer import load_tokenizer
+from qftlab.rows.tokenizer import load_tokenizer
 from qftlab_course.world import corpus
 from qftlab_course.world.pretrain import PretrainConfig, build_tokenizer, encode_documents, learning_rate, pretrain
 

@@ -14,7 +14,7 @@ from qftlab.files import bundled
 from qftlab.model.config import LoRAConfig
 from qftlab.model.loading import load_model
 from qftlab.model.lora import trained_token_ids
-from qftlab.text.tokenizer import load_tokenizer
+from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.config import TrainConfig
 from qftlab.train.runs import sha256
 from qftlab_course import stage_builders, stages

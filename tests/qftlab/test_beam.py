@@ -16,7 +16,7 @@ from qftlab.generate.beam import BeamHypothesis, BeamStep, beam_search
 from qftlab.generate.decoder import Decoder
 from qftlab.generate.engine import generate
 from qftlab.maths.sampling import SamplingParams
-from qftlab.text.tokenizer import load_tokenizer
+from qftlab.rows.tokenizer import load_tokenizer
 
 START, A, B, END, C, END_2 = range(6)
 PROMPTS = ["Once upon a time", "7", "def f(x):\n    return", "Tom had a red ball and he"]

@@ -148,7 +148,7 @@ def test_chat_keeps_its_history(capsys, monkeypatch) -> None:
 
 def test_chat_forgets_the_oldest_turn_when_it_must() -> None:
     from qftlab.model.loading import load_model
-    from qftlab.text.tokenizer import load_tokenizer
+    from qftlab.rows.tokenizer import load_tokenizer
 
     roles = ["system", *["user", "assistant"] * 10, "user"]
     messages = [{"role": role, "content": f"{i} " + "word " * 40} for i, role in enumerate(roles)]
@@ -248,7 +248,7 @@ def save_scorer(folder: Path) -> None:
     from random_models import random_model
 
     from qftlab.model.loading import save_model
-    from qftlab.text.tokenizer import load_tokenizer
+    from qftlab.rows.tokenizer import load_tokenizer
     from qftlab.train.reward import reward_model
 
     tokenizer = load_tokenizer("tiny")

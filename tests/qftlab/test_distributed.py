@@ -23,7 +23,7 @@ from test_rloo import shared_run
 from qftlab.data.sources import load_rows
 from qftlab.files import bundled
 from qftlab.model.loading import load_model, save_model
-from qftlab.text.tokenizer import load_tokenizer
+from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.checkpoint import Checkpoints
 from qftlab.train.config import SFTConfig, TrainConfig
 from qftlab.train.distributed import Share, World

@@ -25,7 +25,7 @@ from qftlab.maths.verify import countdown_reward
 from qftlab.model.config import LoRAConfig
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import add_adapters
-from qftlab.text.tokenizer import load_tokenizer
+from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.config import TrainConfig
 from qftlab.train.dpo import PairSource, PairStep, count_pairs, dpo, fit_encoded_pairs, fit_pairs
 from qftlab.train.loop import NonFiniteLoss

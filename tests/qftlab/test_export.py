@@ -20,7 +20,7 @@ from qftlab.model.export import CEILINGS, Card, ExportError, export_model
 from qftlab.model.loading import load_model
 from qftlab.model.lora import add_adapters
 from qftlab.model.vocabulary import extend_model
-from qftlab.text.tokenizer import extend_tokenizer, load_tokenizer
+from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
 
 
 def adapted_tiny(dtype: str = "float32", rank: int = 4, far: float = 0.05):

@@ -16,7 +16,7 @@ from qftlab.generate.engine import generate
 from qftlab.generate.fuse import LAYOUTS, Projections
 from qftlab.generate.layouts import choose_layout, fastest, layout_for
 from qftlab.model.loading import load_model
-from qftlab.text.tokenizer import load_tokenizer
+from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.config import TrainConfig
 from qftlab.train.pairs import sample_pairs
 from qftlab.train.policy_config import PolicyConfig

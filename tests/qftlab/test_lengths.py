@@ -18,7 +18,7 @@ from qftlab.data.batching import Example, count_trained
 from qftlab.data.lengths import LengthStats, _template, length_stats, limit_lengths, row_examples, row_lengths
 from qftlab.data.sources import load, load_rows, stream
 from qftlab.files import bundled
-from qftlab.text.tokenizer import load_tokenizer
+from qftlab.rows.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

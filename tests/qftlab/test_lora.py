@@ -29,7 +29,7 @@ from qftlab.model.lora import (
     trained_token_ids,
 )
 from qftlab.model.vocabulary import extend_model, row_layers
-from qftlab.text.tokenizer import extend_tokenizer, load_tokenizer
+from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
 from qftlab.train.config import TrainConfig
 from qftlab.train.sft import fit_rows
 from qftlab_course.presets import get_preset

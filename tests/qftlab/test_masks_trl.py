@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qftlab.rows.chat import EMPTY_THINKING, render_chat, render_prompt
-from qftlab.text.tokenizer import load_tokenizer
+from qftlab.rows.tokenizer import load_tokenizer
 
 trl = pytest.importorskip("trl")
 from trl.chat_template_utils import get_training_chat_template, qwen2_5_training_chat_template  # noqa: E402

@@ -9,7 +9,7 @@ from random_models import random_model
 from qftlab.data.batching import Example, pack, pad
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.vocabulary import extend_model
-from qftlab.text.tokenizer import extend_tokenizer, load_tokenizer
+from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
 from qftlab_course.presets import PRESETS, Preset, get_preset
 
 FAMILIES = ("qwen2", "qwen3", "llama")

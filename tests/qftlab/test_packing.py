@@ -207,7 +207,7 @@ def test_twenty_steps_equal_trl(family: str, tmp_path) -> None:
     from trl import SFTTrainer
 
     from qftlab.data.batching import batches
-    from qftlab.text.tokenizer import load_tokenizer
+    from qftlab.rows.tokenizer import load_tokenizer
 
     docs = documents([3 + 7 * i % 40 for i in range(16)]) * 5
     ours, theirs = (random_model(family) for _ in range(2))

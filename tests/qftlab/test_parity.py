@@ -19,7 +19,7 @@ from qftlab.generate.beam import beam_search
 from qftlab.generate.engine import generate
 from qftlab.maths.sampling import SamplingParams
 from qftlab.model.loading import load_model
-from qftlab.text.tokenizer import load_tokenizer
+from qftlab.rows.tokenizer import load_tokenizer
 
 MODELS = ("tiny", "llama 260k", "qwen2 tied", "qwen2 untied", "qwen3 tied", "qwen3 untied")
 # One prompt; three of one length; a ragged batch.

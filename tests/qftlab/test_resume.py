@@ -24,7 +24,7 @@ from qftlab.data.batching import Example, pack
 from qftlab.data.sources import load_rows
 from qftlab.files import bundled
 from qftlab.model.loading import load_model, save_model
-from qftlab.text.tokenizer import load_tokenizer
+from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train import checkpoint
 from qftlab.train.checkpoint import Checkpoints
 from qftlab.train.config import SFTConfig, TrainConfig

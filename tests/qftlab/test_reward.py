@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from qftlab.data.sources import load
 from qftlab.model.loading import save_model
-from qftlab.text.tokenizer import load_tokenizer
+from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.config import TrainConfig
 from qftlab.train.dpo import PairSource, fit_pairs
 from qftlab.train.pair_rows import encode_pairs

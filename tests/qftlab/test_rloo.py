@@ -20,7 +20,7 @@ from qftlab.maths.losses import leave_one_out_advantages
 from qftlab.model.config import LoRAConfig
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import add_adapters
-from qftlab.text.tokenizer import load_tokenizer
+from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train import policy_step
 from qftlab.train.config import TrainConfig
 from qftlab.train.policy_config import PolicyConfig, RLOOConfig
@@ -442,7 +442,7 @@ def test_settings_that_do_not_fit_are_refused(tokenizer, tmp_path) -> None:
 
 def test_named_rewards_read_ids() -> None:
     """`<|AGENT|>` as a token earns 1; its letters, the other token, and both one after the other do not."""
-    from qftlab.text.tokenizer import extend_tokenizer
+    from qftlab.rows.tokenizer import extend_tokenizer
     from qftlab.train.config import AGENT, EDIT
 
     tokenizer = load_tokenizer("tiny")

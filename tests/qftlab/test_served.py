@@ -15,7 +15,7 @@ from qftlab.generate.engine import generate
 from qftlab.maths.sampling import SamplingParams
 from qftlab.model.config import LoRAConfig
 from qftlab.model.lora import add_adapters
-from qftlab.text.tokenizer import load_tokenizer
+from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train import served
 from qftlab.train.config import TrainConfig
 from qftlab.train.policy_config import PolicyConfig, ServerConfig

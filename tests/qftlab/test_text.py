@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qftlab.rows.chat import encode_plain, render_chat, render_prompt, row_to_messages
-from qftlab.text.tokenizer import extend_tokenizer, load_tokenizer
+from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
 
 REAL = ("qwen2.5-0.5b", "qwen2.5-0.5b-instruct", "qwen3-0.6b")
 CHAT = [

@@ -27,7 +27,7 @@ from qftlab.data.sources import load_rows
 from qftlab.files import bundled
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.loading import load_model, save_model
-from qftlab.text.tokenizer import load_tokenizer
+from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train import loop, runs, sft
 from qftlab.train.config import SFTConfig, TrainConfig
 from qftlab.train.loop import MicroBatch, NonFiniteLoss, learning_rate, make_optimizer, train

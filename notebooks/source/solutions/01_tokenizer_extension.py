@@ -22,7 +22,7 @@ import copy
 import torch
 
 from qftlab.model.vocabulary import extend_model
-from qftlab.text.tokenizer import extend_tokenizer, load_tokenizer
+from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
 from qftlab_course import checks, stages
 
 # %% tags=["parameters"]
