@@ -11,11 +11,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.harness import Benchmark, Options, Side, compare
 from benchmarks.training import CONSTANT, Peak, lognormal_rows
-from qftlab.data.batching import Example
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.config import LoRAConfig
 from qftlab.model.loading import load_model
 from qftlab.model.lora import add_adapters
+from qftlab.rows.batches import Example
 from qftlab.train.config import TrainConfig
 from qftlab.train.sft import fit_examples
 

@@ -18,9 +18,9 @@ from benchmarks.harness import Benchmark, MismatchError, Options, Side, compare,
 from benchmarks.models import bench_config, half_billion_config, random_prompts, word_tokenizer
 from benchmarks.preference import preference_row
 from benchmarks.training import restarted
-from qftlab.data.batching import batches
 from qftlab.generate.engine import Completion
 from qftlab.model.attention import register_packed_attention
+from qftlab.rows.batches import batches
 from qftlab.train.config import TrainConfig
 from qftlab.train.policy_config import PolicyConfig
 from qftlab.train.rloo import fit_prompts

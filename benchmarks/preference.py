@@ -20,8 +20,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from benchmarks.harness import Benchmark, Options, Side, compare, synchronize
 from benchmarks.models import bench_config, half_billion_config, starting_model, word_tokenizer
 from benchmarks.training import CONSTANT, restarted, same_losses, same_means
-from qftlab.data.batching import Example, batches
 from qftlab.model.attention import register_packed_attention
+from qftlab.rows.batches import Example, batches
 from qftlab.train.config import TrainConfig
 from qftlab.train.dpo import PairSource, PairStep, fit_encoded_pairs
 from qftlab.train.loop import make_optimizer

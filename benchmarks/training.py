@@ -17,9 +17,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.harness import Benchmark, MismatchError, Options, Side, compare, judge
 from benchmarks.models import bench_config, ceilings, half_billion_config, starting_model, word_tokenizer
-from qftlab.data.batching import Example, batches, pad
 from qftlab.maths.logprobs import Term, chunk_tokens, linear_cross_entropy
 from qftlab.model.attention import register_packed_attention
+from qftlab.rows.batches import Example, batches, pad
 from qftlab.train.config import TrainConfig
 from qftlab.train.sft import fit_examples
 

@@ -33,7 +33,7 @@ if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
 import torch
 
 from qftlab.maths.losses import masked_cross_entropy
-from qftlab.data.batching import Example, pack, pad
+from qftlab.rows.batches import Example, pack, pad
 from qftlab.files import bundled
 from qftlab.data.sources import load_rows
 from qftlab.generate.engine import generate

@@ -37,7 +37,7 @@ import warnings
 
 import torch
 
-from qftlab.data.batching import Example
+from qftlab.rows.batches import Example
 from qftlab.files import bundled
 from qftlab.data.sources import load_rows
 from qftlab.generate.engine import generate

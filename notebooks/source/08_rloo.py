@@ -45,7 +45,7 @@ from qftlab.maths.losses import (
 )  # fmt: skip
 from qftlab.maths.verify import countdown_reward, extract_answer, parse_expression
 from qftlab.maths.sampling import SamplingParams
-from qftlab.data.batching import Example, pad
+from qftlab.rows.batches import Example, pad
 from qftlab.files import bundled
 from qftlab.data.sources import load_rows
 from qftlab.evaluate import pass_at_k

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
-from qftlab.data.batching import Example, count_trained
+from qftlab.rows.batches import Example, count_trained
 from qftlab.rows.chat import render_chat, row_to_messages
 from qftlab.settings import check_at_least, check_choice
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qftlab.data.batching import Example
+from qftlab.rows.batches import Example
 from qftlab.train.config import TrainConfig
 from qftlab.train.distributed import World, like, whole
 from qftlab.train.runs import sha256

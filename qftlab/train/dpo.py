@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qftlab.data.batching import batches, first_fit_decreasing, group_by_length, pack, pad
 from qftlab.maths.losses import dpo_loss, preference_accuracy, sum_by_document
 from qftlab.model.loading import save_model
 from qftlab.model.modules import module_mode
+from qftlab.rows.batches import batches, first_fit_decreasing, group_by_length, pack, pad
 from qftlab.train.checkpoint import Checkpoints, training_identity
 from qftlab.train.config import TrainConfig
 from qftlab.train.distributed import World, processes, unsharded, wrap

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qftlab.data.batching import Example, count_trained
 from qftlab.data.schemas import convert_row, remarks
 from qftlab.data.sources import load
+from qftlab.rows.batches import Example, count_trained
 from qftlab.rows.chat import render_chat
 
 log = logging.getLogger(__name__)

@@ -7,11 +7,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qftlab.data.batching import Example
 from qftlab.generate.decoder import Decoder
 from qftlab.generate.engine import Completion, generate
 from qftlab.generate.layouts import layout_for
 from qftlab.maths.sampling import SamplingParams
+from qftlab.rows.batches import Example
 from qftlab.rows.chat import row_to_messages
 from qftlab.train.pair_rows import Pair
 from qftlab.train.rollouts import Reward

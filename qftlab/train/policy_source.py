@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from qftlab.data.batching import batches, first_fit_decreasing, group_by_length, pack, pad
 from qftlab.maths.losses import leave_one_out_advantages, sum_by_document
 from qftlab.model.modules import module_mode
+from qftlab.rows.batches import batches, first_fit_decreasing, group_by_length, pack, pad
 from qftlab.train.config import TrainConfig
 from qftlab.train.distributed import World
 from qftlab.train.loop import MicroBatch

@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qftlab.data.batching import pack, pad
 from qftlab.maths.losses import sum_by_document
 from qftlab.model.modules import module_mode
+from qftlab.rows.batches import pack, pad
 from qftlab.train.checkpoint import fingerprint
 from qftlab.train.config import TrainConfig
 from qftlab.train.distributed import World

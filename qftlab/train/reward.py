@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
-from qftlab.data.batching import Example, pack, pad
 from qftlab.files import resolve
 from qftlab.maths.losses import preference_accuracy, sum_by_document
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.loading import save_model
 from qftlab.model.modules import module_mode
+from qftlab.rows.batches import Example, pack, pad
 from qftlab.rows.chat import render_chat, render_prompt
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.checkpoint import Checkpoints, training_identity

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qftlab.data.batching import Example, count_trained
+from qftlab.rows.batches import Example, count_trained
 from qftlab.rows.chat import render_chat, row_to_messages
 
 log = logging.getLogger(__name__)

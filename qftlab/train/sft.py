@@ -9,7 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qftlab.data.batching import (
+from qftlab.data.sources import load_rows
+from qftlab.generate.prompts import known_id
+from qftlab.model.loading import load_model, save_model
+from qftlab.model.modules import causal_model
+from qftlab.model.vocabulary import extend_model
+from qftlab.rows.batches import (
     Example,
     batches,
     first_fit_decreasing,
@@ -17,11 +22,6 @@ from qftlab.data.batching import (
     pack,
     pad,
 )
-from qftlab.data.sources import load_rows
-from qftlab.generate.prompts import known_id
-from qftlab.model.loading import load_model, save_model
-from qftlab.model.modules import causal_model
-from qftlab.model.vocabulary import extend_model
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
 from qftlab.train.checkpoint import Checkpoints, step_of, training_identity
 from qftlab.train.config import SFTConfig, TrainConfig

@@ -13,8 +13,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from qftlab.data.batching import IGNORED, Example
 from qftlab.model.attention import keep_plan_
+from qftlab.rows.batches import IGNORED, Example
 
 
 def pack_answers(examples: Sequence[Example], prompts: Sequence[int], starts: Sequence[int]) -> dict[str, Tensor | int]:
@@ -26,7 +26,7 @@ def pack_answers(examples: Sequence[Example], prompts: Sequence[int], starts: Se
         starts: tokens of each document's prompt, at least 1.
 
     Returns:
-        As `qftlab.data.batching.pack`; a shared prompt counts to its first document. It must be attended to by
+        As `qftlab.rows.batches.pack`; a shared prompt counts to its first document. It must be attended to by
         `packed_attention` without CUDA's kernel.
     """
     ids, labels, positions, bounds, documents = [], [], [], [0], []

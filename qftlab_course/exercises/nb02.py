@@ -176,7 +176,7 @@ EXERCISES = (
         reference=pad_labels,
         draw=_draw_rows,
         instead="fill up with -100 by the length of each row",
-        forbidden=("qftlab.data.batching.pad",),
+        forbidden=("qftlab.rows.batches.pad",),
         suspects=(
             Suspect(
                 "padding is found by its id, and so the real end of a row is masked too; go by the row's length",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qftlab.data.batching import first_fit_decreasing
+from qftlab.rows.batches import first_fit_decreasing
 from qftlab_course.exercises import Exercise, Suspect, integers, tensor
 
 
@@ -293,7 +293,7 @@ EXERCISES = (
         reference=rows,
         draw=_draw_lengths,
         instead="sort the lengths, and look through the rows so far for the first with room",
-        forbidden=("qftlab.data.batching.first_fit_decreasing",),
+        forbidden=("qftlab.rows.batches.first_fit_decreasing",),
         suspects=(
             Suspect("the lengths are taken as they come; take the longest first", like=_fit),
             Suspect("only the last row is tried; look through all rows, from the first", like=_next_fit),

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qftlab.data.batching import Example, pad
 from qftlab.generate.engine import generate
 from qftlab.maths.sampling import SamplingParams
 from qftlab.maths.verify import countdown_reward
 from qftlab.model.modules import module_mode
+from qftlab.rows.batches import Example, pad
 from qftlab.rows.chat import row_to_messages
 from qftlab.train.step import Step, to_device
 

@@ -23,8 +23,8 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from qftlab.data.batching import Example, pack
 from qftlab.model.attention import register_packed_attention
+from qftlab.rows.batches import Example, pack
 from qftlab.settings import check_at_least
 from qftlab.train.loop import MicroBatch, optimizer_step
 from qftlab.train.step import Step

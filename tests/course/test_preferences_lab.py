@@ -9,11 +9,11 @@ import matplotlib
 import pytest
 import torch
 
-from qftlab.data.batching import pad
 from qftlab.files import bundled
 from qftlab.generate.engine import generate
 from qftlab.maths.losses import sum_by_document
 from qftlab.model.loading import load_model
+from qftlab.rows.batches import pad
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.pair_rows import encode_pairs
 from qftlab.train.reward import ImplicitReward

@@ -216,7 +216,7 @@ def test_the_whole_chain_is_made_for_its_last_stage(tmp_path, short, monkeypatch
 
 def test_the_order_hashed_is_the_order_trained(monkeypatch) -> None:
     """What `order` says, against the batches that the loop asks its source for."""
-    from qftlab.data.batching import Example
+    from qftlab.rows.batches import Example
     from qftlab.train.sft import ExampleSource, fit_examples
 
     seen, call = [], ExampleSource.__call__

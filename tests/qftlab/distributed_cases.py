@@ -11,7 +11,7 @@ from random_models import random_model
 from test_rloo import shared_run
 from torch.distributed.tensor import DTensor
 
-from qftlab.data.batching import Example
+from qftlab.rows.batches import Example
 from qftlab.train.checkpoint import Checkpoints, training_identity
 from qftlab.train.config import SFTConfig, TrainConfig
 from qftlab.train.distributed import World, processes, unsharded

@@ -16,7 +16,7 @@ import pytest
 import torch
 from random_models import random_model
 
-from qftlab.data.batching import Example
+from qftlab.rows.batches import Example
 from qftlab.train import checkpoint
 from qftlab.train.checkpoint import Checkpoints, best_step, flatten, training_identity
 from qftlab.train.config import TrainConfig

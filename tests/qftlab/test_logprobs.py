@@ -19,7 +19,6 @@ from random_models import random_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qftlab.data.batching import Example, pack
 from qftlab.maths import logprobs
 from qftlab.maths.logprobs import (
     Term,
@@ -32,6 +31,7 @@ from qftlab.maths.logprobs import (
 )
 from qftlab.model.head import head_terms
 from qftlab.model.modules import causal_model
+from qftlab.rows.batches import Example, pack
 from qftlab.train.step import Step, count_trained_tokens
 
 V, D, N = 40, 8, 23

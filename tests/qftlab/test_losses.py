@@ -14,7 +14,6 @@ from random_models import random_model
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from qftlab.data.batching import Example, pack, pad
 from qftlab.maths.losses import (
     clipped_policy_loss,
     dpo_loss,
@@ -24,6 +23,7 @@ from qftlab.maths.losses import (
     preference_accuracy,
     sum_by_document,
 )
+from qftlab.rows.batches import Example, pack, pad
 from qftlab.train.step import Step
 
 

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_models import random_model
 
-from qftlab.data.batching import Example, first_fit_decreasing, group_by_length, pack, pad
 from qftlab.model import attention, blocked
+from qftlab.rows.batches import Example, first_fit_decreasing, group_by_length, pack, pad
 from qftlab.train import sft
 from qftlab.train.config import TrainConfig
 from qftlab.train.step import Step, count_trained_tokens
@@ -206,7 +206,7 @@ def test_twenty_steps_equal_trl(family: str, tmp_path) -> None:
     from trl import SFTConfig as TRLConfig
     from trl import SFTTrainer
 
-    from qftlab.data.batching import batches
+    from qftlab.rows.batches import batches
     from qftlab.rows.tokenizer import load_tokenizer
 
     docs = documents([3 + 7 * i % 40 for i in range(16)]) * 5

@@ -14,12 +14,12 @@ import torch
 from random_models import random_model
 from torch.testing import assert_close
 
-from qftlab.data.batching import Example, pack
 from qftlab.generate.engine import Completion
 from qftlab.maths.losses import leave_one_out_advantages
 from qftlab.model.config import LoRAConfig
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import add_adapters
+from qftlab.rows.batches import Example, pack
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train import policy_step
 from qftlab.train.config import TrainConfig

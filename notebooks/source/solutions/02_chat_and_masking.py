@@ -19,7 +19,7 @@ if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
 import torch
 
 from qftlab.maths.losses import masked_cross_entropy
-from qftlab.data.batching import Example
+from qftlab.rows.batches import Example
 from qftlab.rows.chat import render_chat
 from qftlab_course import checks, stages
 
