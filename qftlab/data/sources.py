@@ -14,8 +14,8 @@ from pathlib import Path
 
 from qftlab.data.hub import HUB, read_hub
 from qftlab.data.readers import DataError, read_file
-from qftlab.data.schemas import SCHEMAS, convert_row, remarks
 from qftlab.files import OWN_FOLDERS
+from qftlab.rows.schemas import SCHEMAS, convert_row, remarks
 from qftlab.settings import check_at_least, check_choice
 
 __all__ = ["DataError", "LoadReport", "Loaded", "load", "load_rows", "stream"]

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qftlab.data.schemas import convert_row, remarks
 from qftlab.data.sources import load
 from qftlab.rows.batches import Example, count_trained
 from qftlab.rows.chat import render_chat
+from qftlab.rows.schemas import convert_row, remarks
 
 log = logging.getLogger(__name__)
 REFUSED = ("equal pair", "score tie", "empty answer")

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from qftlab.data.schemas import convert_row
 from qftlab.generate.decoder import Decoder, bump_weights_version_
 from qftlab.generate.engine import Completion, generate
 from qftlab.generate.layouts import choose_layout
 from qftlab.maths.sampling import SamplingParams
 from qftlab.rows.batches import Example
 from qftlab.rows.chat import render_prompt, row_to_messages
+from qftlab.rows.schemas import convert_row
 from qftlab.train.policy_config import PolicyConfig
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ import yaml
 
 from qftlab import cli
 from qftlab.data.hub import HUB
-from qftlab.data.schemas import SCHEMAS, convert_row
 from qftlab.data.sources import _is_hub, load
+from qftlab.rows.schemas import SCHEMAS, convert_row
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 FILES = sorted(FOLDER.glob("*.yaml"))

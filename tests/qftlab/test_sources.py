@@ -15,8 +15,8 @@ import pytest
 from qftlab import cli
 from qftlab.data.hub import HUB
 from qftlab.data.readers import DataError, read_file
-from qftlab.data.schemas import SCHEMAS, convert_row
 from qftlab.data.sources import LoadReport, load, load_rows, stream
+from qftlab.rows.schemas import SCHEMAS, convert_row
 
 ROW = {"instruction": "Add", "input": "", "output": "3"}
 COUNTS = {
