@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from qftlab.data.countdown import countdown_row, random_problem
-from qftlab.data.sources import load_rows
 from qftlab.evaluate import mcnemar
 from qftlab.files import bundled
 from qftlab.generate.engine import generate
@@ -24,6 +23,7 @@ from qftlab.maths.sampling import SamplingParams
 from qftlab.maths.verify import countdown_reward
 from qftlab.model.loading import load_model, save_model
 from qftlab.rows.chat import row_to_messages
+from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.config import TrainConfig
 from qftlab.train.dpo import fit_encoded_pairs, fit_pairs

@@ -75,8 +75,8 @@ def run_tour(config) -> None:
 
 def run_evaluate(config) -> None:
     """Prints the table, and writes the page if asked."""
-    from qftlab.data.sources import load_rows
     from qftlab.files import bundled
+    from qftlab.rows.sources import load_rows
     from qftlab_course.measure import evaluate_rows
     from qftlab_course.report import Section, format_cell, write_report
 

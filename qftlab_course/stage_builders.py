@@ -7,12 +7,12 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from qftlab.data.sources import load_rows
 from qftlab.files import bundled
 from qftlab.maths.verify import countdown_reward
 from qftlab.model.lora import add_adapters
 from qftlab.model.vocabulary import extend_model
 from qftlab.rows.batches import Example, batches
+from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import extend_tokenizer
 from qftlab.train.config import TrainConfig
 from qftlab.train.dpo import fit_encoded_pairs

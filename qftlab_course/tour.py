@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pandas
 
-from qftlab.data.sources import load_rows
 from qftlab.evaluate import Comparison, Rate, compare_marks
 from qftlab.files import bundled
 from qftlab.generate.engine import GREEDY, generate
 from qftlab.maths.sampling import SamplingParams
+from qftlab.rows.sources import load_rows
 from qftlab_course import plots
 from qftlab_course.measure import Evaluation, compare, evaluate_kept, evaluate_rows
 from qftlab_course.report import Picture, Section, Verdict, verdict_table, write_report

@@ -43,7 +43,7 @@ import torch
 from qftlab.maths.losses import dpo_loss, leave_one_out_advantages, masked_cross_entropy
 from qftlab.maths.sampling import SamplingParams
 from qftlab.files import bundled
-from qftlab.data.sources import load_rows
+from qftlab.rows.sources import load_rows
 from qftlab.generate.engine import generate
 from qftlab.rows.chat import render_chat, row_to_messages
 from qftlab_course import plots, stages, tour, views

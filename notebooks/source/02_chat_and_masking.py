@@ -35,7 +35,7 @@ import torch
 from qftlab.maths.losses import masked_cross_entropy
 from qftlab.rows.batches import Example, pack, pad
 from qftlab.files import bundled
-from qftlab.data.sources import load_rows
+from qftlab.rows.sources import load_rows
 from qftlab.generate.engine import generate
 from qftlab.rows.chat import render_chat, render_prompt, row_to_messages
 from qftlab.rows.tokenizer import load_tokenizer

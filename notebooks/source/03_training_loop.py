@@ -50,7 +50,7 @@ from transformers import get_linear_schedule_with_warmup as linear_with_warmup
 from qftlab.maths.losses import masked_cross_entropy
 from qftlab.rows.batches import batches, count_trained, first_fit_decreasing, pack, pad
 from qftlab.files import bundled
-from qftlab.data.sources import load_rows
+from qftlab.rows.sources import load_rows
 from qftlab.data.split import contamination
 from qftlab.evaluate import wilson_interval
 from qftlab.train import loop

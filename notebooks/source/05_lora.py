@@ -39,7 +39,7 @@ import torch
 
 from qftlab.rows.batches import Example
 from qftlab.files import bundled
-from qftlab.data.sources import load_rows
+from qftlab.rows.sources import load_rows
 from qftlab.generate.engine import generate
 from qftlab.model.config import LoRAConfig
 from qftlab.model.export import export_model

@@ -38,7 +38,7 @@ import torch
 
 from qftlab.maths.losses import dpo_loss, preference_accuracy
 from qftlab.files import bundled
-from qftlab.data.sources import load, load_rows
+from qftlab.rows.sources import load, load_rows
 from qftlab.train.config import TrainConfig
 from qftlab.train.dpo import fit_pairs
 from qftlab.train.pair_rows import encode_pairs

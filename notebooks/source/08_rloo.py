@@ -47,7 +47,7 @@ from qftlab.maths.verify import countdown_reward, extract_answer, parse_expressi
 from qftlab.maths.sampling import SamplingParams
 from qftlab.rows.batches import Example, pad
 from qftlab.files import bundled
-from qftlab.data.sources import load_rows
+from qftlab.rows.sources import load_rows
 from qftlab.evaluate import pass_at_k
 from qftlab.generate.engine import generate
 from qftlab.train.config import TrainConfig

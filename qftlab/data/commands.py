@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from qftlab.data.sources import DataError, LoadReport, load, stream
+from qftlab.rows.sources import DataError, LoadReport, load, stream
 from qftlab.settings import check_at_least, check_choice
 
 Names = tuple[str, ...] | str

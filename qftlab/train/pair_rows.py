@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qftlab.data.sources import load
 from qftlab.rows.batches import Example, count_trained
 from qftlab.rows.chat import render_chat
 from qftlab.rows.schemas import convert_row, remarks
+from qftlab.rows.sources import load
 
 log = logging.getLogger(__name__)
 REFUSED = ("equal pair", "score tie", "empty answer")
@@ -91,7 +91,7 @@ def encode_pairs(
     Args:
         tokenizer: one with a chat template.
         rows: "prompt" (text or messages), "chosen" and "rejected" (texts, or messages that end with the answer), and
-            whatever else `qftlab.data.sources` reads as a preference row. Of equal scores neither answer is better.
+            whatever else `qftlab.rows.sources` reads as a preference row. Of equal scores neither answer is better.
         max_length: the most tokens a prompt with its answer may have; longer ones are left out, never cut.
         sources: rows by source, as `load_pairs` gives them: messages then name the file as well.
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qftlab.data.sources import load_rows
 from qftlab.generate.prompts import known_id
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.modules import causal_model
@@ -22,6 +21,7 @@ from qftlab.rows.batches import (
     pack,
     pad,
 )
+from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
 from qftlab.train.checkpoint import Checkpoints, step_of, training_identity
 from qftlab.train.config import SFTConfig, TrainConfig

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from qftlab import cli
-from qftlab.data.sources import load_rows
 from qftlab.files import bundled
+from qftlab.rows.sources import load_rows
 from qftlab.settings import option_helps
 from qftlab_course.commands import COMMANDS
 

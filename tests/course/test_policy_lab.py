@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from benchmarks import records
-from qftlab.data.sources import load_rows
 from qftlab.files import bundled
 from qftlab.maths.losses import clipped_policy_loss, kl_estimate
 from qftlab.maths.verify import countdown_reward, extract_answer, parse_expression
+from qftlab.rows.sources import load_rows
 from qftlab_course.exercises import nb08
 from qftlab_course.lessons import policy_plots
 

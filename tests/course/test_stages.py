@@ -9,11 +9,11 @@ import json
 import pytest
 import torch
 
-from qftlab.data.sources import load_rows
 from qftlab.files import bundled
 from qftlab.model.config import LoRAConfig
 from qftlab.model.loading import load_model
 from qftlab.model.lora import trained_token_ids
+from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.config import TrainConfig
 from qftlab.train.runs import sha256

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from qftlab import cli
-from qftlab.data.sources import load_rows
+from qftlab.rows.sources import load_rows
 from qftlab_course import stages, tour
 
 

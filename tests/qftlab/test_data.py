@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qftlab.data.sources import DataError, load_rows
 from qftlab.files import bundled
 from qftlab.rows.batches import Example, batches, count_trained, pack, pad
+from qftlab.rows.sources import DataError, load_rows
 
 ROW = {"instruction": "Add", "input": "", "output": "3"}
 

@@ -20,9 +20,9 @@ from distributed_cases import CASES, HALF, STEPS, config, examples, fit
 from random_models import random_model
 from test_rloo import shared_run
 
-from qftlab.data.sources import load_rows
 from qftlab.files import bundled
 from qftlab.model.loading import load_model, save_model
+from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.checkpoint import Checkpoints
 from qftlab.train.config import SFTConfig, TrainConfig

@@ -105,7 +105,7 @@ def test_pairs_that_teach_nothing_are_left_out_by_row(tokenizer, caplog) -> None
 
 
 def test_ultrafeedback_gives_pairs(real_data) -> None:
-    from qftlab.data.sources import load
+    from qftlab.rows.sources import load
 
     rows = load(str(real_data / "ultrafeedback"), limit=60).rows
     qwen = load_tokenizer(str(real_data / "qwen2.5-0.5b"))

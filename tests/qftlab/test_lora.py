@@ -12,7 +12,6 @@ from random_models import random_model
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from qftlab.data.sources import load_rows
 from qftlab.files import bundled
 from qftlab.generate.engine import generate
 from qftlab.model.attention import register_packed_attention
@@ -29,6 +28,7 @@ from qftlab.model.lora import (
     trained_token_ids,
 )
 from qftlab.model.vocabulary import extend_model, row_layers
+from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
 from qftlab.train.config import TrainConfig
 from qftlab.train.sft import fit_rows

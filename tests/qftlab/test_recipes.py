@@ -13,9 +13,8 @@ import pytest
 import yaml
 
 from qftlab import cli
-from qftlab.data.hub import HUB
-from qftlab.data.sources import _is_hub, load
 from qftlab.rows.schemas import SCHEMAS, convert_row
+from qftlab.rows.sources import HUB, _is_hub, load
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 FILES = sorted(FOLDER.glob("*.yaml"))

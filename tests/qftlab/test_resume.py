@@ -20,10 +20,10 @@ import torch
 from random_models import random_model
 
 from qftlab import cli
-from qftlab.data.sources import load_rows
 from qftlab.files import bundled
 from qftlab.model.loading import load_model, save_model
 from qftlab.rows.batches import Example, pack
+from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train import checkpoint
 from qftlab.train.checkpoint import Checkpoints

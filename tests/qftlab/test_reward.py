@@ -13,8 +13,8 @@ from random_models import random_model
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
-from qftlab.data.sources import load
 from qftlab.model.loading import save_model
+from qftlab.rows.sources import load
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.config import TrainConfig
 from qftlab.train.dpo import PairSource, fit_pairs

@@ -13,10 +13,8 @@ import tracemalloc
 import pytest
 
 from qftlab import cli
-from qftlab.data.hub import HUB
-from qftlab.data.readers import DataError, read_file
-from qftlab.data.sources import LoadReport, load, load_rows, stream
 from qftlab.rows.schemas import SCHEMAS, convert_row
+from qftlab.rows.sources import HUB, DataError, LoadReport, load, load_rows, read_file, stream
 
 ROW = {"instruction": "Add", "input": "", "output": "3"}
 COUNTS = {

@@ -22,11 +22,11 @@ from transformers import (
     get_scheduler,
 )
 
-from qftlab.data.sources import load_rows
 from qftlab.files import bundled
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.loading import load_model, save_model
 from qftlab.rows.batches import Example, pack, pad
+from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train import loop, runs, sft
 from qftlab.train.config import SFTConfig, TrainConfig
