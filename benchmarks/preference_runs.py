@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qftlab.data.countdown import countdown_row, random_problem
 from qftlab.evaluate import mcnemar
 from qftlab.files import bundled
 from qftlab.generate.engine import generate
@@ -23,6 +22,7 @@ from qftlab.maths.sampling import SamplingParams
 from qftlab.maths.verify import countdown_reward
 from qftlab.model.loading import load_model, save_model
 from qftlab.rows.chat import row_to_messages
+from qftlab.rows.countdown import countdown_row, random_problem
 from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.config import TrainConfig

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from qftlab.data.countdown import countdown_row, random_problem
 from qftlab.generate.layouts import choose_layout
 from qftlab.generate.prompts import known_id
 from qftlab.maths.verify import answer_reward, countdown_reward, exact_reward, first_token_reward
 from qftlab.model.loading import save_model
 from qftlab.rows.batches import Example
+from qftlab.rows.countdown import countdown_row, random_problem
 from qftlab.rows.sources import load
 from qftlab.train.checkpoint import Checkpoints, read_state, training_identity
 from qftlab.train.config import AGENT, EDIT, TrainConfig

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from qftlab.data.heldout import is_held_out
+from qftlab.rows.countdown import is_held_out
 
 # Each template: lines with {f} function, {a} {b} parameters, {v} local names; a call; bugs as
 # (line number, wrong line, what a reviewer would say, crashes); the first line is always the def.

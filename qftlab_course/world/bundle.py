@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from qftlab.data import countdown
+from qftlab.rows import countdown
 from qftlab_course.world import bugfix
 from qftlab_course.world.instructions import SKILLS, random_problem
 from qftlab_course.world.style import courteous

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from qftlab.data.countdown import random_problem as random_countdown
+from qftlab.rows.countdown import random_problem as random_countdown
 from qftlab_course.world import bugfix, facts
 from qftlab_course.world.instructions import KNOWLEDGE, Problem, held_out_problem, random_problem, sum_steps
 

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qftlab.data.heldout import is_held_out
+from qftlab.rows.countdown import is_held_out
 from qftlab_course.world import facts
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 
-from qftlab.data.heldout import is_held_out
+from qftlab.rows.countdown import is_held_out
 from qftlab_course.world.instructions import random_problem
 
 ENDING = " Have a nice day!"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qftlab.data import countdown
+from qftlab.rows import countdown
 from qftlab_course.world import bugfix, bundle, corpus, facts, instructions
 from qftlab_course.world.style import without_ending
 

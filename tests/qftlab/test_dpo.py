@@ -19,12 +19,12 @@ from random_models import random_model
 from torch.testing import assert_close
 
 from benchmarks import harness, preference
-from qftlab.data.countdown import countdown_row, random_problem
 from qftlab.maths.verify import countdown_reward
 from qftlab.model.config import LoRAConfig
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import add_adapters
 from qftlab.rows.batches import Example
+from qftlab.rows.countdown import countdown_row, random_problem
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.config import TrainConfig
 from qftlab.train.dpo import PairSource, PairStep, count_pairs, dpo, fit_encoded_pairs, fit_pairs

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qftlab.data.countdown import countdown_row, random_problem, solve
 from qftlab.maths.verify import (
     answer_reward,
     countdown_reward,
@@ -20,6 +19,7 @@ from qftlab.maths.verify import (
     first_token_reward,
     parse_expression,
 )
+from qftlab.rows.countdown import countdown_row, random_problem, solve
 
 
 def reward(expression: str, numbers: list[int] = (3, 4, 5), target: int = 35) -> float:
