@@ -51,7 +51,7 @@ from qftlab.maths.losses import masked_cross_entropy
 from qftlab.rows.batches import batches, count_trained, first_fit_decreasing, pack, pad
 from qftlab.files import bundled
 from qftlab.rows.sources import load_rows
-from qftlab.data.split import contamination
+from qftlab.rows.split import contamination
 from qftlab.evaluate import wilson_interval
 from qftlab.train import loop
 from qftlab.train.config import TrainConfig

@@ -224,7 +224,7 @@ def divide(config: SplitConfig) -> str:
         ValueError: for rows that cannot be read or have no prompt.
         FileExistsError: if an output file exists.
     """
-    from qftlab.data.split import contamination, split_rows
+    from qftlab.rows.split import contamination, split_rows
 
     report = LoadReport()
     if config.against:
