@@ -12,16 +12,15 @@ from qftlab.maths.verify import countdown_reward
 from qftlab.model.lora import add_adapters
 from qftlab.model.vocabulary import extend_model
 from qftlab.rows.batches import Example, batches
+from qftlab.rows.examples import documents, encode_pairs, encode_rows
 from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import extend_tokenizer
 from qftlab.train.config import TrainConfig
 from qftlab.train.dpo import fit_encoded_pairs
 from qftlab.train.loop import TrainResult
 from qftlab.train.optim import total_steps
-from qftlab.train.pair_rows import documents, encode_pairs
 from qftlab.train.pairs import sample_pairs
 from qftlab.train.rloo import fit_prompts, fresh_problems, prompts_for
-from qftlab.train.rows import encode_rows
 from qftlab.train.sft import context_length, fit_examples
 from qftlab_course.stage_recipes import Recipe
 from qftlab_course.world.style import style_pairs

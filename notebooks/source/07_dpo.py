@@ -41,7 +41,7 @@ from qftlab.files import bundled
 from qftlab.rows.sources import load, load_rows
 from qftlab.train.config import TrainConfig
 from qftlab.train.dpo import fit_pairs
-from qftlab.train.pair_rows import encode_pairs
+from qftlab.rows.examples import encode_pairs
 from qftlab.train.preference_config import PreferenceLoss
 from qftlab.train.reference import Reference
 from qftlab.train.reward import ImplicitReward, ModelReward, fit_reward, reward_model

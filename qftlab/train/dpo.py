@@ -15,11 +15,11 @@ from qftlab.maths.losses import dpo_loss, preference_accuracy, sum_by_document
 from qftlab.model.loading import save_model
 from qftlab.model.modules import module_mode
 from qftlab.rows.batches import batches, first_fit_decreasing, group_by_length, pack, pad
+from qftlab.rows.examples import Pair, documents, encode_pairs, load_pairs
 from qftlab.train.checkpoint import Checkpoints, training_identity
 from qftlab.train.config import TrainConfig
 from qftlab.train.distributed import World, processes, unsharded, wrap
 from qftlab.train.loop import MicroBatch, NonFiniteLoss, TrainResult, train
-from qftlab.train.pair_rows import Pair, documents, encode_pairs, load_pairs
 from qftlab.train.preference_config import DPOConfig, PreferenceLoss
 from qftlab.train.reference import REFERENCE, Reference
 from qftlab.train.sft import begin, best_device, context_length, load_extended, open_run, sft_identity

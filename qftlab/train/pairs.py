@@ -13,7 +13,7 @@ from qftlab.generate.layouts import layout_for
 from qftlab.maths.sampling import SamplingParams
 from qftlab.rows.batches import Example
 from qftlab.rows.chat import row_to_messages
-from qftlab.train.pair_rows import Pair
+from qftlab.rows.examples import Pair
 from qftlab.train.rollouts import Reward
 
 log = logging.getLogger(__name__)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from qftlab.maths.losses import sum_by_document
 from qftlab.model.modules import module_mode
 from qftlab.rows.batches import pack, pad
+from qftlab.rows.examples import Pair, documents
 from qftlab.train.checkpoint import fingerprint
 from qftlab.train.config import TrainConfig
 from qftlab.train.distributed import World
-from qftlab.train.pair_rows import Pair, documents
 from qftlab.train.precision import autocast
 from qftlab.train.step import Step, to_device
 

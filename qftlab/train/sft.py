@@ -21,6 +21,7 @@ from qftlab.rows.batches import (
     pack,
     pad,
 )
+from qftlab.rows.examples import encode_rows
 from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
 from qftlab.train.checkpoint import Checkpoints, step_of, training_identity
@@ -28,7 +29,6 @@ from qftlab.train.config import SFTConfig, TrainConfig
 from qftlab.train.distributed import World, processes, unsharded, wrap
 from qftlab.train.loop import MicroBatch, TrainResult, train
 from qftlab.train.precision import training_dtype
-from qftlab.train.rows import encode_rows
 from qftlab.train.runs import RunFolder, resolve_model
 from qftlab.train.step import Step, no_grad_loss
 

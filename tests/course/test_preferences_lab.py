@@ -14,8 +14,8 @@ from qftlab.generate.engine import generate
 from qftlab.maths.losses import sum_by_document
 from qftlab.model.loading import load_model
 from qftlab.rows.batches import pad
+from qftlab.rows.examples import encode_pairs
 from qftlab.rows.tokenizer import load_tokenizer
-from qftlab.train.pair_rows import encode_pairs
 from qftlab.train.reward import ImplicitReward
 from qftlab.train.step import Step
 from qftlab_course import views

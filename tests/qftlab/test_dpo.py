@@ -25,11 +25,11 @@ from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import add_adapters
 from qftlab.rows.batches import Example
 from qftlab.rows.countdown import countdown_row, random_problem
+from qftlab.rows.examples import Pair, encode_pairs
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.config import TrainConfig
 from qftlab.train.dpo import PairSource, PairStep, count_pairs, dpo, fit_encoded_pairs, fit_pairs
 from qftlab.train.loop import NonFiniteLoss
-from qftlab.train.pair_rows import Pair, encode_pairs
 from qftlab.train.pairs import sample_pairs
 from qftlab.train.preference_config import DPOConfig, PreferenceLoss
 from qftlab.train.reference import Reference
