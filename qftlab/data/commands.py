@@ -179,7 +179,7 @@ def measure(config: LengthsConfig) -> str:
     Raises:
         ValueError: for rows that cannot be read or rendered; under the policy "error", if any row is too long.
     """
-    from qftlab.data.lengths import FIRST, LengthStats, limit_lengths, row_examples, row_lengths
+    from qftlab.rows.lengths import FIRST, LengthStats, limit_lengths, row_examples, row_lengths
     from qftlab.rows.tokenizer import load_tokenizer
 
     tokenizer, report, stats = load_tokenizer(config.model), LoadReport(), LengthStats()

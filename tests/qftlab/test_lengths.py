@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qftlab import cli
-from qftlab.data.lengths import LengthStats, _template, length_stats, limit_lengths, row_examples, row_lengths
 from qftlab.files import bundled
 from qftlab.rows.batches import Example, count_trained
+from qftlab.rows.lengths import LengthStats, _template, length_stats, limit_lengths, row_examples, row_lengths
 from qftlab.rows.sources import load, load_rows, stream
 from qftlab.rows.tokenizer import load_tokenizer
 
