@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from qftlab.files import bundled
 from qftlab.maths.verify import countdown_reward
+from qftlab.model.loading import extend_model
 from qftlab.model.lora import add_adapters
-from qftlab.model.vocabulary import extend_model
 from qftlab.rows.batches import Example, batches
 from qftlab.rows.examples import documents, encode_pairs, encode_rows
 from qftlab.rows.sources import load_rows

@@ -39,7 +39,7 @@ from matplotlib import pyplot
 from qftlab.maths.logprobs import token_logprobs
 from qftlab.generate.engine import generate
 from qftlab.model.loading import load_model, save_model
-from qftlab.model.vocabulary import extend_model
+from qftlab.model.loading import extend_model
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
 from qftlab_course import checks, plots, stages, views
 from qftlab_course.presets import get_preset

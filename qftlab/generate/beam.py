@@ -18,7 +18,7 @@ from qftlab.generate.layouts import layout_for
 from qftlab.generate.prompts import Prompt, check_prompts, default_stop_ids, encode_prompts, head_rows
 from qftlab.generate.texts import continuation_text
 from qftlab.maths.sampling import RowParams, SamplingParams, penalise
-from qftlab.model.modules import module_mode
+from qftlab.model.loading import module_mode
 from qftlab.settings import check_at_least
 
 # How often the beams' common history is looked for: it only grows, so an old answer is still right.

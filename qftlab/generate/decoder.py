@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from qftlab.generate.attend import attend_shared
 from qftlab.generate.cache import KVCache
 from qftlab.generate.fuse import Layout, Projections, is_plain_linear
-from qftlab.model.modules import causal_model
+from qftlab.model.loading import causal_model
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 # Rotary embeddings whose angles depend on how long the text already is cannot be tabulated.

@@ -19,7 +19,7 @@ from qftlab.generate.layouts import layout_for
 from qftlab.generate.prompts import Prompt, check_prompts, default_stop_ids, encode_prompts, head_rows
 from qftlab.generate.texts import TextStream, continuation_text, find_stop
 from qftlab.maths.sampling import SamplingParams
-from qftlab.model.modules import module_mode
+from qftlab.model.loading import module_mode
 from qftlab.settings import check_at_least
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qftlab.model.loading import load_model, save_model
+from qftlab.model.loading import load_model, row_layers, save_model
 from qftlab.model.lora import is_adapted, merge_adapters, trained_token_ids
-from qftlab.model.vocabulary import row_layers
 
 log = logging.getLogger(__name__)
 # Merging adds B A to W before the product with x instead of after it: honest logits differ by rounding alone. How much

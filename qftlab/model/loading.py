@@ -1,14 +1,15 @@
-"""Models: loading and saving them."""
+"""Models: loading and saving them, their causal part and mode, and rows for new tokens."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -16,8 +17,88 @@ from qftlab.files import resolve
 from qftlab.model.attention import NAME as PACKED
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.lora import adapter_base, is_adapted, load_adapters, save_adapters
-from qftlab.rows.tokenizer import not_loadable
+from qftlab.rows.tokenizer import ExtensionReport, not_loadable
 from qftlab.settings import check_choice
+
+
+def causal_model(model: nn.Module) -> nn.Module:
+    """The transformers model with a head inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def module_mode(module: nn.Module, is_training: bool) -> Iterator[None]:
+    """Training or evaluation mode inside; outside, every submodule's own mode again."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.train(is_training)
+    try:
+        yield
+    finally:
+        for m, was_training in modes:
+            m.training = was_training
+
+
+def extend_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    report: ExtensionReport,
+    *,
+    init: str = "mean",
+    descriptions: Mapping[str, str] | None = None,
+) -> None:
+    """Gives each new token a row: the mean of the rows of its old pieces, or of a description's tokens; in place.
+
+    Input and output rows are both set where they are two matrices. Rows are added only if the tokenizer has outgrown
+    them; a real Qwen has hundreds to spare (151,936 rows for 151,665 tokens).
+
+    Args:
+        model: changed in place; tied or untied.
+        tokenizer: already extended.
+        report: what `extend_tokenizer` returned; tokens that are not new are left alone.
+        init: "mean" of the pieces, or "description".
+        descriptions: token → a few words, for `init="description"`.
+
+    Raises:
+        ValueError: for another `init`, a new token without a description, the report of another tokenizer, or a model
+            that has adapters already.
+
+    Source: Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models".
+    """
+    if init not in ("mean", "description"):
+        raise ValueError(f'init must be "mean" or "description", got {init!r}')
+    if hasattr(model, "peft_config"):
+        raise ValueError("model must be extended before it gets adapters, got one with adapters")
+    lacking = [t.text for t in report.new if init == "description" and not (descriptions or {}).get(t.text)]
+    if lacking:
+        raise ValueError(f"descriptions must have an entry for each new token, missing {', '.join(lacking)}")
+    for token in report.tokens:
+        if (found := tokenizer.convert_tokens_to_ids(token.text)) != token.id:
+            raise ValueError(
+                f"report must be of this tokenizer, but {token.text} is {token.id} in it and {found} here: "
+                "pass what extend_tokenizer(tokenizer) returned"
+            )
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for token in report.new:
+            pieces = list(token.pieces_before)
+            if init == "description":
+                pieces = tokenizer(descriptions[token.text], add_special_tokens=False).input_ids
+            for layer in row_layers(model):
+                layer.weight[token.id] = layer.weight[pieces].float().mean(0).to(layer.weight.dtype)
+
+
+def row_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that hold one row a token: the embedding, and the head where it is a matrix of its own."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return [embedding] if head is None or _matrix(head) is _matrix(embedding) else [embedding, head]
+
+
+def _matrix(layer: nn.Module) -> torch.Tensor:
+    """The weight that a layer is made of; one whose rows peft trains answers `.weight` with a new tensor each time."""
+    return (layer.token_adapter.base_layer if hasattr(layer, "token_adapter") else layer).weight
+
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 ATTENTIONS = (PACKED, "sdpa", "eager")

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from qftlab.files import bundled
 from qftlab.model.config import LoRAConfig
-from qftlab.model.vocabulary import row_layers
+from qftlab.model.loading import row_layers
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")

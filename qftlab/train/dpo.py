@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qftlab.maths.losses import dpo_loss, preference_accuracy, sum_by_document
-from qftlab.model.loading import save_model
-from qftlab.model.modules import module_mode
+from qftlab.model.loading import module_mode, save_model
 from qftlab.rows.batches import batches, first_fit_decreasing, group_by_length, pack, pad
 from qftlab.rows.examples import Pair, documents, encode_pairs, load_pairs
 from qftlab.train.checkpoint import Checkpoints, training_identity

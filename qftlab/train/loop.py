@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from qftlab.model.modules import module_mode
+from qftlab.model.loading import module_mode
 from qftlab.train.checkpoint import Checkpoints, best_step
 from qftlab.train.config import TrainConfig
 from qftlab.train.distributed import Share, World, reshard_

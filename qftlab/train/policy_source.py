@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qftlab.maths.losses import leave_one_out_advantages, sum_by_document
-from qftlab.model.modules import module_mode
+from qftlab.model.loading import module_mode
 from qftlab.rows.batches import batches, first_fit_decreasing, group_by_length, pack, pad
 from qftlab.train.config import TrainConfig
 from qftlab.train.distributed import World

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qftlab.maths.losses import clipped_policy_loss, is_clipped, kl_estimate, leave_one_out_advantages, sum_by_document
-from qftlab.model.modules import module_mode
+from qftlab.model.loading import module_mode
 from qftlab.train.policy_config import PolicyConfig
 from qftlab.train.step import IGNORED, Step
 

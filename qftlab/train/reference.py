@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qftlab.maths.losses import sum_by_document
-from qftlab.model.modules import module_mode
+from qftlab.model.loading import module_mode
 from qftlab.rows.batches import pack, pad
 from qftlab.rows.examples import Pair, documents
 from qftlab.train.checkpoint import fingerprint

@@ -16,8 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from qftlab.files import resolve
 from qftlab.maths.losses import preference_accuracy, sum_by_document
 from qftlab.model.attention import register_packed_attention
-from qftlab.model.loading import save_model
-from qftlab.model.modules import module_mode
+from qftlab.model.loading import module_mode, save_model
 from qftlab.rows.batches import Example, pack, pad
 from qftlab.rows.chat import render_chat, render_prompt
 from qftlab.rows.examples import Pair, documents, encode_pairs, load_pairs

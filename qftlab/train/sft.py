@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from qftlab.generate.prompts import known_id
-from qftlab.model.loading import load_model, save_model
-from qftlab.model.modules import causal_model
-from qftlab.model.vocabulary import extend_model
+from qftlab.model.loading import causal_model, extend_model, load_model, save_model
 from qftlab.rows.batches import (
     Example,
     batches,

@@ -124,7 +124,7 @@ EXERCISES = (
         forbidden=(
             "torch.nn.functional.embedding_bag",
             "torch.nn.EmbeddingBag",
-            "qftlab.model.vocabulary.extend_model",
+            "qftlab.model.loading.extend_model",
         ),
         suspects=(
             Suspect("the rows are added; divide by how many there are", like=lambda t, ids: t[ids].sum(0)),
@@ -148,7 +148,7 @@ EXERCISES = (
         instead="put the old rows and as many zero rows as are missing one below the other",
         forbidden=(
             "transformers.PreTrainedModel.resize_token_embeddings",
-            "qftlab.model.vocabulary.extend_model",
+            "qftlab.model.loading.extend_model",
         ),
         suspects=(
             Suspect(

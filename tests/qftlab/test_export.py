@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qftlab.model import export
 from qftlab.model.config import LoRAConfig
 from qftlab.model.export import CEILINGS, Card, ExportError, export_model
-from qftlab.model.loading import load_model
+from qftlab.model.loading import extend_model, load_model
 from qftlab.model.lora import add_adapters
-from qftlab.model.vocabulary import extend_model
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
 
 

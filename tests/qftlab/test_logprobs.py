@@ -30,7 +30,7 @@ from qftlab.maths.logprobs import (
     token_logprobs,
 )
 from qftlab.model.head import head_terms
-from qftlab.model.modules import causal_model
+from qftlab.model.loading import causal_model
 from qftlab.rows.batches import Example, pack
 from qftlab.train.step import Step, count_trained_tokens
 

@@ -17,7 +17,7 @@ from qftlab.generate.engine import generate
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.config import LoRAConfig
 from qftlab.model.export import export_model
-from qftlab.model.loading import load_model, save_model
+from qftlab.model.loading import extend_model, load_model, row_layers, save_model
 from qftlab.model.lora import (
     WEIGHTS,
     add_adapters,
@@ -27,7 +27,6 @@ from qftlab.model.lora import (
     save_adapters,
     trained_token_ids,
 )
-from qftlab.model.vocabulary import extend_model, row_layers
 from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
 from qftlab.train.config import TrainConfig

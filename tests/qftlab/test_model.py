@@ -6,8 +6,7 @@ import pytest
 import torch
 from random_models import random_model
 
-from qftlab.model.loading import load_model, save_model
-from qftlab.model.vocabulary import extend_model
+from qftlab.model.loading import extend_model, load_model, save_model
 from qftlab.rows.batches import Example, pack, pad
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
 from qftlab_course.presets import PRESETS, Preset, get_preset
