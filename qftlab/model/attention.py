@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qftlab.model.blocked import BlockedAttention, Plan
+from qftlab.model.cpu import BlockedAttention, Plan
 
 log = logging.getLogger(__name__)
 NAME = "packed"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qftlab.maths.losses import leave_one_out_advantages, sum_by_document
+from qftlab.model.cpu import pack_answers
 from qftlab.model.loading import module_mode
 from qftlab.rows.batches import batches, first_fit_decreasing, group_by_length, pack, pad
 from qftlab.train.config import TrainConfig
@@ -29,7 +30,6 @@ from qftlab.train.rollouts import (
     score,
     statistics_of,
 )
-from qftlab.train.shared_prefix import pack_answers
 from qftlab.train.step import IGNORED, Step, to_device
 
 log = logging.getLogger(__name__)

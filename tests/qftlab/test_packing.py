@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_models import random_model
 
-from qftlab.model import attention, blocked
+from qftlab.model import attention, cpu
 from qftlab.rows.batches import Example, first_fit_decreasing, group_by_length, pack, pad
 from qftlab.train import sft
 from qftlab.train.config import TrainConfig
@@ -171,7 +171,7 @@ def test_blocks_equal_torchs_attention(heads: tuple[int, int], is_shared: bool, 
     if is_shared:
         documents[2:] = [documents[3][:70], *(torch.cat([documents[3][:70], d[-5:]]) for d in documents[2:])]
         documents[0] = torch.arange(335)  # every token stands somewhere
-    assert {len(d) for d in documents} & {63, 64, 65, 70, 75} and any(len(d) > 2 * blocked.QUERIES for d in documents)
+    assert {len(d) for d in documents} & {63, 64, 65, 70, 75} and any(len(d) > 2 * cpu.QUERIES for d in documents)
     found = []
     for longest in (1024, 0):
         monkeypatch.setattr(attention, "LONGEST_BLOCKED", longest)

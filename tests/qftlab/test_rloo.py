@@ -211,7 +211,7 @@ def test_by_hand() -> None:
 
 def test_the_shared_prompt_changes_nothing_but_the_number_of_tokens() -> None:
     """Against one document for each answer; a lone prompt of one token and a group of one are there too."""
-    from qftlab.train.shared_prefix import pack_answers
+    from qftlab.model.cpu import pack_answers
 
     torch.manual_seed(0)
     sizes = [(9, (3, 5, 1)), (1, (4, 2)), (12, (6,)), (30, (2, 40, 7))]

@@ -1,18 +1,26 @@
-"""Causal attention of documents on the CPU: forward and backward, a block of queries at a time.
+"""What only makes a laptop fast: blocked attention of documents, and packed answers that share their prompt.
 
 torch's fused kernel for the CPU multiplies small tiles and computes the weights a second time in backward. Here a block
 of queries meets all keys up to its own end in one batched product, and the weights are kept: T²/2 numbers a head and
 document, which is why long documents are left to the kernel.
+
+A packed row of answers holds the prompt without its last token, and then for each answer that last token (which
+predicts the answer's first) and the answer. Attention gathers each answer's document, prompt included, from where its
+tokens stand. The kernel that CUDA uses wants documents in one piece.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from qftlab.model.attention import keep_plan_
+from qftlab.rows.batches import IGNORED, Example
 
 QUERIES = 64  # of a block: with more, too many products fall above the diagonal; with fewer, they are too small
 
@@ -127,3 +135,38 @@ def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
     future = scores.new_full((tokens, tokens), -torch.inf).triu_(1)
     scores.view(len(q), tokens, -1, end)[..., end - tokens :] += future.unsqueeze(1)
     return scores.softmax(-1)
+
+
+def pack_answers(examples: Sequence[Example], prompts: Sequence[int], starts: Sequence[int]) -> dict[str, Tensor | int]:
+    """One packed row of documents, neighbours with the same prompt sharing its tokens.
+
+    Args:
+        examples: whole documents, prompt and answer.
+        prompts: the number of each document's prompt; neighbours of one number have the same prompt.
+        starts: tokens of each document's prompt, at least 1.
+
+    Returns:
+        As `qftlab.rows.batches.pack`; a shared prompt counts to its first document. It must be attended to by
+        `packed_attention` without CUDA's kernel.
+    """
+    ids, labels, positions, bounds, documents = [], [], [], [0], []
+    for _, members in groupby(range(len(examples)), key=prompts.__getitem__):
+        members = list(members)
+        shared = starts[members[0]] - 1
+        prefix = list(range(len(ids), len(ids) + shared))
+        ids += examples[members[0]].input_ids[:shared]
+        labels += [IGNORED] * shared
+        positions += range(shared)
+        for i in members:
+            own = examples[i].input_ids[shared:]
+            documents.append(prefix + list(range(len(ids), len(ids) + len(own))))
+            ids += own
+            labels += examples[i].labels()[shared:]
+            positions += range(shared, shared + len(own))
+            bounds.append(len(ids))
+    longest = max(map(len, documents))
+    ends = torch.tensor(bounds, dtype=torch.int32)
+    keep_plan_(ends, [torch.tensor(document) for document in documents])
+    return {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels]), "cu_seq_lens_q": ends,
+            "position_ids": torch.tensor([positions]), "cu_seq_lens_k": ends,
+            "max_length_q": longest, "max_length_k": longest}  # fmt: skip
