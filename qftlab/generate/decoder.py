@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from qftlab.generate.attend import attend_shared
-from qftlab.generate.cache import KVCache
+from qftlab.generate.cache import KVCache, attend_shared
 from qftlab.generate.fuse import Layout, Projections, is_plain_linear
 from qftlab.model.loading import causal_model
 

@@ -331,7 +331,7 @@ def test_prompts_held_once_give_what_copied_ones_give() -> None:
 @pytest.mark.parametrize("mask", [False, True])
 def test_the_two_softmaxes_join_as_one(mask: bool, monkeypatch) -> None:
     """Against one softmax over both parts, by the CPU's kernel and by the form other devices take."""
-    from qftlab.generate import attend
+    from qftlab.generate import cache
     from qftlab.generate.cache import Prefix
 
     torch.manual_seed(0)
@@ -342,8 +342,8 @@ def test_the_two_softmaxes_join_as_one(mask: bool, monkeypatch) -> None:
     past = torch.zeros(3, 1, 1, 11)
     past[1, ..., 4:6] = -torch.inf if mask else 0
     want = torch.nn.functional.scaled_dot_product_attention(q, *own, attn_mask=past, scale=0.3)
-    got = attend.attend_shared(q, k, v, *prefix.store[0], prefix, 0.3)
+    got = cache.attend_shared(q, k, v, *prefix.store[0], prefix, 0.3)
     assert (got - want).abs().max() < 1e-6
 
-    monkeypatch.setattr(attend, "_attend", attend._attend_plainly)
-    assert (attend.attend_shared(q, k, v, *prefix.store[0], prefix, 0.3) - want).abs().max() < 1e-6
+    monkeypatch.setattr(cache, "_attend", cache._attend_plainly)
+    assert (cache.attend_shared(q, k, v, *prefix.store[0], prefix, 0.3) - want).abs().max() < 1e-6
