@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from qftlab.generate.decoder import Decoder
+from qftlab.generate.engine import Prompt, check_prompts, continuation_text, default_stop_ids, encode_prompts, head_rows
 from qftlab.generate.layouts import layout_for
-from qftlab.generate.prompts import Prompt, check_prompts, default_stop_ids, encode_prompts, head_rows
-from qftlab.generate.texts import continuation_text
 from qftlab.maths.sampling import RowParams, SamplingParams, penalise
 from qftlab.model.loading import module_mode
 from qftlab.settings import check_at_least

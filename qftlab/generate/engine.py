@@ -7,7 +7,7 @@ hash of (seed, row id, step). So a batch gives what each of its rows would give 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,11 +16,171 @@ import torch
 from qftlab.generate.batch import Batch, Settings
 from qftlab.generate.decoder import Decoder
 from qftlab.generate.layouts import layout_for
-from qftlab.generate.prompts import Prompt, check_prompts, default_stop_ids, encode_prompts, head_rows
-from qftlab.generate.texts import TextStream, continuation_text, find_stop
 from qftlab.maths.sampling import SamplingParams
 from qftlab.model.loading import module_mode
+from qftlab.rows.chat import render_prompt
 from qftlab.settings import check_at_least
+
+END_OF_TURN = "<|im_end|>"
+Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
+
+
+def encode_prompts(tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of each prompt: text as the tokenizer reads it, messages as a chat prompt, ids as they are.
+
+    Raises:
+        TypeError: for a prompt of another kind, or prompts that are not a list of them.
+        ValueError: for an empty prompt.
+    """
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence):
+        raise TypeError(f"prompts must be a list of prompts, got {type(prompts).__name__}: write [prompt]")
+    if prompts and isinstance(prompts[0], Mapping | int):
+        raise TypeError("prompts must be a list of prompts, got one list of messages or ids: write [prompt]")
+    return [_encode(tokenizer, prompt, i) for i, prompt in enumerate(prompts)]
+
+
+def _encode(tokenizer, prompt: Prompt, index: int) -> list[int]:
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt).input_ids
+    elif isinstance(prompt, Sequence) and prompt and all(isinstance(item, Mapping) for item in prompt):
+        ids = render_prompt(tokenizer, list(prompt))
+    elif isinstance(prompt, Sequence) and all(isinstance(item, int) for item in prompt):
+        ids = list(prompt)
+    else:
+        raise TypeError(f"prompts[{index}] must be a str, a list of messages or a list of ids, got {prompt!r:.60}")
+    if not ids:
+        raise ValueError(f"prompts[{index}] must have at least one token, got none: begin it with a token or some text")
+    return ids
+
+
+def check_prompts(encoded: Sequence[Sequence[int]], model, max_new_tokens: int | Sequence[int]) -> list[int]:
+    """Refuses ids that the model has no row for, and prompts that do not fit its context with their new tokens.
+
+    Returns:
+        The most new tokens of each prompt.
+
+    Raises:
+        ValueError: naming the prompt and both numbers.
+    """
+    if isinstance(max_new_tokens, float | str):
+        raise TypeError(f"max_new_tokens must be a whole number, or one for each prompt, got {max_new_tokens!r}")
+    limits = [max_new_tokens] * len(encoded) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if len(limits) != len(encoded):
+        raise ValueError(f"max_new_tokens must be one, or one for each of {len(encoded)} prompts, got {len(limits)}")
+    check_at_least(1, max_new_tokens=min(limits, default=1))
+    context = getattr(model.config, "max_position_embeddings", None)
+    rows = min(head_rows(model), model.get_input_embeddings().weight.shape[0])
+    for i, (ids, limit) in enumerate(zip(encoded, limits, strict=True)):
+        if min(ids) < 0 or max(ids) >= rows:
+            worst = max(ids) if max(ids) >= rows else min(ids)
+            raise ValueError(
+                f"prompts[{i}] must hold ids from 0 to {rows - 1}, the rows of the model's embedding, got {worst}: "
+                "use the model's own tokenizer, or extend the model after extending the tokenizer"
+            )
+        if context is not None and len(ids) + limit > context:
+            raise ValueError(
+                f"prompt and new tokens must fit the context of {context} tokens, got {len(ids)} in prompts[{i}] + "
+                f"{limit} new: shorten the prompt or lower max_new_tokens"
+            )
+    return limits
+
+
+def head_rows(model) -> int:
+    """Rows of the model's head: one logit each, padding rows included."""
+    return model.get_output_embeddings().weight.shape[0]
+
+
+def default_stop_ids(model, tokenizer) -> list[int]:
+    """Ids that end a completion: the generation config's and tokenizer's end of sequence, and `<|im_end|>` if known."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = set(configured if isinstance(configured, list | tuple) else [configured])
+    ids |= {tokenizer.eos_token_id, known_id(tokenizer, END_OF_TURN)}
+    return sorted(ids - {None})
+
+
+def known_id(tokenizer, token: str) -> int | None:
+    """The id of one token's text, or None if the tokenizer has no such token (some answer with their unknown token)."""
+    index = tokenizer.convert_tokens_to_ids(token)
+    return index if index is not None and tokenizer.convert_ids_to_tokens(index) == token else None
+
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # how half a UTF-8 sequence decodes
+
+
+def continuation_text(tokenizer, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> str:
+    """Text of `token_ids` as it follows the prompt, special tokens shown.
+
+    The prompt's last token is decoded with them and cut off again: some tokenizers (Llama's) drop the blank before the
+    first word of what they decode.
+    """
+    head = tokenizer.decode(list(prompt_ids[-1:]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    joined = [*prompt_ids[-1:], *token_ids]
+    text = tokenizer.decode(joined, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if text.startswith(head):
+        return text[len(head) :]
+    return tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def find_stop(tokenizer, prompt_ids: Sequence[int], token_ids: Sequence[int], stop: Sequence[str]) -> int | None:
+    """Where the earliest stop string begins in the text of `token_ids`, looked for in its end; None if there is none.
+
+    Called after each token, it reads only as many tokens as a stop string may span (a token is at least one byte); the
+    whole text is decoded only for a hit.
+    """
+    if not stop:
+        return None
+    span = max(len(s.encode()) for s in stop) + 8
+    before = [*prompt_ids, *token_ids[:-span]]
+    tail = continuation_text(tokenizer, before, token_ids[-span:])
+    if not any(s in tail for s in stop):
+        return None
+    text = continuation_text(tokenizer, prompt_ids, token_ids)
+    return min((at for at in map(text.find, stop) if at >= 0), default=None)
+
+
+class TextStream:
+    """The text of a growing completion, piece by piece; the pieces joined are the finished text.
+
+    Half a character waits for its other bytes, and an end that could begin a stop string waits until it is clear.
+
+    Args:
+        tokenizer: decodes.
+        prompt_ids: of the prompt, (T,).
+        stop: strings that end the completion and are not part of its text.
+    """
+
+    def __init__(self, tokenizer, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._prompt_ids, self._stop = tokenizer, list(prompt_ids), tuple(stop)
+        self._read, self._shown, self._held = 0, 0, ""
+
+    def take(self, token_ids: Sequence[int]) -> str:
+        """What may be shown now, given all tokens so far, the last of them no stop token."""
+        if len(token_ids) <= self._read:  # a row that began again after memory ran out
+            return ""
+        before = [*self._prompt_ids[-1:], *token_ids[: self._read]]
+        fresh = continuation_text(self._tokenizer, before, token_ids[self._read :])
+        if fresh.endswith(UNFINISHED):
+            return ""
+        self._read = len(token_ids)
+        text = self._held + fresh
+        waiting = _possible_stop(text, self._stop)
+        self._held = text[len(text) - waiting :]
+        return self._show(text[: len(text) - waiting])
+
+    def finish(self, text: str) -> str:
+        """What was still held back of the finished text."""
+        return self._show(text[self._shown :])
+
+    def _show(self, piece: str) -> str:
+        self._shown += len(piece)
+        return piece
+
+
+def _possible_stop(text: str, stop: Sequence[str]) -> int:
+    """Length of the longest end of `text` that is the beginning of a stop string."""
+    lengths = (n for s in stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n]))
+    return max(lengths, default=0)
+
 
 logger = logging.getLogger(__name__)
 GREEDY = SamplingParams(temperature=0.0)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from qftlab.generate.engine import known_id
 from qftlab.generate.layouts import choose_layout
-from qftlab.generate.prompts import known_id
 from qftlab.maths.verify import answer_reward, countdown_reward, exact_reward, first_token_reward
 from qftlab.model.loading import save_model
 from qftlab.rows.batches import Example

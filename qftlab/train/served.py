@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from qftlab.generate.engine import Completion
-from qftlab.generate.prompts import default_stop_ids
+from qftlab.generate.engine import Completion, default_stop_ids
 from qftlab.model.loading import save_model
 from qftlab.train.policy_config import PolicyConfig, ServerConfig
 

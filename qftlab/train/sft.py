@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qftlab.generate.prompts import known_id
+from qftlab.generate.engine import known_id
 from qftlab.model.loading import causal_model, extend_model, load_model, save_model
 from qftlab.rows.batches import (
     Example,

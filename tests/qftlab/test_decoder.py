@@ -204,7 +204,7 @@ def test_streamed_pieces_are_the_text(stop, tokenizer) -> None:  # noqa: F811
 
 
 def test_a_stream_waits_for_whole_characters_and_stop_strings(tokenizer) -> None:  # noqa: F811
-    from qftlab.generate.texts import TextStream
+    from qftlab.generate.engine import TextStream
 
     ids = tokenizer("né\nUser: x").input_ids
     line = TextStream(tokenizer, [1], stop=("\nUser:",))

@@ -21,9 +21,7 @@ from transformers import (
 )
 
 from qftlab.generate import engine
-from qftlab.generate.engine import Completion, generate
-from qftlab.generate.prompts import default_stop_ids
-from qftlab.generate.texts import continuation_text, find_stop
+from qftlab.generate.engine import Completion, continuation_text, default_stop_ids, find_stop, generate
 from qftlab.maths.sampling import SamplingParams
 from qftlab.model.attention import register_packed_attention
 
