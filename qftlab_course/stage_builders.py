@@ -18,7 +18,7 @@ from qftlab.rows.tokenizer import extend_tokenizer
 from qftlab.train.config import TrainConfig
 from qftlab.train.dpo import fit_encoded_pairs
 from qftlab.train.loop import TrainResult
-from qftlab.train.optim import total_steps
+from qftlab.train.optimizer import total_steps
 from qftlab.train.pairs import sample_pairs
 from qftlab.train.rloo import fit_prompts, fresh_problems, prompts_for
 from qftlab.train.sft import context_length, fit_examples

@@ -20,10 +20,20 @@ from qftlab.train.checkpoint import Checkpoints, best_step
 from qftlab.train.config import TrainConfig
 from qftlab.train.distributed import Share, World, reshard_
 from qftlab.train.meter import Meter
-from qftlab.train.optim import MasterWeights, learning_rate, make_optimizer, named_trainable, total_steps
+from qftlab.train.optimizer import (
+    Batch,
+    MasterWeights,
+    MicroBatch,
+    NonFiniteLoss,
+    StepReport,
+    learning_rate,
+    make_optimizer,
+    named_trainable,
+    optimizer_step,
+    total_steps,
+)
 from qftlab.train.precision import autocast, prepared
 from qftlab.train.step import count_trained_tokens
-from qftlab.train.update import Batch, MicroBatch, NonFiniteLoss, StepReport, optimizer_step
 
 __all__ = ["MicroBatch", "NonFiniteLoss", "Source", "StepReport", "TrainResult", "learning_rate", "make_optimizer",
            "optimizer_step", "total_steps", "train"]  # fmt: skip

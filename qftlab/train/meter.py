@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qftlab.train.distributed import World
-from qftlab.train.optim import TOKEN_ROWS
+from qftlab.train.optimizer import TOKEN_ROWS
 
 # Dense bf16 peak of tensor cores, FLOP/s, from NVIDIA's data sheets; the first that a device's name contains counts.
 PEAK_FLOPS = {

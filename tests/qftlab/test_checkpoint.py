@@ -21,7 +21,7 @@ from qftlab.train import checkpoint
 from qftlab.train.checkpoint import Checkpoints, best_step, flatten, training_identity
 from qftlab.train.config import TrainConfig
 from qftlab.train.loop import NonFiniteLoss
-from qftlab.train.optim import MasterWeights, bare_name, make_optimizer, named_trainable
+from qftlab.train.optimizer import MasterWeights, bare_name, make_optimizer, named_trainable
 from qftlab.train.sft import fit_examples
 from qftlab.train.step import Step
 
