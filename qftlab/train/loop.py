@@ -18,7 +18,7 @@ from torch import nn
 from qftlab.model.loading import module_mode
 from qftlab.train.checkpoint import Checkpoints, best_step
 from qftlab.train.config import TrainConfig
-from qftlab.train.distributed import Share, World, reshard_
+from qftlab.train.distributed import Share, World, autocast, prepared, reshard_
 from qftlab.train.meter import Meter
 from qftlab.train.optimizer import (
     Batch,
@@ -32,7 +32,6 @@ from qftlab.train.optimizer import (
     optimizer_step,
     total_steps,
 )
-from qftlab.train.precision import autocast, prepared
 from qftlab.train.step import count_trained_tokens
 
 __all__ = ["MicroBatch", "NonFiniteLoss", "Source", "StepReport", "TrainResult", "learning_rate", "make_optimizer",

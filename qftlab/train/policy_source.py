@@ -14,10 +14,9 @@ from qftlab.model.cpu import pack_answers
 from qftlab.model.loading import module_mode
 from qftlab.rows.batches import batches, first_fit_decreasing, group_by_length, pack, pad
 from qftlab.train.config import TrainConfig
-from qftlab.train.distributed import World
+from qftlab.train.distributed import World, autocast
 from qftlab.train.loop import MicroBatch
 from qftlab.train.policy_config import PolicyConfig
-from qftlab.train.precision import autocast
 from qftlab.train.rollouts import (
     Prompt,
     Reward,

@@ -20,8 +20,7 @@ from qftlab.rows.batches import pack, pad
 from qftlab.rows.examples import Pair, documents
 from qftlab.train.checkpoint import fingerprint
 from qftlab.train.config import TrainConfig
-from qftlab.train.distributed import World
-from qftlab.train.precision import autocast
+from qftlab.train.distributed import World, autocast
 from qftlab.train.step import Step, to_device
 
 REFERENCE = "reference.safetensors"

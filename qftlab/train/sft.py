@@ -24,9 +24,8 @@ from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
 from qftlab.train.checkpoint import Checkpoints, step_of, training_identity
 from qftlab.train.config import SFTConfig, TrainConfig
-from qftlab.train.distributed import World, processes, unsharded, wrap
+from qftlab.train.distributed import World, processes, training_dtype, unsharded, wrap
 from qftlab.train.loop import MicroBatch, TrainResult, train
-from qftlab.train.precision import training_dtype
 from qftlab.train.runs import RunFolder, resolve_model
 from qftlab.train.step import Step, no_grad_loss
 
