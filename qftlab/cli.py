@@ -107,7 +107,7 @@ def with_own_settings(config_class: type, arguments: Sequence[str]) -> list[str]
     resume, arguments = option(arguments, "resume"), list(arguments)
     if not resume or resume == "null" or option(arguments, "config") or not hasattr(config_class, "resume"):
         return arguments
-    from qftlab.train.runs import find_run, own_settings
+    from qftlab.train.run import find_run, own_settings
 
     run = find_run(resume, Path(option(arguments, "output") or config_class.output))
     return ["--config", json.dumps(own_settings(run)), *arguments]

@@ -63,7 +63,7 @@ def run_export(config) -> None:
 
 def dtype_of_run(config) -> str:
     """The dtype asked for; for `auto` that in which the run trained: adapters in fp32 may stand on weights in bf16."""
-    from qftlab.train.runs import METRICS, own_settings, resolve_model
+    from qftlab.train.run import METRICS, own_settings, resolve_model
 
     # model/, checkpoints/initial and checkpoints/final are one or two folders below the run.
     above = Path(resolve_model(config.model)).resolve().parents[:2]
@@ -143,7 +143,7 @@ def load_named(name: str, dtype: str, device: str) -> tuple:
     """Model and tokenizer by the name a user gives."""
     from qftlab.model.loading import load_model
     from qftlab.rows.tokenizer import load_tokenizer
-    from qftlab.train.runs import resolve_model
+    from qftlab.train.run import resolve_model
     from qftlab.train.sft import best_device
 
     hide_loading_bars()

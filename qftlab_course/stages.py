@@ -23,7 +23,7 @@ from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import adapter_base, is_adapted, load_adapters
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.checkpoint import fingerprint
-from qftlab.train.runs import sha256
+from qftlab.train.run import sha256
 from qftlab.train.sft import best_device
 from qftlab_course.stage_builders import WORKS, Say, countdown_pairs, noting, prepared, tell
 from qftlab_course.stage_recipes import STAGES, STARTS, Recipe, plain, recipe

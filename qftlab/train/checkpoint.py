@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from qftlab.rows.batches import Example
 from qftlab.train.config import TrainConfig
 from qftlab.train.distributed import World, like, whole
-from qftlab.train.runs import sha256
+from qftlab.train.run import sha256
 
 log = logging.getLogger(__name__)
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"

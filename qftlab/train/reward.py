@@ -27,7 +27,7 @@ from qftlab.train.distributed import World, processes, unsharded, wrap
 from qftlab.train.dpo import PairSource, count_pairs, held_out_pairs
 from qftlab.train.loop import TrainResult, train
 from qftlab.train.policy_config import RewardConfig
-from qftlab.train.runs import resolve_model
+from qftlab.train.run import resolve_model
 from qftlab.train.sft import begin, best_device, context_length, load_extended, open_run, sft_identity
 from qftlab.train.step import Step, to_device
 

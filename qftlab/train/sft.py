@@ -26,7 +26,7 @@ from qftlab.train.checkpoint import Checkpoints, step_of, training_identity
 from qftlab.train.config import SFTConfig, TrainConfig
 from qftlab.train.distributed import World, processes, training_dtype, unsharded, wrap
 from qftlab.train.loop import MicroBatch, TrainResult, train
-from qftlab.train.runs import RunFolder, resolve_model
+from qftlab.train.run import RunFolder, resolve_model
 from qftlab.train.step import Step, no_grad_loss
 
 

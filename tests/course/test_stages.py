@@ -16,7 +16,7 @@ from qftlab.model.lora import trained_token_ids
 from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.config import TrainConfig
-from qftlab.train.runs import sha256
+from qftlab.train.run import sha256
 from qftlab_course import stage_builders, stages
 from qftlab_course.presets import PRESETS
 from qftlab_course.stage_recipes import STARTS, plain

@@ -33,7 +33,7 @@ from qftlab.train.loop import NonFiniteLoss
 from qftlab.train.pairs import sample_pairs
 from qftlab.train.preference_config import DPOConfig, PreferenceLoss
 from qftlab.train.reference import Reference
-from qftlab.train.runs import sha256
+from qftlab.train.run import sha256
 from qftlab_course.world.style import ENDING, STYLE_SKILLS, is_polite, style_pairs
 
 CONSTANT = {"warmup_ratio": 0, "schedule": "constant", "weight_decay": 0.0}

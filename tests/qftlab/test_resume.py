@@ -31,7 +31,7 @@ from qftlab.train.config import SFTConfig, TrainConfig
 from qftlab.train.distributed import training_dtype
 from qftlab.train.meter import Meter, causal_pairs, peak_flops, step_flops
 from qftlab.train.optimizer import optimizer_step
-from qftlab.train.runs import RunFolder, find_run, resolve_model, sha256
+from qftlab.train.run import RunFolder, find_run, resolve_model, sha256
 from qftlab.train.sft import fit_examples, sft
 from qftlab.train.step import Step
 

@@ -22,7 +22,7 @@ from qftlab.train.dpo import PairSource, fit_pairs
 from qftlab.train.policy_config import PolicyConfig, RewardConfig
 from qftlab.train.reward import ImplicitReward, ModelReward, RewardStep, ended, fit_reward, reward, reward_model
 from qftlab.train.rloo import fit_policy
-from qftlab.train.runs import sha256
+from qftlab.train.run import sha256
 
 
 @pytest.fixture(scope="module")

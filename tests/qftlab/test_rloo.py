@@ -28,7 +28,7 @@ from qftlab.train.policy_source import RolloutSource
 from qftlab.train.policy_step import PolicyReference, PolicyStep
 from qftlab.train.rloo import fit_policy, fresh_problems, named_rewards, rloo
 from qftlab.train.rollouts import ModelSampler, RewardError, encode_prompts
-from qftlab.train.runs import sha256
+from qftlab.train.run import sha256
 
 CONSTANT = {"warmup_ratio": 0, "schedule": "constant", "weight_decay": 0.0}
 

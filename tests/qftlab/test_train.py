@@ -28,7 +28,7 @@ from qftlab.model.loading import load_model, save_model
 from qftlab.rows.batches import Example, pack, pad
 from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import load_tokenizer
-from qftlab.train import loop, runs, sft
+from qftlab.train import loop, run, sft
 from qftlab.train.config import SFTConfig, TrainConfig
 from qftlab.train.loop import MicroBatch, NonFiniteLoss, learning_rate, make_optimizer, train
 from qftlab.train.step import Step, count_trained_tokens
@@ -489,7 +489,7 @@ def test_sft_from_files_to_a_run_folder(little) -> None:
     folder = sft.sft(little_config(little))
     config = json.loads((folder / "config.json").read_text())
     assert config["config"]["train"]["lr"] == 1e-2
-    assert config["data_sha256"][str(little / "train.jsonl")] == runs.sha256(little / "train.jsonl")
+    assert config["data_sha256"][str(little / "train.jsonl")] == run.sha256(little / "train.jsonl")
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [m["loss"] for m in metrics if "loss" in m]
     held = [m["held_out_loss"] for m in metrics if "held_out_loss" in m]
@@ -497,7 +497,7 @@ def test_sft_from_files_to_a_run_folder(little) -> None:
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     usage = json.loads((folder / "token_usage.json").read_text())
     assert usage["rows"] == usage["documents"] == 60 and usage["tokens_seen"] > 0 and usage["too_long"] == []
-    latest = runs.resolve_model(little / "runs" / "latest")
+    latest = run.resolve_model(little / "runs" / "latest")
     model, tokenizer = load_model(latest), load_tokenizer(latest)
     assert len(tokenizer) == 1002 and tokenizer.convert_tokens_to_ids("<|EDIT|>") == 1001
     assert model.get_input_embeddings().weight.shape[0] == 1024
@@ -533,13 +533,13 @@ def test_an_interrupted_run_keeps_its_model(little, monkeypatch) -> None:
         if len(count) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs.RunFolder, "log", log)
+    monkeypatch.setattr(run.RunFolder, "log", log)
     folder = sft.sft(little_config(little))
     assert (folder / "model" / "model.safetensors").exists() and (folder / "curves.png").exists()
 
 
 def test_two_runs_get_two_folders_and_latest_is_the_second(tmp_path) -> None:
-    first, second = (runs.RunFolder(tmp_path, {"lr": 1}) for _ in range(2))
+    first, second = (run.RunFolder(tmp_path, {"lr": 1}) for _ in range(2))
     first.finish()
     second.finish()
     assert first.path != second.path
@@ -551,22 +551,22 @@ def test_latest_is_a_text_file_where_links_are_refused(tmp_path, monkeypatch) ->
         raise OSError("links are not allowed here")
 
     monkeypatch.setattr("pathlib.Path.symlink_to", refuse)
-    run = runs.RunFolder(tmp_path, {})
+    run = run.RunFolder(tmp_path, {})
     run.model_path.mkdir()
     (run.model_path / "config.json").write_text("{}")
     run.finish()
     assert (tmp_path / "latest").read_text() == run.path.name
-    assert runs.resolve_model(tmp_path / "latest") == str(run.model_path)
-    assert runs.resolve_model(tmp_path / "latest" / "model") == str(run.model_path)
+    assert run.resolve_model(tmp_path / "latest") == str(run.model_path)
+    assert run.resolve_model(tmp_path / "latest" / "model") == str(run.model_path)
 
 
 def test_resolve_model_names_what_is_missing(tmp_path) -> None:
-    assert runs.resolve_model("tiny") == "tiny" and runs.resolve_model("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
+    assert run.resolve_model("tiny") == "tiny" and run.resolve_model("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
     with pytest.raises(FileNotFoundError, match="points nowhere"):
-        runs.resolve_model(tmp_path / "latest")
-    run = runs.RunFolder(tmp_path, {})
+        run.resolve_model(tmp_path / "latest")
+    run = run.RunFolder(tmp_path, {})
     with pytest.raises(FileNotFoundError, match="is a run without a model"):
-        runs.resolve_model(run.path)
+        run.resolve_model(run.path)
 
 
 def test_fit_rows_teaches_the_bundled_model() -> None:
@@ -630,7 +630,7 @@ def test_the_loop_takes_any_step_and_count() -> None:
 
 
 def test_a_folder_of_runs_stands_for_its_last_one(tmp_path):
-    from qftlab.train.runs import resolve_model
+    from qftlab.train.run import resolve_model
 
     run = tmp_path / "20260101-000000"
     (run / "model").mkdir(parents=True)
@@ -651,7 +651,7 @@ def test_a_folder_of_runs_stands_for_its_last_one(tmp_path):
 def test_the_curve_is_what_a_run_is_judged_by(tmp_path, monkeypatch, record: dict, title: str) -> None:
     seen = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: seen.extend(figure.axes))
-    runs.draw_curves(tmp_path / "curves.png", [0.5, 0.4], records=[{"step": i, "loss": 0.5} | record for i in (1, 2)])
+    run.draw_curves(tmp_path / "curves.png", [0.5, 0.4], records=[{"step": i, "loss": 0.5} | record for i in (1, 2)])
     [ax] = seen
     drawn = [y for line in ax.lines for y in line.get_ydata()]
     assert ax.get_title(loc="left").startswith(title) and set(drawn) == set(record.values() or [0.5, 0.4])
