@@ -43,7 +43,7 @@ from qftlab.train.config import TrainConfig
 from qftlab.train.dpo import fit_pairs
 from qftlab.rows.examples import encode_pairs
 from qftlab.train.preference_config import PreferenceLoss
-from qftlab.train.reference import Reference
+from qftlab.train.dpo import Reference
 from qftlab.train.reward import ImplicitReward, ModelReward, fit_reward, reward_model
 from qftlab_course import checks, stages, views
 from qftlab_course.lessons import preference_plots
