@@ -24,9 +24,17 @@ from qftlab.train.config import AGENT, EDIT, TrainConfig
 from qftlab.train.distributed import World, processes, unsharded, wrap
 from qftlab.train.loop import TrainResult, train
 from qftlab.train.policy_config import PolicyConfig, RLOOConfig
-from qftlab.train.policy_source import RolloutSource, held_out_rewards
 from qftlab.train.policy_step import PolicyReference, PolicyStep, count_answers
-from qftlab.train.rollouts import ModelSampler, Prompt, Reward, Sampler, encode_prompts, table_of
+from qftlab.train.rollouts import (
+    ModelSampler,
+    Prompt,
+    Reward,
+    RolloutSource,
+    Sampler,
+    encode_prompts,
+    held_out_rewards,
+    table_of,
+)
 from qftlab.train.sft import begin, best_device, context_length, load_extended, open_run, sft_identity
 
 log = logging.getLogger(__name__)

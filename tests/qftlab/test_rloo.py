@@ -24,10 +24,9 @@ from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train import policy_step
 from qftlab.train.config import TrainConfig
 from qftlab.train.policy_config import PolicyConfig, RLOOConfig
-from qftlab.train.policy_source import RolloutSource
 from qftlab.train.policy_step import PolicyReference, PolicyStep
 from qftlab.train.rloo import fit_policy, fresh_problems, named_rewards, rloo
-from qftlab.train.rollouts import ModelSampler, RewardError, encode_prompts
+from qftlab.train.rollouts import ModelSampler, RewardError, RolloutSource, encode_prompts
 from qftlab.train.run import sha256
 
 CONSTANT = {"warmup_ratio": 0, "schedule": "constant", "weight_decay": 0.0}
