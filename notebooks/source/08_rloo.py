@@ -52,7 +52,7 @@ from qftlab.evaluate import pass_at_k
 from qftlab.generate.engine import generate
 from qftlab.train.config import TrainConfig
 from qftlab.train.policy_config import PolicyConfig
-from qftlab.train.policy_step import PolicyStep
+from qftlab.train.rloo import PolicyStep
 from qftlab.train.rloo import fit_policy, fresh_problems
 from qftlab.train.rollouts import encode_prompts
 from qftlab.train.sft import fit_rows
