@@ -1,4 +1,4 @@
-"""The preallocated cache of keys and values that decoding reads and writes, and attention over a prompt that rows share."""
+"""The preallocated cache of keys and values that decoding reads and writes, and attention over a shared prompt."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from qftlab.generate.cache import KVCache, attend_shared
-from qftlab.generate.layouts import Layout, Projections, is_plain_linear
+from qftlab.generate.fuse import Layout, Projections, is_plain_linear
 from qftlab.model.loading import causal_model
 
 FAMILIES = ("qwen2", "qwen3", "llama")

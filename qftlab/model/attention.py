@@ -2,7 +2,7 @@
 
 Registered with transformers under the name "packed". A batch that carries `cu_seq_lens_q` (the cumulative document
 lengths, the keyword transformers hands to FlashAttention) is attended document by document: by torch's `varlen_attn` on
-CUDA, otherwise on groups of documents of about one length, in blocks (`model/blocked.py`) on the CPU and else by
+CUDA, otherwise on groups of documents of about one length, in blocks (`model/cpu.py`) on the CPU and else by
 `scaled_dot_product_attention`. A batch without it takes transformers' own `sdpa` path, so one loaded model serves
 training, scoring and generation.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
@@ -23,13 +24,53 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qftlab.model.cpu import BlockedAttention, Plan
-
 log = logging.getLogger(__name__)
 NAME = "packed"
 # Documents are grouped with others of about their length: a group is closed when padding it would waste this share.
 MAX_WASTE = 0.3
-LONGEST_BLOCKED = 1024  # tokens of a document whose attention weights may be kept, see model/blocked.py
+LONGEST_BLOCKED = 1024  # tokens of a document whose attention weights may be kept, see model/cpu.py
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """How the documents of a packed row are laid out as rectangles, each of documents of about one length.
+
+    Args:
+        shapes: (documents, tokens) of each rectangle.
+        places: (P,) the token of each place of all rectangles, token 0 where padded.
+        back: (T,) the first place of each token.
+        is_shared: whether a token stands at several places.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    places: Tensor
+    back: Tensor
+    is_shared: bool
+
+    def rectangles(self, x: Tensor) -> list[Tensor]:
+        """(T, H, d) → each (n, t, H, d)."""
+        return self._cut(x[self.places])
+
+    def spread(self, gradient: Tensor) -> list[Tensor]:
+        """`rectangles` with zeros where a token is padding, or stands once more."""
+        places = gradient.new_zeros(len(self.places), *gradient.shape[1:])
+        places[self.back] = gradient
+        return self._cut(places)
+
+    def joined(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Rectangles → (T, H, d), each token from its first place."""
+        return torch.cat([piece.flatten(0, 1) for piece in pieces])[self.back]
+
+    def summed(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Rectangles with zeros where padded → (T, H, d), each token the sum over its places."""
+        if not self.is_shared:
+            return self.joined(pieces)
+        places = torch.cat([piece.flatten(0, 1) for piece in pieces])
+        return places.new_zeros(len(self.back), *places.shape[1:]).index_add_(0, self.places, places)
+
+    def _cut(self, places: Tensor) -> list[Tensor]:
+        pieces = places.split([n * t for n, t in self.shapes])
+        return [piece.unflatten(0, shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
 
 def register_packed_attention() -> str:
@@ -56,7 +97,8 @@ def packed_attention(
         query: (1, H, T, d); key, value: (1, H_kv, T, d), documents one after the other.
         attention_mask: ignored where `cu_seq_lens_q` is given, passed to `sdpa` otherwise.
         kwargs: `cu_seq_lens_q` (N + 1,) int32 selects the packed path, `max_length_q` saves finding the longest
-            document; `scaling`, `dropout` as in transformers.
+            document; `documents` (N, L) int64, padded with −1, says where each document's tokens stand if they share
+            some (`qftlab.model.cpu.pack_answers`); `scaling`, `dropout` as in transformers.
 
     Returns:
         (1, T, H, d) and None (no attention weights).
@@ -81,25 +123,27 @@ def packed_attention(
         return _varlen(q, k, v, cu_seq_lens, int(longest), scale).unsqueeze(0), None
     if q.is_cuda:
         _say_once(reason)
-    return _by_document(q, k, v, cu_seq_lens, scale, dropout).unsqueeze(0), None
+    layout = _layout(cu_seq_lens, kwargs.get("documents"), q.device)
+    return _by_document(q, k, v, layout, scale, dropout).unsqueeze(0), None
 
 
-def _by_document(q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, scale: float, dropout: float) -> Tensor:
+def _by_document(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float, dropout: float) -> Tensor:
     """(T, H, d) from q, k, v of (T, H or H_kv, d): one group of documents after the other."""
-    plan = _plan(cu_seq_lens, q.device)
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        if (reason := _why_not_blocked(q.dtype, dropout, plan)) is None:
-            return BlockedAttention.apply(q, k, v, plan, scale)
+        if (reason := _why_not_blocked(q.dtype, dropout, layout)) is None:
+            from qftlab.model.cpu import BlockedAttention
+
+            return BlockedAttention.apply(q, k, v, layout, scale)
         _say_once_slower(reason)
     groups, outs = q.shape[1] // k.shape[1], []
-    for pieces in zip(*map(plan.rectangles, (q, k, v)), strict=True):
+    for pieces in zip(*map(layout.rectangles, (q, k, v)), strict=True):
         qs, ks, vs = (x.transpose(1, 2) for x in pieces)  # (n, H, t, d)
         if groups > 1:
             ks, vs = (x.repeat_interleave(groups, dim=1) for x in (ks, vs))
         # Right padding under a causal mask: a real query never looks at a padded key, so no mask is needed.
         y = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, scale=scale, dropout_p=dropout)
         outs.append(y.transpose(1, 2))
-    return plan.joined(outs)
+    return layout.joined(outs)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, longest: int, scale: float) -> Tensor:
@@ -149,13 +193,13 @@ def _why_not_varlen(dtype: torch.dtype, width: int, dropout: float, device: torc
     return None
 
 
-def _why_not_blocked(dtype: torch.dtype, dropout: float, plan: Plan) -> str | None:
+def _why_not_blocked(dtype: torch.dtype, dropout: float, layout: PackedLayout) -> str | None:
     """What keeps attention on the CPU from going block by block, or None."""
     if dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
         return "it takes whole precision"
     if dropout:
         return "it knows no dropout"
-    if (longest := max(t for _, t in plan.shapes)) > LONGEST_BLOCKED:
+    if (longest := max(t for _, t in layout.shapes)) > LONGEST_BLOCKED:
         return f"a document has {longest} tokens, more than {LONGEST_BLOCKED}"
     return None
 
@@ -170,22 +214,26 @@ def _say_once(reason: str) -> None:
     log.info("packed attention runs document by document, without torch's varlen kernel: %s", reason)
 
 
-def _plan(cu_seq_lens: Tensor, device: torch.device) -> Plan:
-    """The plan kept on the bounds of a row; made there at first, so that the layers of one pass share it."""
-    plan = getattr(cu_seq_lens, "_packed_plan", None)
-    if plan is None:
-        bounds = cu_seq_lens.tolist()
-        plan = keep_plan_(cu_seq_lens, [torch.arange(a, b) for a, b in pairwise(bounds)], device)
-    return plan
+def _layout(cu_seq_lens: Tensor, documents: Tensor | None, device: torch.device) -> PackedLayout:
+    """The layout of a row, made once for all layers: kept on the tensor it is made of, while that stays the same."""
+    key = cu_seq_lens if documents is None else documents
+    version, layout = getattr(key, "_packed_layout", (None, None))
+    if version != key._version:
+        if documents is None:
+            places = [torch.arange(a, b) for a, b in pairwise(cu_seq_lens.tolist())]
+        else:
+            places = [document[document >= 0] for document in documents.cpu()]
+        layout = packed_layout(places, device)
+        key._packed_layout = key._version, layout
+    return layout
 
 
-def keep_plan_(cu_seq_lens: Tensor, documents: Sequence[Tensor], device: torch.device | str = "cpu") -> Plan:
-    """Groups documents of about one length, and keeps the plan on the row's bounds, where attention looks for it.
+def packed_layout(documents: Sequence[Tensor], device: torch.device | str = "cpu") -> PackedLayout:
+    """Groups documents of about one length.
 
     Args:
-        cu_seq_lens: the bounds that the batch carries.
         documents: where each document's tokens stand in the row, int64; documents may share tokens.
-        device: of the plan.
+        device: of the layout.
     """
     documents, tables, group, used = sorted(documents, key=len), [], [], 0
     for i, document in enumerate(documents):
@@ -200,6 +248,4 @@ def keep_plan_(cu_seq_lens: Tensor, documents: Sequence[Tensor], device: torch.d
     tokens = places[real]
     back = torch.full((int(tokens.max()) + 1,), len(places)).scatter_reduce(0, tokens, real, "amin")
     shapes = tuple(tuple(table.shape) for table in tables)
-    plan = Plan(shapes, places.clamp(min=0).to(device), back.to(device), is_shared=len(back) < len(tokens))
-    cu_seq_lens._packed_plan = plan
-    return plan
+    return PackedLayout(shapes, places.clamp(min=0).to(device), back.to(device), is_shared=len(back) < len(tokens))

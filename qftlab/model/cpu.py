@@ -12,69 +12,27 @@ tokens stand. The kernel that CUDA uses wants documents in one piece.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import pad_sequence
 
-from qftlab.model.attention import keep_plan_
+from qftlab.model.attention import PackedLayout
 from qftlab.rows.batches import IGNORED, Example
 
 QUERIES = 64  # of a block: with more, too many products fall above the diagonal; with fewer, they are too small
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How the documents of a packed row are laid out as rectangles, each of documents of about one length.
-
-    Args:
-        shapes: (documents, tokens) of each rectangle.
-        places: (P,) the token of each place of all rectangles, token 0 where padded.
-        back: (T,) the first place of each token.
-        is_shared: whether a token stands at several places.
-    """
-
-    shapes: tuple[tuple[int, int], ...]
-    places: Tensor
-    back: Tensor
-    is_shared: bool
-
-    def rectangles(self, x: Tensor) -> list[Tensor]:
-        """(T, H, d) → each (n, t, H, d)."""
-        return self._cut(x[self.places])
-
-    def spread(self, gradient: Tensor) -> list[Tensor]:
-        """`rectangles` with zeros where a token is padding, or stands once more."""
-        places = gradient.new_zeros(len(self.places), *gradient.shape[1:])
-        places[self.back] = gradient
-        return self._cut(places)
-
-    def joined(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Rectangles → (T, H, d), each token from its first place."""
-        return torch.cat([piece.flatten(0, 1) for piece in pieces])[self.back]
-
-    def summed(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Rectangles with zeros where padded → (T, H, d), each token the sum over its places."""
-        if not self.is_shared:
-            return self.joined(pieces)
-        places = torch.cat([piece.flatten(0, 1) for piece in pieces])
-        return places.new_zeros(len(self.back), *places.shape[1:]).index_add_(0, self.places, places)
-
-    def _cut(self, places: Tensor) -> list[Tensor]:
-        pieces = places.split([n * t for n, t in self.shapes])
-        return [piece.unflatten(0, shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
-
-
 class BlockedAttention(torch.autograd.Function):
-    """(T, H, d) from q (T, H, d), k and v (T, H_kv, d), a plan, and the scale of the scores."""
+    """(T, H, d) from q (T, H, d), k and v (T, H_kv, d), a layout, and the scale of the scores."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float) -> Tensor:
         """Keeps the weights of each block where there will be a backward."""
         heads, outs, kept = k.shape[1], [], []
-        for (n, t), *pieces in zip(plan.shapes, *map(plan.rectangles, (q, k, v)), strict=True):
+        for (n, t), *pieces in zip(layout.shapes, *map(layout.rectangles, (q, k, v)), strict=True):
             qs, ks, vs = (_folded(x, heads) for x in pieces)
             out = torch.empty_like(qs)
             weights = []
@@ -85,15 +43,15 @@ class BlockedAttention(torch.autograd.Function):
             kept += [qs, ks, vs, out, *weights] if weights else []
             outs.append(_unfolded(out, n, t, heads))
         ctx.save_for_backward(*kept)
-        ctx.plan, ctx.scale, ctx.heads = plan, scale, heads
-        return plan.joined(outs)
+        ctx.layout, ctx.scale, ctx.heads = layout, scale, heads
+        return layout.joined(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):
         """With P the weights and dP = dO Vᵀ, the scores' gradient is P (dP − Σ dO · O) (Dao et al. 2022, B.2)."""
-        plan, heads, kept, found = ctx.plan, ctx.heads, iter(ctx.saved_tensors), []
-        for (n, t), piece in zip(plan.shapes, plan.spread(upstream), strict=True):
+        layout, heads, kept, found = ctx.layout, ctx.heads, iter(ctx.saved_tensors), []
+        for (n, t), piece in zip(layout.shapes, layout.spread(upstream), strict=True):
             qs, ks, vs, out = (next(kept) for _ in range(4))
             slopes = _folded(piece, heads)
             dq, dk, dv = torch.empty_like(qs), torch.zeros_like(ks), torch.zeros_like(vs)
@@ -106,7 +64,7 @@ class BlockedAttention(torch.autograd.Function):
                 dv[:, :end].baddbmm_(w.transpose(1, 2), slopes[:, rows])
             found.append([_unfolded(x, n, t, heads) for x in (dq, dk, dv)])
         dq, dk, dv = zip(*found, strict=True)
-        return plan.joined(dq), plan.summed(dk), plan.summed(dv), None, None
+        return layout.joined(dq), layout.summed(dk), layout.summed(dv), None, None
 
 
 def _folded(x: Tensor, heads: int) -> Tensor:
@@ -146,8 +104,8 @@ def pack_answers(examples: Sequence[Example], prompts: Sequence[int], starts: Se
         starts: tokens of each document's prompt, at least 1.
 
     Returns:
-        As `qftlab.rows.batches.pack`; a shared prompt counts to its first document. It must be attended to by
-        `packed_attention` without CUDA's kernel.
+        As `qftlab.rows.batches.pack`, and `documents` (N, L) int64: where each document's tokens stand, padded with −1.
+        A shared prompt counts to its first document. `packed_attention` must attend to it, without CUDA's kernel.
     """
     ids, labels, positions, bounds, documents = [], [], [], [0], []
     for _, members in groupby(range(len(examples)), key=prompts.__getitem__):
@@ -166,7 +124,7 @@ def pack_answers(examples: Sequence[Example], prompts: Sequence[int], starts: Se
             bounds.append(len(ids))
     longest = max(map(len, documents))
     ends = torch.tensor(bounds, dtype=torch.int32)
-    keep_plan_(ends, [torch.tensor(document) for document in documents])
     return {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels]), "cu_seq_lens_q": ends,
             "position_ids": torch.tensor([positions]), "cu_seq_lens_k": ends,
-            "max_length_q": longest, "max_length_k": longest}  # fmt: skip
+            "max_length_q": longest, "max_length_k": longest,
+            "documents": pad_sequence(list(map(torch.tensor, documents)), True, padding_value=-1)}  # fmt: skip

@@ -13,8 +13,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from qftlab.rows.sources import DataError
-
 ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
     "model": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "tool": "tool",
@@ -26,6 +24,10 @@ PART_FORMS = {
     "text": "{}", "reasoning": "<think>\n{}\n</think>\n\n", "tool_call": "<tool_call>\n{}\n</tool_call>",
 }  # as Qwen's template writes them  # fmt: skip
 LAYOUTS = ("conversations", "messages", "chosen", "rejected", "chosen_messages", "rejected_messages", "prompt")
+
+
+class DataError(ValueError):
+    """A file or row that cannot be used; the message names the file, the row, the reason and the way out."""
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qftlab.files import OWN_FOLDERS
-from qftlab.rows.schemas import SCHEMAS, convert_row, remarks
+from qftlab.rows.schemas import SCHEMAS, DataError, convert_row, remarks
 from qftlab.settings import check_at_least, check_choice
 
 MAX_JSON_BYTES = 256 * 2**20  # a .json file is read whole; Python objects take several times its size
 MAX_LINE_BYTES = 64 * 2**20
 BATCH_ROWS = 256
-
-
-class DataError(ValueError):
-    """A file or row that cannot be used; the message names the file, the row, the reason and the way out."""
 
 
 def read_file(path: Path, columns: tuple[str, ...] = ()) -> Iterator[tuple[str, object]]:

@@ -1,4 +1,4 @@
-"""What moves the weights: AdamW with its decay groups, the rate of a step, fp32 copies of bf16 weights, and one step."""
+"""What moves the weights: AdamW with its decay groups, the rate of a step, fp32 copies of bf16 weights, one step."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from qftlab.generate.cache import KVCache, compact
 from qftlab.generate.decoder import Decoder, bump_weights_version_
 from qftlab.generate.engine import generate, stream
-from qftlab.generate.layouts import LAYOUTS
+from qftlab.generate.fuse import LAYOUTS
 from qftlab.maths.sampling import SamplingParams
 
 # Other orders of summation, fp32: logits here reach 10, and differences of up to 5e-6 were seen.

@@ -13,7 +13,8 @@ from random_models import random_model
 from qftlab.generate import beam, engine, layouts
 from qftlab.generate.decoder import Decoder
 from qftlab.generate.engine import generate
-from qftlab.generate.layouts import LAYOUTS, Projections, choose_layout, fastest, layout_for
+from qftlab.generate.fuse import LAYOUTS, Projections
+from qftlab.generate.layouts import choose_layout, fastest, layout_for
 from qftlab.model.loading import load_model
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.config import TrainConfig

@@ -15,13 +15,13 @@ from random_models import random_model
 from torch.testing import assert_close
 
 from qftlab.generate.engine import Completion
-from qftlab.maths.losses import leave_one_out_advantages
+from qftlab.maths.losses import leave_one_out_advantages, sum_by_document
 from qftlab.model.config import LoRAConfig
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import add_adapters
 from qftlab.rows.batches import Example, pack
 from qftlab.rows.tokenizer import load_tokenizer
-from qftlab.train import rloo
+from qftlab.train import rloo as module
 from qftlab.train.config import TrainConfig
 from qftlab.train.policy_config import PolicyConfig, RLOOConfig
 from qftlab.train.rloo import PolicyReference, PolicyStep, fit_policy, fresh_problems, named_rewards, rloo
@@ -117,13 +117,13 @@ def test_ten_steps_equal_trl(
     theirs.set_attn_implementation("sdpa")
     save_model(theirs, tokenizer, tmp_path / "start")
     theirs.config._name_or_path = str(tmp_path / "start")
-    logs, advantages, original = [], [], rloo.clipped_policy_loss
+    logs, advantages, original = [], [], module.clipped_policy_loss
 
     def spy(logprobs, old, values, **options):
         advantages.append(values)
         return original(logprobs, old, values, **options)
 
-    monkeypatch.setattr(rloo, "clipped_policy_loss", spy)
+    monkeypatch.setattr(module, "clipped_policy_loss", spy)
     policy = PolicyConfig(num_generations=4, max_new_tokens=12, temperature=temperature, beta=beta,
                           updates_per_rollout=updates)  # fmt: skip
     result = fit_policy(ours, tokenizer, questions(), parity_reward,
@@ -225,14 +225,16 @@ def test_the_shared_prompt_changes_nothing_but_the_number_of_tokens() -> None:
     assert shared["input_ids"].numel() == sum(b - 1 + sum(a + 1 for a in answers) for b, answers in sizes)
     found = []
     for batch in (shared, plain):
-        step = rloo.Step(random_model())
+        step = module.Step(random_model())
         logprobs, spread = step(want="logprobs+entropy", **batch)
         found.append((logprobs[logprobs != 0], spread[spread != 0], logprobs))
         logprobs.square().sum().backward()
         found[-1] += ([p.grad for p in step.parameters()],)
     assert_close(found[0][:2], found[1][:2], atol=1e-5, rtol=1e-5)
     assert_close(found[0][3], found[1][3], atol=1e-3, rtol=1e-4)
-    sums = [rloo.sum_by_document(f[2], b["cu_seq_lens_q"]) for f, b in zip(found, (shared, plain), strict=True)]
+    copy = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in shared.items()}
+    assert_close(step(want="logprobs", **copy), found[0][2], rtol=0, atol=0)
+    sums = [sum_by_document(f[2], b["cu_seq_lens_q"]) for f, b in zip(found, (shared, plain), strict=True)]
     assert_close(*sums, atol=1e-4, rtol=1e-5)
 
 
@@ -308,7 +310,7 @@ def test_truncated_answers(truncated: str) -> None:
     if truncated == "zero":
         rewards[is_cut] = 0
     assert_close(batch["advantages"], leave_one_out_advantages(rewards.view(3, 4)).flatten())
-    trained = rloo.sum_by_document((batch["labels"][:, 1:] != -100).float(), batch["cu_seq_lens_q"])
+    trained = sum_by_document((batch["labels"][:, 1:] != -100).float(), batch["cu_seq_lens_q"])
     lengths = torch.tensor([float(len(c.token_ids)) for c in answers])
     assert_close(trained, lengths * ~is_cut if truncated == "mask" else lengths)
     assert step(**batch, num_tokens=12).isfinite()

@@ -551,22 +551,22 @@ def test_latest_is_a_text_file_where_links_are_refused(tmp_path, monkeypatch) ->
         raise OSError("links are not allowed here")
 
     monkeypatch.setattr("pathlib.Path.symlink_to", refuse)
-    run = run.RunFolder(tmp_path, {})
-    run.model_path.mkdir()
-    (run.model_path / "config.json").write_text("{}")
-    run.finish()
-    assert (tmp_path / "latest").read_text() == run.path.name
-    assert run.resolve_model(tmp_path / "latest") == str(run.model_path)
-    assert run.resolve_model(tmp_path / "latest" / "model") == str(run.model_path)
+    folder = run.RunFolder(tmp_path, {})
+    folder.model_path.mkdir()
+    (folder.model_path / "config.json").write_text("{}")
+    folder.finish()
+    assert (tmp_path / "latest").read_text() == folder.path.name
+    assert run.resolve_model(tmp_path / "latest") == str(folder.model_path)
+    assert run.resolve_model(tmp_path / "latest" / "model") == str(folder.model_path)
 
 
 def test_resolve_model_names_what_is_missing(tmp_path) -> None:
     assert run.resolve_model("tiny") == "tiny" and run.resolve_model("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
     with pytest.raises(FileNotFoundError, match="points nowhere"):
         run.resolve_model(tmp_path / "latest")
-    run = run.RunFolder(tmp_path, {})
+    folder = run.RunFolder(tmp_path, {})
     with pytest.raises(FileNotFoundError, match="is a run without a model"):
-        run.resolve_model(run.path)
+        run.resolve_model(folder.path)
 
 
 def test_fit_rows_teaches_the_bundled_model() -> None:

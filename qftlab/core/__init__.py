@@ -1,1 +1,0 @@
-"""Pure functions: losses, log-probabilities, sampling, rewards, plots. Imports nothing of ours."""
