@@ -12,11 +12,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from benchmarks.harness import Benchmark, Options, Side, compare
 from benchmarks.training import CONSTANT, Peak, lognormal_rows
 from qftlab.model.attention import register_packed_attention
-from qftlab.model.config import LoRAConfig
 from qftlab.model.loading import load_model
 from qftlab.model.lora import add_adapters
 from qftlab.rows.batches import Example
-from qftlab.train.config import TrainConfig
+from qftlab.settings import LoRAConfig, TrainConfig
 from qftlab.train.sft import fit_examples
 
 NEW_IDS = [151_669, 151_670]  # two of the padded rows, as <|AGENT|> and <|EDIT|> take them

@@ -21,8 +21,7 @@ from benchmarks.training import restarted
 from qftlab.generate.engine import Completion
 from qftlab.model.attention import register_packed_attention
 from qftlab.rows.batches import batches
-from qftlab.train.config import TrainConfig
-from qftlab.train.policy_config import PolicyConfig
+from qftlab.settings import PolicyConfig, TrainConfig
 from qftlab.train.rloo import fit_prompts
 from qftlab.train.rollouts import ModelSampler, Prompt
 

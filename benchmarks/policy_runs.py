@@ -13,8 +13,7 @@ from dataclasses import replace
 
 from benchmarks.preference_runs import both_marks, countdown_base, percent, run_experiments
 from qftlab.evaluate import mcnemar
-from qftlab.train.config import TrainConfig
-from qftlab.train.policy_config import PolicyConfig
+from qftlab.settings import PolicyConfig, TrainConfig
 from qftlab.train.rloo import fit_policy, fresh_problems
 from qftlab_course.stage_builders import right
 from qftlab_course.stages import recipe

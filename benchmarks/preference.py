@@ -23,10 +23,9 @@ from benchmarks.training import CONSTANT, restarted, same_losses, same_means
 from qftlab.model.attention import register_packed_attention
 from qftlab.rows.batches import Example, batches
 from qftlab.rows.examples import Pair
-from qftlab.train.config import TrainConfig
+from qftlab.settings import PreferenceLoss, TrainConfig
 from qftlab.train.dpo import PairSource, PairStep, Reference, fit_encoded_pairs
 from qftlab.train.loop import make_optimizer
-from qftlab.train.preference_config import PreferenceLoss
 from qftlab.train.step import to_device
 
 

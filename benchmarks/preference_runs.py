@@ -25,10 +25,9 @@ from qftlab.rows.chat import row_to_messages
 from qftlab.rows.countdown import countdown_row, random_problem
 from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import load_tokenizer
-from qftlab.train.config import TrainConfig
+from qftlab.settings import PreferenceLoss, TrainConfig
 from qftlab.train.dpo import fit_encoded_pairs, fit_pairs
 from qftlab.train.pairs import SampledPairs, sample_pairs
-from qftlab.train.preference_config import PreferenceLoss
 from qftlab.train.sft import fit_rows
 from qftlab_course.stage_builders import right
 from qftlab_course.stages import stage

@@ -20,7 +20,7 @@ from benchmarks.models import bench_config, ceilings, half_billion_config, start
 from qftlab.maths.logprobs import Term, chunk_tokens, linear_cross_entropy
 from qftlab.model.attention import register_packed_attention
 from qftlab.rows.batches import Example, batches, pad
-from qftlab.train.config import TrainConfig
+from qftlab.settings import TrainConfig
 from qftlab.train.sft import fit_examples
 
 CONSTANT = {"warmup_ratio": 0.0, "schedule": "constant", "weight_decay": 0.0, "log_every": 10**6}

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import json
 import logging
 import os
+import re
 import sys
+import typing
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from qftlab import __version__
 from qftlab.commands import COMMANDS, PROGRAM, Command
-from qftlab.settings import parse_config
 
 log = logging.getLogger(__name__)
 
@@ -118,3 +120,68 @@ def option(arguments: Sequence[str], name: str) -> str:
     found = [after for one, after in zip(arguments, arguments[1:], strict=False) if one == f"--{name}"]
     found += [one.partition("=")[2] for one in arguments if one.startswith(f"--{name}=")]
     return found[-1] if found else ""
+
+
+def parse_config(config_class: type, arguments: Sequence[str], program: str, about: str) -> object:
+    """An instance of a dataclass from flags (`--train.lr 1e-3`) and YAML (`--config FILE`).
+
+    Args:
+        config_class: a dataclass whose docstring describes its fields under "Args:"; fields may be dataclasses.
+        arguments: what stands after the program's name.
+        program: that name, for usage and messages.
+        about: what `--help` says first.
+
+    Raises:
+        ValueError: for an unknown option or an unfit value.
+        SystemExit: after `--help` and `--print_config`.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    usage = f"{program} [--config FILE.yaml] [--OPTION VALUE ...]"
+    parser = ArgumentParser(prog=program, usage=usage, description=about, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a YAML file with these options; flags after it change them")
+    parser.add_class_arguments(config_class)
+    describe(parser, config_class)
+    try:
+        return build(config_class, parser.parse_args(list(arguments)))
+    except (ArgumentError, AttributeError) as error:  # the second: a file with other settings than these
+        message = " ".join(str(error).split())
+        raise ValueError(f"{message} ({program} --help lists the options)") from None
+
+
+def build(kind: type, values: object) -> object:
+    """A dataclass, with the dataclasses inside it, from parsed values."""
+    types = typing.get_type_hints(kind)
+    given = {}
+    for field in dataclasses.fields(kind):
+        value = getattr(values, field.name)
+        given[field.name] = build(types[field.name], value) if dataclasses.is_dataclass(types[field.name]) else value
+    return kind(**given)
+
+
+def describe(parser, kind: type) -> None:
+    """Gives every option the text that the dataclass's docstring has for it, and groups their plain titles."""
+    helps = option_helps(kind)
+    for action in parser._actions:
+        if action.dest in helps:
+            action.help = helps[action.dest].replace("%", "%%")
+    for group in parser._action_groups:
+        if "class '" in str(group.title):
+            group.title = "settings"
+            group.description = None
+
+
+def option_helps(kind: type, prefix: str = "") -> dict[str, str]:
+    """Option name ("train.lr") to its line in the "Args:" section of the dataclass it belongs to, or of its parents."""
+    helps: dict[str, str] = {}
+    for owner in reversed(kind.__mro__):
+        text = (owner.__doc__ or "").partition("Args:\n")[2].partition("Raises:")[0]
+        found = re.findall(r"^        (\w+): (.+(?:\n {10,}.+)*)", text, re.M)
+        helps |= {prefix + name: " ".join(value.split()) for name, value in found}
+    for field in dataclasses.fields(kind):
+        inner = typing.get_type_hints(kind)[field.name]
+        if dataclasses.is_dataclass(inner):
+            what = helps.get(prefix + field.name, "settings").rstrip(".")
+            helps |= {prefix + field.name: f"{what}; a YAML file with the settings below"}
+            helps |= option_helps(inner, f"{prefix}{field.name}.")
+    return helps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qftlab.model.config import LoRAConfig
+from qftlab.settings import LoRAConfig
 
 
 @dataclass(frozen=True)

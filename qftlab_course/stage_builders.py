@@ -15,7 +15,7 @@ from qftlab.rows.batches import Example, batches
 from qftlab.rows.examples import documents, encode_pairs, encode_rows
 from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import extend_tokenizer
-from qftlab.train.config import TrainConfig
+from qftlab.settings import TrainConfig
 from qftlab.train.dpo import fit_encoded_pairs
 from qftlab.train.loop import TrainResult
 from qftlab.train.optimizer import total_steps

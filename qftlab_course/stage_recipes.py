@@ -9,9 +9,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 
 from qftlab.rows.tokenizer import NEW_TOKENS
-from qftlab.train.config import TrainConfig
-from qftlab.train.policy_config import PolicyConfig
-from qftlab.train.preference_config import PreferenceLoss
+from qftlab.settings import PolicyConfig, PreferenceLoss, TrainConfig
 from qftlab_course.presets import Preset, get_preset
 
 STARTS = {"extended": "base", "sft": "extended", "warm": "sft", "dpo": "warm", "rloo": "dpo"}

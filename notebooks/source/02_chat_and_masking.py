@@ -39,7 +39,7 @@ from qftlab.rows.sources import load_rows
 from qftlab.generate.engine import generate
 from qftlab.rows.chat import render_chat, render_prompt, row_to_messages
 from qftlab.rows.tokenizer import load_tokenizer
-from qftlab.train.config import TrainConfig
+from qftlab.settings import TrainConfig
 from qftlab.train.sft import encode_rows, fit_examples
 from qftlab_course import checks, plots, stages, views
 from qftlab_course.widgets import MaskViewer

@@ -54,7 +54,7 @@ from qftlab.rows.sources import load_rows
 from qftlab.rows.split import contamination
 from qftlab.evaluate import wilson_interval
 from qftlab.train import loop
-from qftlab.train.config import TrainConfig
+from qftlab.settings import TrainConfig
 from qftlab.train.sft import encode_rows, fit_examples, fit_rows
 from qftlab.train.step import Step, count_trained_tokens, to_device
 from qftlab_course import checks, plots, stages, views

@@ -41,13 +41,13 @@ from qftlab.rows.batches import Example
 from qftlab.files import bundled
 from qftlab.rows.sources import load_rows
 from qftlab.generate.engine import generate
-from qftlab.model.config import LoRAConfig
+from qftlab.settings import LoRAConfig
 from qftlab.model.export import export_model
 from qftlab.model.loading import load_model
 from qftlab.model.lora import (
     add_adapters, count_parameters, load_adapters, merge_adapters, save_adapters,
 )
-from qftlab.train.config import TrainConfig
+from qftlab.settings import TrainConfig
 from qftlab.train.sft import encode_rows, fit_examples, fit_rows, held_out_loss
 from qftlab.train.step import Step
 from qftlab_course import checks, stages, views

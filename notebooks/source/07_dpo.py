@@ -39,10 +39,10 @@ import torch
 from qftlab.maths.losses import dpo_loss, preference_accuracy
 from qftlab.files import bundled
 from qftlab.rows.sources import load, load_rows
-from qftlab.train.config import TrainConfig
+from qftlab.settings import TrainConfig
 from qftlab.train.dpo import fit_pairs
 from qftlab.rows.examples import encode_pairs
-from qftlab.train.preference_config import PreferenceLoss
+from qftlab.settings import PreferenceLoss
 from qftlab.train.dpo import Reference
 from qftlab.train.reward import ImplicitReward, ModelReward, fit_reward, reward_model
 from qftlab_course import checks, stages, views

@@ -50,8 +50,8 @@ from qftlab.files import bundled
 from qftlab.rows.sources import load_rows
 from qftlab.evaluate import pass_at_k
 from qftlab.generate.engine import generate
-from qftlab.train.config import TrainConfig
-from qftlab.train.policy_config import PolicyConfig
+from qftlab.settings import TrainConfig
+from qftlab.settings import PolicyConfig
 from qftlab.train.rloo import PolicyStep
 from qftlab.train.rloo import fit_policy, fresh_problems
 from qftlab.train.rollouts import encode_prompts

@@ -17,7 +17,7 @@ from qftlab.generate.decoder import Decoder
 from qftlab.generate.engine import Prompt, check_prompts, continuation_text, default_stop_ids, encode_prompts, head_rows
 from qftlab.generate.layouts import layout_for
 from qftlab.maths.sampling import RowParams, SamplingParams, penalise
-from qftlab.model.loading import module_mode
+from qftlab.model.head import module_mode
 from qftlab.settings import check_at_least
 
 # How often the beams' common history is looked for: it only grows, so an old answer is still right.

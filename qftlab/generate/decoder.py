@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from qftlab.generate.cache import KVCache, attend_shared
 from qftlab.generate.fuse import Layout, Projections, is_plain_linear
-from qftlab.model.loading import causal_model
+from qftlab.model.head import causal_model
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 # Rotary embeddings whose angles depend on how long the text already is cannot be tabulated.

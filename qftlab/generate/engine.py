@@ -17,7 +17,7 @@ from qftlab.generate.batch import Batch, Settings
 from qftlab.generate.decoder import Decoder
 from qftlab.generate.layouts import layout_for
 from qftlab.maths.sampling import SamplingParams
-from qftlab.model.loading import module_mode
+from qftlab.model.head import module_mode
 from qftlab.rows.chat import render_prompt
 from qftlab.settings import check_at_least
 

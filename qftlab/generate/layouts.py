@@ -19,7 +19,7 @@ from torch import nn
 
 from qftlab.generate.decoder import DecoderLayer, linear_groups
 from qftlab.generate.fuse import MANY, Layout, Projections, check_foldable, is_plain_linear, layouts_of
-from qftlab.model.loading import causal_model
+from qftlab.model.head import causal_model
 
 log = logging.getLogger(__name__)
 ENVIRONMENT = "QFTLAB_LAYOUT"

@@ -1,1 +1,1 @@
-""""""
+"""Numbers from tensors: losses, log-probabilities, sampling, rewards, pictures; nothing here knows a model."""

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qftlab.model.loading import load_model, row_layers, save_model
+from qftlab.model.head import row_layers
+from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import is_adapted, merge_adapters, trained_token_ids
 
 log = logging.getLogger(__name__)

@@ -1,15 +1,49 @@
-"""A model's head as the matrix products it is made of, so that its loss can be taken without its logits."""
+"""The parts of a model that every room asks for, and its head as the matrix products that it is made of.
+
+With those, `qftlab.maths.logprobs` takes a loss without the logits.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qftlab.maths.logprobs import Term
 
 PLAIN = (Tensor, nn.Parameter)  # no shards, no quantised storage
+
+
+def causal_model(model: nn.Module) -> nn.Module:
+    """The transformers model with a head inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def module_mode(module: nn.Module, is_training: bool) -> Iterator[None]:
+    """Training or evaluation mode inside; outside, every submodule's own mode again."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.train(is_training)
+    try:
+        yield
+    finally:
+        for m, was_training in modes:
+            m.training = was_training
+
+
+def row_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that hold one row a token: the embedding, and the head where it is a matrix of its own."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return [embedding] if head is None or _matrix(head) is _matrix(embedding) else [embedding, head]
+
+
+def _matrix(layer: nn.Module) -> torch.Tensor:
+    """The weight that a layer is made of; one whose rows peft trains answers `.weight` with a new tensor each time."""
+    return (layer.token_adapter.base_layer if hasattr(layer, "token_adapter") else layer).weight
 
 
 def head_terms(head: nn.Module, hidden: Tensor) -> tuple[list[Term], Tensor | None] | None:

@@ -1,4 +1,4 @@
-"""Models: loading and saving them, their causal part and mode, and rows for new tokens."""
+"""Models: loading and saving them, and rows for new tokens."""
 
 from __future__ import annotations
 
@@ -9,33 +9,16 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from qftlab.files import resolve
 from qftlab.model.attention import NAME as PACKED
 from qftlab.model.attention import register_packed_attention
+from qftlab.model.head import row_layers
 from qftlab.model.lora import adapter_base, is_adapted, load_adapters, save_adapters
 from qftlab.rows.tokenizer import ExtensionReport, not_loadable
 from qftlab.settings import check_choice
-
-
-def causal_model(model: nn.Module) -> nn.Module:
-    """The transformers model with a head inside a peft wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-@contextmanager
-def module_mode(module: nn.Module, is_training: bool) -> Iterator[None]:
-    """Training or evaluation mode inside; outside, every submodule's own mode again."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.train(is_training)
-    try:
-        yield
-    finally:
-        for m, was_training in modes:
-            m.training = was_training
 
 
 def extend_model(
@@ -87,17 +70,6 @@ def extend_model(
                 pieces = tokenizer(descriptions[token.text], add_special_tokens=False).input_ids
             for layer in row_layers(model):
                 layer.weight[token.id] = layer.weight[pieces].float().mean(0).to(layer.weight.dtype)
-
-
-def row_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers that hold one row a token: the embedding, and the head where it is a matrix of its own."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return [embedding] if head is None or _matrix(head) is _matrix(embedding) else [embedding, head]
-
-
-def _matrix(layer: nn.Module) -> torch.Tensor:
-    """The weight that a layer is made of; one whose rows peft trains answers `.weight` with a new tensor each time."""
-    return (layer.token_adapter.base_layer if hasattr(layer, "token_adapter") else layer).weight
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}

@@ -19,8 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qftlab.files import bundled
-from qftlab.model.config import LoRAConfig
-from qftlab.model.loading import row_layers
+from qftlab.model.head import row_layers
+from qftlab.settings import LoRAConfig
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")

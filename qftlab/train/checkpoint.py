@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qftlab.rows.batches import Example
-from qftlab.train.config import TrainConfig
+from qftlab.settings import TrainConfig
 from qftlab.train.distributed import World, like, whole
 from qftlab.train.run import sha256
 

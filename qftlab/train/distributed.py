@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from qftlab.train.config import TrainConfig
+from qftlab.settings import TrainConfig
 
 log = logging.getLogger(__name__)
 

@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qftlab.maths.losses import dpo_loss, preference_accuracy, sum_by_document
-from qftlab.model.loading import module_mode, save_model
+from qftlab.model.head import module_mode
+from qftlab.model.loading import save_model
 from qftlab.rows.batches import batches, first_fit_decreasing, group_by_length, pack, pad
 from qftlab.rows.examples import Pair, documents, encode_pairs, load_pairs
+from qftlab.settings import DPOConfig, PreferenceLoss, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, fingerprint, training_identity
-from qftlab.train.config import TrainConfig
 from qftlab.train.distributed import World, autocast, processes, unsharded, wrap
 from qftlab.train.loop import MicroBatch, NonFiniteLoss, TrainResult, train
-from qftlab.train.preference_config import DPOConfig, PreferenceLoss
 from qftlab.train.sft import begin, best_device, context_length, load_extended, open_run, sft_identity
 from qftlab.train.step import IGNORED, Step, to_device
 

@@ -15,9 +15,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from qftlab.model.loading import module_mode
+from qftlab.model.head import module_mode
+from qftlab.settings import TrainConfig
 from qftlab.train.checkpoint import Checkpoints, best_step
-from qftlab.train.config import TrainConfig
 from qftlab.train.distributed import Share, World, autocast, prepared, reshard_
 from qftlab.train.meter import Meter
 from qftlab.train.optimizer import (

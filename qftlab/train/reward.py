@@ -16,17 +16,17 @@ from transformers import AutoModelForSequenceClassification
 from qftlab.files import resolve
 from qftlab.maths.losses import preference_accuracy, sum_by_document
 from qftlab.model.attention import register_packed_attention
-from qftlab.model.loading import module_mode, save_model
+from qftlab.model.head import module_mode
+from qftlab.model.loading import save_model
 from qftlab.rows.batches import Example, pack, pad
 from qftlab.rows.chat import render_chat, render_prompt
 from qftlab.rows.examples import Pair, documents, encode_pairs, load_pairs
 from qftlab.rows.tokenizer import load_tokenizer
+from qftlab.settings import RewardConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, training_identity
-from qftlab.train.config import TrainConfig
 from qftlab.train.distributed import World, processes, unsharded, wrap
 from qftlab.train.dpo import PairSource, count_pairs, held_out_pairs
 from qftlab.train.loop import TrainResult, train
-from qftlab.train.policy_config import RewardConfig
 from qftlab.train.run import resolve_model
 from qftlab.train.sft import begin, best_device, context_length, load_extended, open_run, sft_identity
 from qftlab.train.step import Step, to_device

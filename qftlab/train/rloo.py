@@ -19,15 +19,15 @@ from qftlab.generate.engine import known_id
 from qftlab.generate.layouts import choose_layout
 from qftlab.maths.losses import clipped_policy_loss, is_clipped, kl_estimate, leave_one_out_advantages, sum_by_document
 from qftlab.maths.verify import answer_reward, countdown_reward, exact_reward, first_token_reward
-from qftlab.model.loading import module_mode, save_model
+from qftlab.model.head import module_mode
+from qftlab.model.loading import save_model
 from qftlab.rows.batches import Example
 from qftlab.rows.countdown import countdown_row, random_problem
 from qftlab.rows.sources import load
+from qftlab.settings import AGENT, EDIT, PolicyConfig, RLOOConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, read_state, training_identity
-from qftlab.train.config import AGENT, EDIT, TrainConfig
 from qftlab.train.distributed import World, processes, unsharded, wrap
 from qftlab.train.loop import TrainResult, train
-from qftlab.train.policy_config import PolicyConfig, RLOOConfig
 from qftlab.train.rollouts import (
     ModelSampler,
     Prompt,

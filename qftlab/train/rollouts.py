@@ -20,14 +20,13 @@ from qftlab.generate.layouts import choose_layout
 from qftlab.maths.losses import leave_one_out_advantages, sum_by_document
 from qftlab.maths.sampling import SamplingParams
 from qftlab.model.cpu import pack_answers
-from qftlab.model.loading import module_mode
+from qftlab.model.head import module_mode
 from qftlab.rows.batches import Example, batches, first_fit_decreasing, group_by_length, pack, pad
 from qftlab.rows.chat import render_prompt, row_to_messages
 from qftlab.rows.schemas import convert_row
-from qftlab.train.config import TrainConfig
+from qftlab.settings import PolicyConfig, TrainConfig
 from qftlab.train.distributed import World, autocast
 from qftlab.train.loop import MicroBatch
-from qftlab.train.policy_config import PolicyConfig
 from qftlab.train.step import IGNORED, Step, to_device
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qftlab.generate.engine import Completion, default_stop_ids
 from qftlab.model.loading import save_model
-from qftlab.train.policy_config import PolicyConfig, ServerConfig
+from qftlab.settings import PolicyConfig, ServerConfig
 
 log = logging.getLogger(__name__)
 PAUSE = 1.0  # seconds before the first retry, twice as many before each next

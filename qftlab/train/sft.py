@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from qftlab.generate.engine import known_id
-from qftlab.model.loading import causal_model, extend_model, load_model, save_model
+from qftlab.model.head import causal_model
+from qftlab.model.loading import extend_model, load_model, save_model
 from qftlab.rows.batches import (
     Example,
     batches,
@@ -22,8 +23,8 @@ from qftlab.rows.batches import (
 from qftlab.rows.examples import encode_rows
 from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
+from qftlab.settings import SFTConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, step_of, training_identity
-from qftlab.train.config import SFTConfig, TrainConfig
 from qftlab.train.distributed import World, processes, training_dtype, unsharded, wrap
 from qftlab.train.loop import MicroBatch, TrainResult, train
 from qftlab.train.run import RunFolder, resolve_model

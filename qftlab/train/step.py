@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qftlab.maths.logprobs import chunk_tokens, linear_cross_entropy, linear_logprobs, module_logprobs
-from qftlab.model.head import head_terms
-from qftlab.model.loading import causal_model, module_mode
+from qftlab.model.head import causal_model, head_terms, module_mode
 from qftlab.settings import check_choice
 
 log = logging.getLogger(__name__)

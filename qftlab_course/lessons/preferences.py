@@ -12,7 +12,7 @@ from torch import Tensor
 from qftlab.generate.engine import generate
 from qftlab.maths.sampling import SamplingParams
 from qftlab.maths.verify import countdown_reward
-from qftlab.model.loading import module_mode
+from qftlab.model.head import module_mode
 from qftlab.rows.batches import Example, pad
 from qftlab.rows.chat import row_to_messages
 from qftlab.train.step import Step, to_device

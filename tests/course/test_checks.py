@@ -604,7 +604,7 @@ def test_in_a_real_kernel(tmp_path: Path) -> None:
 # The oracles are the library's --------------------------------------------------------------------------------------
 def test_oracles_agree_with_the_library() -> None:
     from qftlab.rows.batches import Example, pad
-    from qftlab.train.config import TrainConfig
+    from qftlab.settings import TrainConfig
     from qftlab.train.loop import learning_rate
     from qftlab_course.exercises import nb02
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from qftlab import cli
+from qftlab.cli import option_helps
 from qftlab.files import bundled
 from qftlab.rows.sources import load_rows
-from qftlab.settings import option_helps
 from qftlab_course.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]

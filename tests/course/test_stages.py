@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from qftlab.files import bundled
-from qftlab.model.config import LoRAConfig
 from qftlab.model.loading import load_model
 from qftlab.model.lora import trained_token_ids
 from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import load_tokenizer
-from qftlab.train.config import TrainConfig
+from qftlab.settings import LoRAConfig, TrainConfig
 from qftlab.train.run import sha256
 from qftlab_course import stage_builders, stages
 from qftlab_course.presets import PRESETS

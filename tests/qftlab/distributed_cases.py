@@ -12,8 +12,8 @@ from test_rloo import shared_run
 from torch.distributed.tensor import DTensor
 
 from qftlab.rows.batches import Example
+from qftlab.settings import SFTConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, training_identity
-from qftlab.train.config import SFTConfig, TrainConfig
 from qftlab.train.distributed import World, processes, unsharded
 from qftlab.train.sft import fit_examples, sft
 

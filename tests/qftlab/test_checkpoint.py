@@ -17,9 +17,9 @@ import torch
 from random_models import random_model
 
 from qftlab.rows.batches import Example
+from qftlab.settings import TrainConfig
 from qftlab.train import checkpoint
 from qftlab.train.checkpoint import Checkpoints, best_step, flatten, training_identity
-from qftlab.train.config import TrainConfig
 from qftlab.train.loop import NonFiniteLoss
 from qftlab.train.optimizer import MasterWeights, bare_name, make_optimizer, named_trainable
 from qftlab.train.sft import fit_examples

@@ -14,13 +14,11 @@ import pytest
 import yaml
 
 from qftlab import cli, commands
+from qftlab.cli import option_helps
 from qftlab.files import bundled
-from qftlab.generate.config import SamplingConfig
 from qftlab.maths.sampling import SamplingParams
-from qftlab.model.config import ExportConfig
 from qftlab.rows.sources import load_rows
-from qftlab.settings import option_helps
-from qftlab.train.config import SFTConfig, TrainConfig
+from qftlab.settings import ExportConfig, SamplingConfig, SFTConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -24,8 +24,8 @@ from qftlab.files import bundled
 from qftlab.model.loading import load_model, save_model
 from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import load_tokenizer
+from qftlab.settings import SFTConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints
-from qftlab.train.config import SFTConfig, TrainConfig
 from qftlab.train.distributed import Share, World
 from qftlab.train.sft import ExampleSource, sft
 

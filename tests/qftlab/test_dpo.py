@@ -20,18 +20,16 @@ from torch.testing import assert_close
 
 from benchmarks import harness, preference
 from qftlab.maths.verify import countdown_reward
-from qftlab.model.config import LoRAConfig
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import add_adapters
 from qftlab.rows.batches import Example
 from qftlab.rows.countdown import countdown_row, random_problem
 from qftlab.rows.examples import Pair, encode_pairs
 from qftlab.rows.tokenizer import load_tokenizer
-from qftlab.train.config import TrainConfig
+from qftlab.settings import DPOConfig, LoRAConfig, PreferenceLoss, TrainConfig
 from qftlab.train.dpo import PairSource, PairStep, Reference, count_pairs, dpo, fit_encoded_pairs, fit_pairs
 from qftlab.train.loop import NonFiniteLoss
 from qftlab.train.pairs import sample_pairs
-from qftlab.train.preference_config import DPOConfig, PreferenceLoss
 from qftlab.train.run import sha256
 from qftlab_course.world.style import ENDING, STYLE_SKILLS, is_polite, style_pairs
 

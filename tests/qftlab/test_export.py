@@ -15,11 +15,11 @@ from test_lora import NEW, shaken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qftlab.model import export
-from qftlab.model.config import LoRAConfig
 from qftlab.model.export import CEILINGS, Card, ExportError, export_model
 from qftlab.model.loading import extend_model, load_model
 from qftlab.model.lora import add_adapters
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
+from qftlab.settings import LoRAConfig
 
 
 def adapted_tiny(dtype: str = "float32", rank: int = 4, far: float = 0.05):

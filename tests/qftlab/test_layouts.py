@@ -17,9 +17,8 @@ from qftlab.generate.fuse import LAYOUTS, Projections
 from qftlab.generate.layouts import choose_layout, fastest, layout_for
 from qftlab.model.loading import load_model
 from qftlab.rows.tokenizer import load_tokenizer
-from qftlab.train.config import TrainConfig
+from qftlab.settings import PolicyConfig, TrainConfig
 from qftlab.train.pairs import sample_pairs
-from qftlab.train.policy_config import PolicyConfig
 from qftlab.train.rloo import fit_policy, fresh_problems
 from qftlab.train.rollouts import encode_prompts
 

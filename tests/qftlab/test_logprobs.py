@@ -29,8 +29,7 @@ from qftlab.maths.logprobs import (
     module_logprobs,
     token_logprobs,
 )
-from qftlab.model.head import head_terms
-from qftlab.model.loading import causal_model
+from qftlab.model.head import causal_model, head_terms
 from qftlab.rows.batches import Example, pack
 from qftlab.train.step import Step, count_trained_tokens
 

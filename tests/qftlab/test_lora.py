@@ -15,9 +15,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCau
 from qftlab.files import bundled
 from qftlab.generate.engine import generate
 from qftlab.model.attention import register_packed_attention
-from qftlab.model.config import LoRAConfig
 from qftlab.model.export import export_model
-from qftlab.model.loading import extend_model, load_model, row_layers, save_model
+from qftlab.model.head import row_layers
+from qftlab.model.loading import extend_model, load_model, save_model
 from qftlab.model.lora import (
     WEIGHTS,
     add_adapters,
@@ -29,7 +29,7 @@ from qftlab.model.lora import (
 )
 from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
-from qftlab.train.config import TrainConfig
+from qftlab.settings import LoRAConfig, TrainConfig
 from qftlab.train.sft import fit_rows
 from qftlab_course.presets import get_preset
 

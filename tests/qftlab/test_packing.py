@@ -18,8 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qftlab.model import attention, cpu
 from qftlab.rows.batches import Example, first_fit_decreasing, group_by_length, pack, pad
+from qftlab.settings import TrainConfig
 from qftlab.train import sft
-from qftlab.train.config import TrainConfig
 from qftlab.train.step import Step, count_trained_tokens
 
 LENGTHS = (5, 1, 17, 9, 9, 30, 2, 12)

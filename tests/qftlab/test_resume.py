@@ -25,9 +25,9 @@ from qftlab.model.loading import load_model, save_model
 from qftlab.rows.batches import Example, pack
 from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import load_tokenizer
+from qftlab.settings import SFTConfig, TrainConfig
 from qftlab.train import checkpoint
 from qftlab.train.checkpoint import Checkpoints
-from qftlab.train.config import SFTConfig, TrainConfig
 from qftlab.train.distributed import training_dtype
 from qftlab.train.meter import Meter, causal_pairs, peak_flops, step_flops
 from qftlab.train.optimizer import optimizer_step

@@ -17,9 +17,8 @@ from qftlab.model.loading import save_model
 from qftlab.rows.examples import encode_pairs
 from qftlab.rows.sources import load
 from qftlab.rows.tokenizer import load_tokenizer
-from qftlab.train.config import TrainConfig
+from qftlab.settings import PolicyConfig, RewardConfig, TrainConfig
 from qftlab.train.dpo import PairSource, fit_pairs
-from qftlab.train.policy_config import PolicyConfig, RewardConfig
 from qftlab.train.reward import ImplicitReward, ModelReward, RewardStep, ended, fit_reward, reward, reward_model
 from qftlab.train.rloo import fit_policy
 from qftlab.train.run import sha256

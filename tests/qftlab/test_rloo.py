@@ -16,14 +16,12 @@ from torch.testing import assert_close
 
 from qftlab.generate.engine import Completion
 from qftlab.maths.losses import leave_one_out_advantages, sum_by_document
-from qftlab.model.config import LoRAConfig
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import add_adapters
 from qftlab.rows.batches import Example, pack
 from qftlab.rows.tokenizer import load_tokenizer
+from qftlab.settings import LoRAConfig, PolicyConfig, RLOOConfig, TrainConfig
 from qftlab.train import rloo as module
-from qftlab.train.config import TrainConfig
-from qftlab.train.policy_config import PolicyConfig, RLOOConfig
 from qftlab.train.rloo import PolicyReference, PolicyStep, fit_policy, fresh_problems, named_rewards, rloo
 from qftlab.train.rollouts import ModelSampler, RewardError, RolloutSource, encode_prompts
 from qftlab.train.run import sha256
@@ -443,7 +441,7 @@ def test_settings_that_do_not_fit_are_refused(tokenizer, tmp_path) -> None:
 def test_named_rewards_read_ids() -> None:
     """`<|AGENT|>` as a token earns 1; its letters, the other token, and both one after the other do not."""
     from qftlab.rows.tokenizer import extend_tokenizer
-    from qftlab.train.config import AGENT, EDIT
+    from qftlab.settings import AGENT, EDIT
 
     tokenizer = load_tokenizer("tiny")
     with pytest.raises(ValueError, match="reward mode must have"):

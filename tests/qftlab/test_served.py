@@ -13,12 +13,10 @@ from random_models import random_model
 
 from qftlab.generate.engine import generate
 from qftlab.maths.sampling import SamplingParams
-from qftlab.model.config import LoRAConfig
 from qftlab.model.lora import add_adapters
 from qftlab.rows.tokenizer import load_tokenizer
+from qftlab.settings import LoRAConfig, PolicyConfig, ServerConfig, TrainConfig
 from qftlab.train import served
-from qftlab.train.config import TrainConfig
-from qftlab.train.policy_config import PolicyConfig, ServerConfig
 from qftlab.train.rloo import fit_policy
 from qftlab.train.rollouts import encode_prompts
 from qftlab.train.served import ServerError, ServerSampler

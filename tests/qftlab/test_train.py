@@ -28,8 +28,8 @@ from qftlab.model.loading import load_model, save_model
 from qftlab.rows.batches import Example, pack, pad
 from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import load_tokenizer
+from qftlab.settings import SFTConfig, TrainConfig
 from qftlab.train import loop, run, sft
-from qftlab.train.config import SFTConfig, TrainConfig
 from qftlab.train.loop import MicroBatch, NonFiniteLoss, learning_rate, make_optimizer, train
 from qftlab.train.step import Step, count_trained_tokens
 

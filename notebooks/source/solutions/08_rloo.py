@@ -25,7 +25,7 @@ from qftlab.maths.verify import countdown_reward, extract_answer, parse_expressi
 from qftlab.maths.sampling import SamplingParams
 from qftlab.files import bundled
 from qftlab.generate.engine import generate
-from qftlab.train.config import TrainConfig
+from qftlab.settings import TrainConfig
 from qftlab.train.rloo import fresh_problems
 from qftlab.train.rollouts import encode_prompts
 from qftlab.train.sft import fit_rows

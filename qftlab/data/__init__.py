@@ -1,1 +1,0 @@
-"""Rows, batches and the generators of the bundled data."""
