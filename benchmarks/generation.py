@@ -19,10 +19,10 @@ from benchmarks.models import (
     random_prompts,
     word_tokenizer,
 )
-from qftlab.generate.beam import beam_search
-from qftlab.generate.decoder import Decoder
-from qftlab.generate.engine import generate
-from qftlab.generate.layouts import choose_layout
+from qftlab.decoding.beam import beam_search
+from qftlab.decoding.decoder import Decoder
+from qftlab.decoding.engine import generate
+from qftlab.decoding.layouts import choose_layout
 from qftlab.maths.sampling import SamplingParams, sample, uniform
 
 GREEDY = SamplingParams(temperature=0.0)

@@ -18,7 +18,7 @@ from benchmarks.harness import Benchmark, MismatchError, Options, Side, compare,
 from benchmarks.models import bench_config, half_billion_config, random_prompts, word_tokenizer
 from benchmarks.preference import preference_row
 from benchmarks.training import restarted
-from qftlab.generate.engine import Completion
+from qftlab.decoding.engine import Completion
 from qftlab.model.attention import register_packed_attention
 from qftlab.rows.batches import batches
 from qftlab.settings import PolicyConfig, TrainConfig

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qftlab.evaluate import mcnemar
 from qftlab.files import bundled
-from qftlab.generate.engine import generate
+from qftlab.decoding.engine import generate
 from qftlab.maths.sampling import SamplingParams
 from qftlab.maths.verify import countdown_reward
 from qftlab.model.loading import load_model, save_model

@@ -76,7 +76,7 @@ def dtype_of_run(config) -> str:
 
 def run_generate(config) -> None:
     """Prints the answers."""
-    from qftlab.generate.engine import generate
+    from qftlab.decoding.engine import generate
 
     prompts = [config.prompt] if config.prompt else [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if config.num_generations > 1 and not config.sampling.temperature:
@@ -96,7 +96,7 @@ def run_generate(config) -> None:
 
 def run_chat(config, source: TextIO | None = None) -> None:
     """Reads turns from a terminal or a pipe and answers each."""
-    from qftlab.generate.engine import generate
+    from qftlab.decoding.engine import generate
 
     model, tokenizer, options = load_for(config)
     source = sys.stdin if source is None else source

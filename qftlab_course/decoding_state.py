@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qftlab.generate.beam import BeamStep, beam_search
-from qftlab.generate.engine import default_stop_ids, encode_prompts, head_rows
+from qftlab.decoding.beam import BeamStep, beam_search
+from qftlab.decoding.engine import default_stop_ids, encode_prompts, head_rows
 from qftlab.maths.sampling import SamplingParams, sample, uniform
 from qftlab_course.decoding import texts_of
 from qftlab_course.reader import Reader

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qftlab.generate.decoder import Decoder
+from qftlab.decoding.decoder import Decoder
 
 
 class Reader:

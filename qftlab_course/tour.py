@@ -10,7 +10,7 @@ import pandas
 
 from qftlab.evaluate import Comparison, Rate, compare_marks
 from qftlab.files import bundled
-from qftlab.generate.engine import GREEDY, generate
+from qftlab.decoding.engine import GREEDY, generate
 from qftlab.maths.sampling import SamplingParams
 from qftlab.rows.sources import load_rows
 from qftlab_course import plots

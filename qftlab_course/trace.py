@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qftlab.generate.beam import BeamStep
-from qftlab.generate.decoder import Decoder
+from qftlab.decoding.beam import BeamStep
+from qftlab.decoding.decoder import Decoder
 from qftlab.maths.sampling import SamplingParams, filter_logits
 
 Texts = Callable[[Sequence[int]], Sequence[str]]  # ids to what each of them says

@@ -40,15 +40,9 @@ import math
 
 import torch
 
-from qftlab.maths.losses import dpo_loss, leave_one_out_advantages, masked_cross_entropy
-from qftlab.maths.sampling import SamplingParams
-from qftlab.files import bundled
-from qftlab.rows.sources import load_rows
-from qftlab.generate.engine import generate
-from qftlab.rows.chat import render_chat, row_to_messages
+from qftlab import bundled, generate, load_rows
 from qftlab_course import plots, stages, tour, views
-from qftlab_course.measure import compare, evaluate_kept, evaluate_rows
-from qftlab_course.world.style import is_polite, style_pairs
+from qftlab_course.measure import evaluate_rows
 
 # %% [markdown]
 # One cell holds everything you may want to change. `PRESET` names the model and its recipe: `tiny` is the model in this
@@ -165,6 +159,8 @@ print("rows:", tuple(rows_after.shape), "· tokens:", len(extended.tokenizer))
 # the `<|im_end|>` that ends it. Not on the question: the model should answer questions, not imitate people who ask them.
 
 # %%
+from qftlab import render_chat, row_to_messages
+
 files = ["instructions/train", "countdown/demonstrations", "bugfix/train"]
 train_rows = load_rows([bundled(f"{file}.jsonl") for file in files])
 example = next(row for row in train_rows if row["skill"] == "add")
@@ -184,6 +180,8 @@ views.mask_view(extended.tokenizer, rendered)
 # $(\ln 2 + \ln 4)/2 = 1.04$ nats. By hand, and by the library:
 
 # %%
+from qftlab import masked_cross_entropy
+
 logits = torch.log(
     torch.tensor([[[0.5, 0.25, 0.25], [0.5, 0.25, 0.25], [1.0, 1.0, 1.0]]])
 )
@@ -258,6 +256,8 @@ for name, rate in rates.items():
 # Wilson's: with a few hundred questions, two models a few points apart are not known to differ.
 
 # %%
+from qftlab_course.measure import compare
+
 verdict = compare(base_chat, after)
 print(f"{verdict.gained} gained, {verdict.lost} lost, p = {verdict.p_value:.0e}")
 assert base_chat.in_format.accuracy < 0.05 and base_chat.format.accuracy < 0.05
@@ -336,6 +336,8 @@ print(
 # A joke, being a joke, has no right answer. Ask for several, with a little randomness, and they vary:
 
 # %%
+from qftlab import SamplingParams
+
 lively = SamplingParams(temperature=1.0)
 jokes = generate(
     sft.model, sft.tokenizer, [chats[1]] * 4, max_new_tokens=60, params=lively, seed=0
@@ -401,6 +403,8 @@ assert modes.mode.accuracy > 0.95
 # measure that too: plain calculations in the notation of pretraining, with no chat around them.
 
 # %%
+from qftlab_course.measure import evaluate_kept
+
 old = [row for row in exact if row["skill"] in ("add", "subtract", "reverse", "sort")]
 for name, s in [("base", base), ("after SFT", sft)]:
     kept = evaluate_kept(s.model, s.tokenizer, old).accuracy
@@ -422,6 +426,8 @@ for name, s in [("base", base), ("after SFT", sft)]:
 # helping of Countdown puzzles (make 35 from 3, 7 and 14, each used once), which part 10 will need: *more SFT*.
 
 # %%
+from qftlab_course.world.style import style_pairs
+
 warm = stages.stage("warm", preset=PRESET, seed=SEED)
 dpo = stages.stage("dpo", preset=PRESET, seed=SEED)
 for pair in style_pairs(2):
@@ -438,6 +444,8 @@ for pair in style_pairs(2):
 # $-\log\sigma(1) = 0.31$. Before the first step both gains are 0, and the loss is $\log 2 = 0.69$.
 
 # %%
+from qftlab import dpo_loss
+
 nats = torch.tensor(
     [[-2.0, -5.0], [-3.0, -4.0]]
 )  # log-probabilities: now, before; chosen, rejected
@@ -455,6 +463,8 @@ print(
 # **Check.** Ask again, at temperature 1, 300 questions that were in no pair, and count the courtesies:
 
 # %%
+from qftlab_course.world.style import is_polite
+
 asked = [[{"role": "user", "content": row["instruction"]}] for row in exact]
 polite = {}
 for name, s in [("before DPO", warm), ("after DPO", dpo)]:
@@ -490,6 +500,8 @@ assert polite["after DPO"] - polite["before DPO"] > 0.3
 # gets right, nor what it never gets wrong.
 
 # %%
+from qftlab import leave_one_out_advantages
+
 advantages = leave_one_out_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
 assert torch.allclose(advantages, torch.tensor([[1.0, -1 / 3, -1 / 3, -1 / 3]]))
 

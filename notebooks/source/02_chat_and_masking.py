@@ -32,18 +32,8 @@ if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
 # %%
 import torch
 
-from qftlab.maths.losses import masked_cross_entropy
-from qftlab.rows.batches import Example, pack, pad
-from qftlab.files import bundled
-from qftlab.rows.sources import load_rows
-from qftlab.generate.engine import generate
-from qftlab.rows.chat import render_chat, render_prompt, row_to_messages
-from qftlab.rows.tokenizer import load_tokenizer
-from qftlab.settings import TrainConfig
-from qftlab.train.sft import encode_rows, fit_examples
+from qftlab import Example, pad, render_chat, render_prompt
 from qftlab_course import checks, plots, stages, views
-from qftlab_course.widgets import MaskViewer
-from qftlab_course.world.style import is_polite
 
 # %% [markdown]
 # Everything you may want to change is in this cell: the model, the chat we look at, and the size of the experiment in
@@ -181,6 +171,8 @@ views.mask_view(tokenizer, rendered)
 # *Next*; the toggle moves the marks to the position that makes the prediction.
 
 # %%
+from qftlab_course.widgets import MaskViewer
+
 names = ["one turn", "with a system turn", "two turns"]
 MaskViewer(tokenizer, [CHAT[1:3], CHAT, CHAT[1:]], names=names)
 
@@ -225,6 +217,8 @@ checks.check("02.2", my_targets)
 # twice is a classic: the model then learns to predict the token after next.)
 
 # %%
+from qftlab import masked_cross_entropy
+
 targets_of = checks.or_library("02.2", my_targets)
 input_ids, loss_mask = torch.tensor(ids), torch.tensor(mask)
 targets = targets_of(input_ids, loss_mask)  # (T − 1,)
@@ -374,6 +368,8 @@ def logits_of(batch):
         return model(**moved).logits.float().cpu()
 
 # %%
+from qftlab import pack
+
 first, second = (len(d.input_ids) for d in documents)
 alone = logits_of({"input_ids": torch.tensor([documents[1].input_ids])})[0]
 packed = pack(documents)
@@ -420,6 +416,8 @@ THINKING_TEMPLATE = """\
 {% endif %}{% endif %}"""
 
 # %%
+from qftlab import load_tokenizer
+
 thinker = load_tokenizer(base.path)
 thinker.chat_template = THINKING_TEMPLATE
 thoughtful = [dict(m) for m in CHAT[1:]]
@@ -462,6 +460,11 @@ views.mask_view(thinker, inserted, title="The empty think block is read, not tra
 # (`is_polite` leaves out the rows whose answer ends with a wish. Notebook 00 needs those.)
 
 # %%
+from qftlab import (
+    TrainConfig, bundled, encode_rows, fit_examples, load_rows, row_to_messages,
+)  # fmt: skip
+from qftlab_course.world.style import is_polite
+
 skills = ("add", "subtract", "reverse", "sort", "maximum", "minimum")
 rows = [row for row in load_rows(bundled("instructions", "train.jsonl"))
         if row["skill"] in skills and not is_polite(row["output"])]
@@ -493,6 +496,8 @@ models = {  # four trainings, of a few seconds each
 # > comes next, and what follows that?
 
 # %% tags=["nbval-ignore-output"]
+from qftlab import generate
+
 tests = [row for row in load_rows(bundled("instructions", "development.jsonl"))
          if row["skill"] in skills][:NUM_QUESTIONS]
 asked = [row_to_messages(row)[:1] for row in tests]

@@ -47,26 +47,19 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from transformers import get_cosine_schedule_with_warmup as cosine_with_warmup
 from transformers import get_linear_schedule_with_warmup as linear_with_warmup
 
-from qftlab.maths.losses import masked_cross_entropy
-from qftlab.rows.batches import batches, count_trained, first_fit_decreasing, pack, pad
-from qftlab.files import bundled
-from qftlab.rows.sources import load_rows
-from qftlab.rows.split import contamination
-from qftlab.evaluate import wilson_interval
-from qftlab.train import loop
-from qftlab.settings import TrainConfig
-from qftlab.train.sft import encode_rows, fit_examples, fit_rows
-from qftlab.train.step import Step, count_trained_tokens, to_device
+from qftlab import (
+    TrainConfig, batches, bundled, fit_examples, fit_rows, load_rows, to_device,
+)  # fmt: skip
 from qftlab_course import checks, plots, stages, views
 from qftlab_course.lessons import training_plots
-from qftlab_course.measure import evaluate_kept, evaluate_rows
-from qftlab_course.presets import get_preset
 
 # %% [markdown]
 # Everything you may want to change is in this cell. `PEAK` is the learning rate: three times that of the course's own
 # fine-tuning, because our runs are much shorter. The sweep in part 6 tries rates far below it and far above.
 
 # %% tags=["parameters"]
+from qftlab_course.presets import get_preset
+
 PRESET = "tiny"
 SEED = 0
 PEAK = 3 * get_preset(PRESET).lr
@@ -80,6 +73,8 @@ NUM_LEAKED = 20
 # tokens are marked as in notebook 02: `labels` holds the id where a token is trained, −100 where it is only read.
 
 # %%
+from qftlab import encode_rows
+
 start = stages.stage("extended", preset=PRESET)
 model, tokenizer = start.model, start.tokenizer
 rows = load_rows(bundled("instructions", "train.jsonl"))
@@ -132,6 +127,8 @@ checks.check("03.1", my_loss)
 # done), by the library, and by transformers, which computes one itself as soon as it is handed labels:
 
 # %%
+from qftlab import masked_cross_entropy, pad
+
 mean_nll = checks.or_library("03.1", my_loss)
 batch = to_device(pad(examples[:8], tokenizer.pad_token_id), model.device)
 with torch.no_grad():
@@ -252,6 +249,8 @@ checks.check("03.2", my_weights)
 # two losses may agree by accident and a million numbers of a gradient do not.
 
 # %%
+from qftlab import count_trained, count_trained_tokens
+
 micro_weights = checks.or_library("03.2", my_weights)
 
 
@@ -341,6 +340,8 @@ def my_rate(step, total, warmup, peak):
 checks.check("03.3", my_rate)
 
 # %%
+from qftlab.train import loop
+
 rate, config = checks.or_library("03.3", my_rate), TrainConfig(lr=1.0, warmup_ratio=0.1)
 rates = torch.tensor([rate(step, 40, 4, 1.0) for step in range(40)])
 wanted = [loop.learning_rate(config, step, 40) for step in range(40)]
@@ -455,6 +456,8 @@ assert list(seen.values()) == [1, 2, 3, 3, None]
 # **Read it.** The axis is logarithmic, the dotted line is the blind guess, and the wiggles are the batches: some are harder than others.
 
 # %%
+from qftlab_course.measure import evaluate_kept
+
 development = load_rows(bundled("instructions", "development.jsonl"))[::3]  # a third
 factors, sweep, kept = {"too small": 0.01, "right": 1, "too large": 40}, {}, {}
 for name, factor in factors.items():
@@ -534,6 +537,9 @@ views.show_figure(ax, alt="Training loss falls to 0; held-out loss falls, then r
 # **Read it** from the top: first the leaked puzzles, then the clean ones, and at the bottom all together, which is what a paper would report.
 
 # %%
+from qftlab import wilson_interval
+from qftlab_course.measure import evaluate_rows
+
 test = load_rows(bundled("countdown", "heldout.jsonl"))[:100]
 leaked, clean = test[:NUM_LEAKED], test[NUM_LEAKED:]
 honest = load_rows(bundled("countdown", "demonstrations.jsonl"))[: 2 * NUM_LEAKED]
@@ -627,6 +633,8 @@ print("the detector finds the leaked rows, and finds nothing in the honest ones"
 # packed by the library, which is told the borders only and makes no table; and packed by somebody who told attention nothing.
 
 # %%
+from qftlab import Step, pack
+
 three = fixed[::30]  # three of 64
 document = torch.tensor([n for n, e in enumerate(three) for _ in e.input_ids])  # (T,)
 positions = torch.cat([torch.arange(len(e.input_ids)) for e in three])  # (T,)
@@ -691,6 +699,8 @@ def my_rows(lengths, budget):
 checks.check("03.5", my_rows)
 
 # %%
+from qftlab import first_fit_decreasing
+
 fit_into_rows = checks.or_library("03.5", my_rows)
 BUDGET = 128
 lengths = [len(e.input_ids) for e in examples]
@@ -860,6 +870,8 @@ views.show_figure(ax, alt=alt)
 # last line: other words, no fields) and it is as blind as any text comparison:
 
 # %%
+from qftlab import contamination
+
 again = "Use the numbers {1}, {2}, {0} once each to make {3}."
 other = "Reach {3} from {2} and {1} and {0}."
 shuffled, retold = [], []

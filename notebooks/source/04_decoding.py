@@ -39,15 +39,8 @@ from matplotlib import pyplot
 from transformers import DynamicCache
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from qftlab.maths.sampling import SamplingParams, filter_logits, uniform
-from qftlab.generate.beam import beam_search
-from qftlab.generate.engine import generate
-from qftlab.rows.chat import render_prompt
+from qftlab import SamplingParams, beam_search, generate
 from qftlab_course import checks, plots, stages, views
-from qftlab_course.decoding import texts_of
-from qftlab_course.trace import beam_trace
-from qftlab_course.widgets import DecodingLab
-from qftlab_course.world.style import is_polite
 
 # %% [markdown]
 # Everything you may want to change is in this cell: the model, the number of beams, the most tokens of an answer, and the
@@ -73,6 +66,8 @@ QUESTIONS = ["Give me a brief introduction to Shanghai Jiao Tong University.",
 # **Toy numbers.** Logits $(2, 1, 0)$ give $(0.67, 0.24, 0.09)$. The exponential keeps the order, so greedy needs no softmax at all.
 
 # %%
+from qftlab import render_prompt
+
 sft = stages.stage("sft", preset=PRESET)
 model, tokenizer = sft.model, sft.tokenizer
 END = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -244,6 +239,9 @@ views.show_figure(
 # each of three temperatures:
 
 # %%
+from qftlab import uniform
+
+
 def dart(logits, new):
     """The token that the library's dart hits, at temperature 1."""
     mass = logits[: len(tokenizer)].double().softmax(-1).cumsum(-1)
@@ -274,6 +272,8 @@ for heat in [0.5, 1.0, 2.0]:
 # **Toy numbers.** Probabilities $(⅔, ⅓)$ at $T = ½$, squared and renormalised: $(0.8, 0.2)$.
 
 # %%
+from qftlab_course.world.style import is_polite
+
 for heat, expected in [(1.0, 1 / 3), (0.5, 1 / 5)]:
     how = {"params": SamplingParams(temperature=heat), "seed": SEED, **turn}
     drawn = generate(model, tokenizer, [SHORT], num_generations=400, **how)
@@ -337,6 +337,8 @@ checks.check("04.2", my_top_p)
 # the joke.
 
 # %%
+from qftlab import filter_logits
+
 keep_top_p = checks.or_library("04.2", my_top_p)
 
 
@@ -721,6 +723,9 @@ for prompt, beams, penalty in product([JOKE, SHORT], [2, NUM_BEAMS], [0.0, 1.0])
 # **Picture.** Two beams, and the question of part 2 again. We hand the model its own `19` and watch:
 
 # %%
+from qftlab_course.decoding import texts_of
+from qftlab_course.trace import beam_trace
+
 opening, steps = SHORT + tokenizer("19").input_ids, []
 beam_search(model, tokenizer, [opening], num_beams=2, on_step=steps.append, **turn)
 start, said = opening[len(SHORT) :], texts_of(tokenizer)
@@ -804,6 +809,8 @@ assert ends.most_common(1)[0][0] != "5050" and 0 < ends["5050"] < 51
 # kernel (GitHub, a printed page), the lab is only a table and a tree.
 
 # %%
+from qftlab_course.widgets import DecodingLab
+
 lab = DecodingLab(model, tokenizer, QUESTIONS[1], preset="top-k", chat=True, seed=SEED)
 for _ in range(5):
     lab.state.step()

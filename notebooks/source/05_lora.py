@@ -37,22 +37,11 @@ import warnings
 
 import torch
 
-from qftlab.rows.batches import Example
-from qftlab.files import bundled
-from qftlab.rows.sources import load_rows
-from qftlab.generate.engine import generate
-from qftlab.settings import LoRAConfig
-from qftlab.model.export import export_model
-from qftlab.model.loading import load_model
-from qftlab.model.lora import (
-    add_adapters, count_parameters, load_adapters, merge_adapters, save_adapters,
-)
-from qftlab.settings import TrainConfig
-from qftlab.train.sft import encode_rows, fit_examples, fit_rows, held_out_loss
-from qftlab.train.step import Step
+from qftlab import (
+    LoRAConfig, TrainConfig, add_adapters, bundled, encode_rows, load_rows,
+)  # fmt: skip
 from qftlab_course import checks, stages, views
 from qftlab_course.lessons import training_plots
-from qftlab_course.measure import evaluate_kept
 
 # %% [markdown]
 # Everything you may want to change is in this cell. `RUNS` is what part 4 compares: a rank (0 is full fine-tuning), a learning
@@ -216,6 +205,8 @@ def my_count(shapes, rank, num_rows, width):
 checks.check("05.2", my_count)
 
 # %%
+from qftlab import count_parameters
+
 count = checks.or_library("05.2", my_count)
 new_ids = tokenizer.convert_tokens_to_ids(["<|AGENT|>", "<|EDIT|>"])
 matrices = {n: m for n, m in start.model.named_modules() if n.endswith("_proj")}
@@ -287,6 +278,8 @@ checks.check("05.3", my_move_rows)
 # > does the table change? And how many do after full fine-tuning, where every row is free: those of the tokens that occur, or all?
 
 # %% tags=["nbval-ignore-output"]
+from qftlab import fit_rows, merge_adapters
+
 bugs, model = load_rows(bundled("bugfix", "train.jsonl")), copy.deepcopy(start.model)
 adapted = add_adapters(model, LoRAConfig(RANK), token_ids=new_ids, seed=SEED)
 config = TrainConfig(lr=RATE, batch_size=24, max_steps=12, seed=SEED)
@@ -358,6 +351,9 @@ print(f"{len(same)} frozen tensors are bit for bit what they were")
 # > run *without* the six rows catch up, because its adapters can still bend every layer?
 
 # %% tags=["recorded"]
+from qftlab import Example
+
+
 def plain_example(row):
     """A row as in pretraining ("47 + 38 =" → " 85"), loss on the answer only."""
     texts = row["plain"], f" {row['output']}\n"
@@ -373,6 +369,10 @@ puzzles = load_rows(bundled("countdown", "demonstrations.jsonl"))
 examples = encode_rows(tokenizer, puzzles)[0]
 
 # %% tags=["recorded"]
+from qftlab import Step, fit_examples, held_out_loss
+from qftlab_course.measure import evaluate_kept
+
+
 def run_path(rank, rate, tokens, steps, seed):
     """One run: what was learned and forgotten every 8 steps; old skills at the end."""
     model = copy.deepcopy(start.model)
@@ -499,6 +499,8 @@ assert torch.allclose(by_hand, merged.model.layers[0].mlp.up_proj.weight, atol=1
 # One matrix agrees. Do all of them together? Eight programs that were never trained on, answered greedily by both:
 
 # %%
+from qftlab import generate
+
 rows = load_rows(bundled("bugfix", "heldout.jsonl"))[:8]
 prompts = [[{"role": "user", "content": row["instruction"]}] for row in rows]
 
@@ -518,6 +520,8 @@ print(f"{len(before)} answers, token by token the same before and after the merg
 # rows that nobody trained unchanged, a tied head still tied. If one of them fails, nothing is left on the disk.
 
 # %%
+from qftlab import export_model, load_adapters, load_model, save_adapters
+
 with tempfile.TemporaryDirectory() as folder:
     report = export_model(adapted, tokenizer, f"{folder}/exported")
     print(f"{report.rows} rows, tied: {report.is_tied}")

@@ -36,22 +36,11 @@ import math
 
 import torch
 
-from qftlab.maths.losses import dpo_loss, preference_accuracy
-from qftlab.files import bundled
-from qftlab.rows.sources import load, load_rows
-from qftlab.settings import TrainConfig
-from qftlab.train.dpo import fit_pairs
-from qftlab.rows.examples import encode_pairs
-from qftlab.settings import PreferenceLoss
-from qftlab.train.dpo import Reference
-from qftlab.train.reward import ImplicitReward, ModelReward, fit_reward, reward_model
+from qftlab import TrainConfig, encode_pairs
 from qftlab_course import checks, stages, views
 from qftlab_course.lessons import preference_plots
-from qftlab_course.lessons.preferences import (
-    answers_to, best_of_curve, careless, has_product, share_ending,
-    share_of_products, share_right, spread, token_gains,
-)  # fmt: skip
-from qftlab_course.world.style import ENDING, style_pairs
+from qftlab_course.lessons.preferences import careless, share_ending, spread
+from qftlab_course.world.style import ENDING
 
 # %% [markdown]
 # Everything you may want to change is in this cell. `RUNS` is what part 4 compares: β, the weight of the NLL term, the learning rate and the number of
@@ -144,6 +133,8 @@ checks.check("07.1", my_dpo_loss)
 # **the first loss of a DPO run must be 0.6931**, plus the NLL term if there is one. If yours is not, the reference is not what you think.
 
 # %%
+from qftlab import dpo_loss
+
 five_lines = checks.or_library("07.1", my_dpo_loss)
 by_hand = five_lines(*torch.tensor([[-3.5], [-9.5], [-4.0], [-8.0]]), 0.5)
 assert abs(by_hand.item() - math.log(1 + math.exp(-1))) < 1e-6
@@ -257,6 +248,8 @@ for n in (tokens, 2 * tokens):
 # without (rejected). Nothing else tells the two apart.
 
 # %% tags=["recorded"]
+from qftlab_course.world.style import style_pairs
+
 start = stages.stage("warm", preset=PRESET)  # where everything below starts from
 tokenizer = start.tokenizer
 asked = style_pairs(80, held_out=True)
@@ -290,6 +283,9 @@ checks.check("07.3", my_preference_accuracy)
 # hand, and the library's, which packs pairs into one row and asks the head for answer tokens only:
 
 # %%
+from qftlab import Reference, preference_accuracy
+
+
 @torch.no_grad()
 def answer_logprob(model, example):
     """Log-probability of the trained tokens of a document, in nats."""
@@ -345,6 +341,8 @@ assert library.exp().sum(1).mean() > 0.8  # bare or polite, and hardly anything 
 # *on-policy*: both answers are the model's own. They ship as `data/countdown/pairs.jsonl`.
 
 # %% tags=["recorded"]
+from qftlab import bundled, load, load_rows
+
 rows = load(bundled("countdown", "pairs.jsonl"), schema="preference").rows
 held_out, train_rows = rows[:HELD_OUT], rows[HELD_OUT:]
 problems = load_rows(bundled("countdown", "heldout.jsonl"))
@@ -360,6 +358,10 @@ for row in held_out[:4]:
 # shows, and beside it what few people look at.
 
 # %% tags=["recorded"]
+from qftlab import PreferenceLoss, fit_pairs
+from qftlab_course.lessons.preferences import answers_to, share_of_products, share_right
+
+
 def solves(model, seed):
     """The share of problems solved, greedy and sampled; of answers that multiply."""
     greedy, sampled = (answers_to(model, tokenizer, problems, temperature=t, seed=seed)
@@ -501,6 +503,8 @@ checks.check("07.4", my_implicit_reward)
 # digits will differ from ours.)
 
 # %% tags=["nbval-ignore-output"]
+from qftlab_course.lessons.preferences import token_gains
+
 problem = "Use the numbers 1, 15, 3 once each to make 44."
 row = {"prompt": [{"role": "user", "content": problem}],
        "chosen": "<answer>15 * 3 - 1</answer>",
@@ -520,6 +524,8 @@ assert abs(gains["chosen"][star] - gains["rejected"][star]) < 0.01
 # point the two are the same text. So the push on the rejected answer hits the chosen one too. Count products and quotients:
 
 # %%
+from qftlab_course.lessons.preferences import has_product
+
 has = [(has_product(row["chosen"]), has_product(row["rejected"])) for row in train_rows]
 apart = [is_rejected for is_chosen, is_rejected in has if is_chosen != is_rejected]
 print(f"only one of the two has × or ÷ in {len(apart)} of {len(has)} pairs,", end=" ")
@@ -533,6 +539,8 @@ for name in ("before", "plain", "NLL 1"):
 # But a problem that needs a product is then out of reach. Preferences say which is better, and never why.
 
 # %%
+from qftlab import ImplicitReward
+
 of_reward = checks.or_library("07.4", my_implicit_reward)
 gain = torch.tensor([[g or 0.0 for g in gains["chosen"]]])
 mask, ids = torch.tensor([shown.chosen.loss_mask]), torch.tensor(shown.chosen.input_ids)
@@ -602,6 +610,9 @@ print("greedy, a nice day instead:", spread([end["said"][ENDING][0] for end in a
 # score the same 32 answers to each of 64 new problems.
 
 # %% tags=["recorded"]
+from qftlab import ModelReward, fit_reward, reward_model
+
+
 def run_judges(seed):
     """Answers, and each annotator's reward model: held-out figures and its scores."""
     judges, few = {}, problems[:NUM_PROMPTS]
@@ -677,6 +688,8 @@ checks.check("07.5", my_best_of)
 # > answers are right. At $n = 32$, with each of the two as judge: more, or fewer? And is more search always better with the first?
 
 # %%
+from qftlab_course.lessons.preferences import best_of_curve
+
 best_of = checks.or_library("07.5", my_best_of)
 mine = {name: best_of_curve(scores, answers, SIZES, best_of)
         for name, (_, scores) in judges.items()}  # fmt: skip

@@ -39,24 +39,11 @@ import statistics
 
 import torch
 
-from qftlab.maths.logprobs import token_logprobs
-from qftlab.maths.losses import (
-    clipped_policy_loss, kl_estimate, leave_one_out_advantages,
+from qftlab import (
+    PolicyConfig, bundled, countdown_reward, extract_answer, fresh_problems,
+    leave_one_out_advantages, load_rows, parse_expression,
 )  # fmt: skip
-from qftlab.maths.verify import countdown_reward, extract_answer, parse_expression
-from qftlab.maths.sampling import SamplingParams
-from qftlab.rows.batches import Example, pad
-from qftlab.files import bundled
-from qftlab.rows.sources import load_rows
-from qftlab.evaluate import pass_at_k
-from qftlab.generate.engine import generate
-from qftlab.settings import TrainConfig
-from qftlab.settings import PolicyConfig
-from qftlab.train.rloo import PolicyStep
-from qftlab.train.rloo import fit_policy, fresh_problems
-from qftlab.train.rollouts import encode_prompts
-from qftlab.train.sft import fit_rows
-from qftlab_course import checks, stage_recipes, stages, views
+from qftlab_course import checks, stages, views
 from qftlab_course.lessons import policy_plots
 
 # %% [markdown]
@@ -101,6 +88,9 @@ start = stages.stage("dpo", preset=PRESET)
 tokenizer = start.tokenizer
 
 # %%
+from qftlab import SamplingParams, encode_prompts, generate
+
+
 def roll_out(model, rows, group=GROUP, temperature=1.0, seed=SEED):
     """`group` answers to each row, and their rewards (P, G)."""
     prompts = [prompt.ids for prompt in encode_prompts(tokenizer, rows)]
@@ -199,6 +189,9 @@ views.show_figure(bars, alt="Advantages of eight answers to one puzzle: bars to 
 # this group has to say about the direction: one number for each puzzle. By REINFORCE and by leave-one-out they should agree on average, and differ in spread.
 
 # %%
+from qftlab import Example, pad, token_logprobs
+
+
 def as_example(answer):
     """An answer of `generate` as a row to score; the prompt's tokens do not count."""
     ids = answer.prompt_ids + answer.token_ids
@@ -276,6 +269,8 @@ for p in (0.2, 0.9):
 # **Check.** The gradient of the obvious form against the library's `PolicyStep`, which computes the head only where an answer stands, and never holds all its logits:
 
 # %%
+from qftlab import PolicyStep
+
 few, few_rewards = answers[: 8 * GROUP], rewards[:8]
 few_advantages = leave_one_out_advantages(few_rewards).flatten()
 by_hand = -(few_advantages * answer_logprobs(start.model, few)).mean()
@@ -333,6 +328,8 @@ def my_clipped_loss(logprobs, old_logprobs, advantages, epsilon):
 checks.check("08.2", my_clipped_loss)
 
 # %%
+from qftlab import clipped_policy_loss
+
 clipped_loss = checks.or_library("08.2", my_clipped_loss)
 some = torch.tensor([1.5, 0.5]).log(), torch.zeros(2), torch.tensor([1.0, -1.0])
 assert torch.allclose(clipped_loss(*some, 0.2), clipped_policy_loss(*some, epsilon=0.2))
@@ -373,6 +370,8 @@ def my_k3(logprobs, ref_logprobs):
 checks.check("08.3", my_k3)
 
 # %%
+from qftlab import kl_estimate
+
 k3 = checks.or_library("08.3", my_k3)
 policy, reference = torch.tensor([0.5, 0.5]), torch.tensor([0.75, 0.25])
 exact = (policy * (policy / reference).log()).sum()
@@ -392,6 +391,9 @@ assert abs(exact - 0.144) < 1e-3
 # is what was run; `run_leash(0.1, KL_STEPS, SEED)` makes one of them before your eyes.
 
 # %% tags=["recorded"]
+from qftlab import TrainConfig, fit_policy
+
+
 def run_leash(beta, steps, seed):
     """RLOO for some steps; reward and KL (nats an answer) of each step's answers."""
     model, logs = copy.deepcopy(start.model), []
@@ -444,6 +446,8 @@ for run in leashes:
 # them when a run of yours goes wrong:
 
 # %%
+from qftlab_course import stage_recipes
+
 trained = stages.stage("rloo", preset=PRESET)
 recipe = stage_recipes.recipe("rloo", PRESET)
 train, policy = recipe.train, recipe.policy
@@ -474,6 +478,8 @@ assert max(gaps) < 1e-3  # nats, of any token: sampler and trainer agree
 # **Toy numbers.** $n = 4$, $c = 1$: pass@1 = ¼, pass@2 = $1 - 3/6 = ½$, pass@4 = 1. We ask 200 held-out puzzles sixteen times each, before RLOO and after.
 
 # %% tags=["nbval-ignore-output"]
+from qftlab import pass_at_k
+
 assert [pass_at_k(4, 1, k) for k in (1, 2, 4)] == [0.25, 0.5, 1.0]
 held_out = load_rows(bundled("countdown", "heldout.jsonl"))[:200]
 tries, ks = 16, [1, 2, 4, 8, 16]
@@ -614,6 +620,9 @@ def quick_verifier(text, numbers, target):
 # `"true": 0.0` below is a weight: the truth is measured and counts for nothing. All of it takes a quarter of a minute.
 
 # %% tags=["recorded"]
+from qftlab import fit_rows
+
+
 def lazy_model(seed):
     """The start after demonstrations of which some just repeat the target."""
     model = copy.deepcopy(start.model)

@@ -7,9 +7,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qftlab.generate.decoder import Decoder
-from qftlab.generate.engine import Completion, generate
-from qftlab.generate.layouts import layout_for
+from qftlab.decoding.decoder import Decoder
+from qftlab.decoding.engine import Completion, generate
+from qftlab.decoding.layouts import layout_for
 from qftlab.maths.sampling import SamplingParams
 from qftlab.rows.batches import Example
 from qftlab.rows.chat import row_to_messages

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qftlab.generate.engine import known_id
-from qftlab.generate.layouts import choose_layout
+from qftlab.decoding.engine import known_id
+from qftlab.decoding.layouts import choose_layout
 from qftlab.maths.losses import clipped_policy_loss, is_clipped, kl_estimate, leave_one_out_advantages, sum_by_document
 from qftlab.maths.verify import answer_reward, countdown_reward, exact_reward, first_token_reward
 from qftlab.model.head import module_mode

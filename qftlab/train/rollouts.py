@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qftlab.generate.decoder import Decoder, bump_weights_version_
-from qftlab.generate.engine import Completion, generate
-from qftlab.generate.layouts import choose_layout
+from qftlab.decoding.decoder import Decoder, bump_weights_version_
+from qftlab.decoding.engine import Completion, generate
+from qftlab.decoding.layouts import choose_layout
 from qftlab.maths.losses import leave_one_out_advantages, sum_by_document
 from qftlab.maths.sampling import SamplingParams
 from qftlab.model.cpu import pack_answers

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from qftlab.generate.engine import Completion, default_stop_ids
+from qftlab.decoding.engine import Completion, default_stop_ids
 from qftlab.model.loading import save_model
 from qftlab.settings import PolicyConfig, ServerConfig
 

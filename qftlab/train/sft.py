@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qftlab.generate.engine import known_id
+from qftlab.decoding.engine import known_id
 from qftlab.model.head import causal_model
 from qftlab.model.loading import extend_model, load_model, save_model
 from qftlab.rows.batches import (

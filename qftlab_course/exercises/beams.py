@@ -93,7 +93,7 @@ BEAM_STEP = Exercise(
     reference=beam_step,
     draw=_draw_beams,
     instead="add scores and log-probabilities, flatten, take the best 2K, and sort them into two lists",
-    forbidden=("qftlab.generate.beam.beam_search",),
+    forbidden=("qftlab.decoding.beam.beam_search",),
     suspects=(
         Suspect("only K candidates: a beam that ends is not replaced; take 2K", like=_beam_step_with(candidates=1)),
         Suspect("the beams' own scores are left out: add scores[:, None]", like=_beam_step_with(start=False)),

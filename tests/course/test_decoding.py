@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from test_views import NASTY, hides_nothing, parsed, svg_words
 from transformers import AutoTokenizer
 
-from qftlab.generate.beam import beam_search
-from qftlab.generate.decoder import Decoder
-from qftlab.generate.engine import generate
+from qftlab.decoding.beam import beam_search
+from qftlab.decoding.decoder import Decoder
+from qftlab.decoding.engine import generate
 from qftlab.maths.sampling import SamplingParams, filter_logits, sample, uniform
 from qftlab.model.loading import load_model
 from qftlab_course import decoding_lab, views, widgets

@@ -14,7 +14,7 @@ import pytest
 matplotlib.use("Agg")
 
 from qftlab import evaluate  # noqa: E402
-from qftlab.generate.engine import Completion  # noqa: E402
+from qftlab.decoding.engine import Completion  # noqa: E402
 from qftlab_course import (  # noqa: E402
     measure,
     plots,  # noqa: E402

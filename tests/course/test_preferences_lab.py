@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qftlab.files import bundled
-from qftlab.generate.engine import generate
+from qftlab.decoding.engine import generate
 from qftlab.maths.losses import sum_by_document
 from qftlab.model.loading import load_model
 from qftlab.rows.batches import pad

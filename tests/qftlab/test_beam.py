@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 from random_models import random_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from qftlab.generate import beam
-from qftlab.generate.beam import BeamHypothesis, BeamStep, beam_search
-from qftlab.generate.decoder import Decoder
-from qftlab.generate.engine import generate
+from qftlab.decoding import beam
+from qftlab.decoding.beam import BeamHypothesis, BeamStep, beam_search
+from qftlab.decoding.decoder import Decoder
+from qftlab.decoding.engine import generate
 from qftlab.maths.sampling import SamplingParams
 from qftlab.rows.tokenizer import load_tokenizer
 

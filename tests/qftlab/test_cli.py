@@ -137,7 +137,7 @@ def test_chat_keeps_its_history(capsys, monkeypatch) -> None:
         seen.append([m["content"] for m in prompts[0]])
         return [type("Answer", (), {"text": f"answer {len(seen)}"})()]
 
-    monkeypatch.setattr("qftlab.generate.engine.generate", fake)
+    monkeypatch.setattr("qftlab.decoding.engine.generate", fake)
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n\n two \n/new\nthree\n/quit\nfour\n"))
     code, out, _ = run(capsys, "chat", "--system", "Be brief.", "--max_new_tokens", "8")
     assert code == 0 and out.splitlines() == ["answer 1", "answer 2", "answer 3"]

@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 from tests.test_generate import FAMILIES, PROMPTS, make_model, tokenizer  # noqa: F401  (a fixture)
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from qftlab.generate.cache import KVCache, compact
-from qftlab.generate.decoder import Decoder, bump_weights_version_
-from qftlab.generate.engine import generate, stream
-from qftlab.generate.fuse import LAYOUTS
+from qftlab.decoding.cache import KVCache, compact
+from qftlab.decoding.decoder import Decoder, bump_weights_version_
+from qftlab.decoding.engine import generate, stream
+from qftlab.decoding.fuse import LAYOUTS
 from qftlab.maths.sampling import SamplingParams
 
 # Other orders of summation, fp32: logits here reach 10, and differences of up to 5e-6 were seen.
@@ -74,7 +74,7 @@ def test_even_rows_take_the_short_path_to_the_same_logits() -> None:
 def test_a_long_prefill_is_split_by_its_budget(monkeypatch) -> None:
     decoder = Decoder(make_model("qwen2"))
     want = decoder.prefill(RAGGED, decoder.new_cache(4, 8))
-    monkeypatch.setattr("qftlab.generate.decoder.PREFILL_TOKENS", 14)
+    monkeypatch.setattr("qftlab.decoding.decoder.PREFILL_TOKENS", 14)
     cache = decoder.new_cache(4, 8)
     assert (decoder.prefill(RAGGED, cache) - want).abs().max() < ROUNDING
     assert cache.lengths == [7, 1, 3, 4]
@@ -204,7 +204,7 @@ def test_streamed_pieces_are_the_text(stop, tokenizer) -> None:  # noqa: F811
 
 
 def test_a_stream_waits_for_whole_characters_and_stop_strings(tokenizer) -> None:  # noqa: F811
-    from qftlab.generate.engine import TextStream
+    from qftlab.decoding.engine import TextStream
 
     ids = tokenizer("né\nUser: x").input_ids
     line = TextStream(tokenizer, [1], stop=("\nUser:",))
@@ -331,8 +331,8 @@ def test_prompts_held_once_give_what_copied_ones_give() -> None:
 @pytest.mark.parametrize("mask", [False, True])
 def test_the_two_softmaxes_join_as_one(mask: bool, monkeypatch) -> None:
     """Against one softmax over both parts, by the CPU's kernel and by the form other devices take."""
-    from qftlab.generate import cache
-    from qftlab.generate.cache import Prefix
+    from qftlab.decoding import cache
+    from qftlab.decoding.cache import Prefix
 
     torch.manual_seed(0)
     q, k, v = (torch.randn(3, 2, n, 8) for n in (4, 5, 5))

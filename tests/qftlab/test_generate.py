@@ -20,8 +20,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from qftlab.generate import engine
-from qftlab.generate.engine import Completion, continuation_text, default_stop_ids, find_stop, generate
+from qftlab.decoding import engine
+from qftlab.decoding.engine import Completion, continuation_text, default_stop_ids, find_stop, generate
 from qftlab.maths.sampling import SamplingParams
 from qftlab.model.attention import register_packed_attention
 

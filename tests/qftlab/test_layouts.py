@@ -10,11 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from random_models import random_model
 
-from qftlab.generate import beam, engine, layouts
-from qftlab.generate.decoder import Decoder
-from qftlab.generate.engine import generate
-from qftlab.generate.fuse import LAYOUTS, Projections
-from qftlab.generate.layouts import choose_layout, fastest, layout_for
+from qftlab.decoding import beam, engine, layouts
+from qftlab.decoding.decoder import Decoder
+from qftlab.decoding.engine import generate
+from qftlab.decoding.fuse import LAYOUTS, Projections
+from qftlab.decoding.layouts import choose_layout, fastest, layout_for
 from qftlab.model.loading import load_model
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.settings import PolicyConfig, TrainConfig

@@ -15,8 +15,8 @@ import pytest
 import torch
 from random_models import random_model
 
-from qftlab.generate.beam import beam_search
-from qftlab.generate.engine import generate
+from qftlab.decoding.beam import beam_search
+from qftlab.decoding.engine import generate
 from qftlab.maths.sampling import SamplingParams
 from qftlab.model.loading import load_model
 from qftlab.rows.tokenizer import load_tokenizer

@@ -14,7 +14,7 @@ import torch
 from random_models import random_model
 from torch.testing import assert_close
 
-from qftlab.generate.engine import Completion
+from qftlab.decoding.engine import Completion
 from qftlab.maths.losses import leave_one_out_advantages, sum_by_document
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import add_adapters

@@ -11,7 +11,7 @@ import pytest
 import torch
 from random_models import random_model
 
-from qftlab.generate.engine import generate
+from qftlab.decoding.engine import generate
 from qftlab.maths.sampling import SamplingParams
 from qftlab.model.lora import add_adapters
 from qftlab.rows.tokenizer import load_tokenizer

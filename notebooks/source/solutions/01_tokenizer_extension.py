@@ -21,8 +21,7 @@ import copy
 
 import torch
 
-from qftlab.model.loading import extend_model
-from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
+from qftlab import extend_model, extend_tokenizer, load_tokenizer
 from qftlab_course import checks, stages
 
 # %% tags=["parameters"]

@@ -18,9 +18,7 @@ if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
 # %%
 import torch
 
-from qftlab.maths.losses import masked_cross_entropy
-from qftlab.rows.batches import Example
-from qftlab.rows.chat import render_chat
+from qftlab import Example, masked_cross_entropy, render_chat
 from qftlab_course import checks, stages
 
 # %% tags=["parameters"]

@@ -20,10 +20,7 @@ import math
 
 import torch
 
-from qftlab.maths.sampling import SamplingParams
-from qftlab.generate.beam import beam_search
-from qftlab.generate.engine import generate
-from qftlab.rows.chat import render_prompt
+from qftlab import SamplingParams, beam_search, generate, render_prompt
 from qftlab_course import checks, stages
 from qftlab_course.world.instructions import sum_steps
 

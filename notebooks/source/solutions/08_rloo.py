@@ -21,14 +21,10 @@ import statistics
 
 import torch
 
-from qftlab.maths.verify import countdown_reward, extract_answer, parse_expression
-from qftlab.maths.sampling import SamplingParams
-from qftlab.files import bundled
-from qftlab.generate.engine import generate
-from qftlab.settings import TrainConfig
-from qftlab.train.rloo import fresh_problems
-from qftlab.train.rollouts import encode_prompts
-from qftlab.train.sft import fit_rows
+from qftlab import (
+    SamplingParams, TrainConfig, bundled, countdown_reward, encode_prompts,
+    extract_answer, fit_rows, fresh_problems, generate, parse_expression,
+)  # fmt: skip
 from qftlab_course import checks, stages, views
 from qftlab_course.lessons import policy_plots
 

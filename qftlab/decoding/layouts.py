@@ -17,8 +17,8 @@ from itertools import product
 import torch
 from torch import nn
 
-from qftlab.generate.decoder import DecoderLayer, linear_groups
-from qftlab.generate.fuse import MANY, Layout, Projections, check_foldable, is_plain_linear, layouts_of
+from qftlab.decoding.decoder import DecoderLayer, linear_groups
+from qftlab.decoding.fuse import MANY, Layout, Projections, check_foldable, is_plain_linear, layouts_of
 from qftlab.model.head import causal_model
 
 log = logging.getLogger(__name__)

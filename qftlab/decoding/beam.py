@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qftlab.generate.decoder import Decoder
-from qftlab.generate.engine import Prompt, check_prompts, continuation_text, default_stop_ids, encode_prompts, head_rows
-from qftlab.generate.layouts import layout_for
+from qftlab.decoding.decoder import Decoder
+from qftlab.decoding.engine import Prompt, check_prompts, continuation_text, default_stop_ids, encode_prompts, head_rows
+from qftlab.decoding.layouts import layout_for
 from qftlab.maths.sampling import RowParams, SamplingParams, penalise
 from qftlab.model.head import module_mode
 from qftlab.settings import check_at_least

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from qftlab.generate.cache import KVCache, attend_shared
-from qftlab.generate.fuse import Layout, Projections, is_plain_linear
+from qftlab.decoding.cache import KVCache, attend_shared
+from qftlab.decoding.fuse import Layout, Projections, is_plain_linear
 from qftlab.model.head import causal_model
 
 FAMILIES = ("qwen2", "qwen3", "llama")

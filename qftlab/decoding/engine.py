@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from qftlab.generate.batch import Batch, Settings
-from qftlab.generate.decoder import Decoder
-from qftlab.generate.layouts import layout_for
+from qftlab.decoding.batch import Batch, Settings
+from qftlab.decoding.decoder import Decoder
+from qftlab.decoding.layouts import layout_for
 from qftlab.maths.sampling import SamplingParams
 from qftlab.model.head import module_mode
 from qftlab.rows.chat import render_prompt

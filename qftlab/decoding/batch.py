@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from qftlab.generate.cache import KVCache, Prefix
-from qftlab.generate.decoder import Decoder
+from qftlab.decoding.cache import KVCache, Prefix
+from qftlab.decoding.decoder import Decoder
 from qftlab.maths.sampling import RowParams, SamplingParams, sample, sample_rows, uniform
 
 # A graph has a fixed number of rows and columns; these are rounded up to, so that few graphs serve all.
