@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from qftlab.decoding.engine import generate
 from qftlab.evaluate import mcnemar
 from qftlab.files import bundled
-from qftlab.decoding.engine import generate
 from qftlab.maths.sampling import SamplingParams
 from qftlab.maths.verify import countdown_reward
 from qftlab.model.loading import load_model, save_model

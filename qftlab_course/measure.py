@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qftlab.evaluate import Comparison, Rate, compare_marks
 from qftlab.decoding.engine import GREEDY, Completion, generate
+from qftlab.evaluate import Comparison, Rate, compare_marks
 from qftlab.maths.sampling import SamplingParams
 from qftlab.rows.chat import row_to_messages
 from qftlab_course.scores import SkillScore, lenient_score, score_row

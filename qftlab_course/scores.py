@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qftlab.evaluate import normalise, normalised_match
 from qftlab.decoding.engine import END_OF_TURN, Completion, known_id
+from qftlab.evaluate import normalise, normalised_match
 from qftlab.maths.verify import countdown_reward, extract_answer
 from qftlab_course.world.style import without_ending
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pandas
 
+from qftlab.decoding.engine import GREEDY, generate
 from qftlab.evaluate import Comparison, Rate, compare_marks
 from qftlab.files import bundled
-from qftlab.decoding.engine import GREEDY, generate
 from qftlab.maths.sampling import SamplingParams
 from qftlab.rows.sources import load_rows
 from qftlab_course import plots

@@ -1,8 +1,7 @@
-"""The house: imports run one way, sizes stay small, and environment.yml and the badges keep their word."""
+"""The project: environment.yml, the pins, the badges and what is committed keep their word."""
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import re
 import subprocess
@@ -19,9 +18,6 @@ else:
     from pip._vendor import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = sorted((ROOT / "qftlab").rglob("*.py"))
-OURS = [*LIBRARY, *sorted((ROOT / "qftlab_course").rglob("*.py"))]
-ORDER = "core text data model generate evaluate train remote serve commands cli".split()
 
 
 def load(path: str) -> ModuleType:
@@ -39,69 +35,6 @@ def files_of_the_project() -> list[Path]:
     if done.returncode:
         pytest.skip("not a git checkout")
     return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
-
-
-def imported(path: Path) -> list[str]:
-    """Full names of the modules a file imports, relative ones resolved."""
-    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    names = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            stem = ".".join([*base, *([node.module] if node.module else [])])
-            names += [f"{stem}.{alias.name}" for alias in node.names]
-    return names
-
-
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_run_one_way(path: Path) -> None:
-    assert not [name for name in imported(path) if name.startswith("qftlab_course")], "the course stands on the library"
-    room = path.relative_to(ROOT / "qftlab").with_suffix("").parts[0]
-    ours = [name.split(".")[1] for name in imported(path) if name.startswith("qftlab.")]
-    if room == "__init__":
-        assert not ours, "qftlab/__init__.py imports nothing at import"
-    elif room != "__main__":
-        assert room in ORDER, f"{room} is no room of DESIGN.md; the rooms are {ORDER}"
-        allowed = {*ORDER[: ORDER.index(room) + 1], "__version__"} if room != "core" else {"core"}
-        assert set(ours) <= allowed, f"{path.name} in {room} imports {sorted(set(ours) - allowed)}"
-
-
-def own_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines of a function without its docstring, which may be as long as it has to say."""
-    text = node.body[0] if ast.get_docstring(node) else None
-    return node.end_lineno - node.lineno + 1 - (text.end_lineno - text.lineno + 1 if text else 0)
-
-
-@pytest.mark.parametrize("path", [*OURS, ROOT / "lab.py", ROOT / "notebooks/build.py"], ids=lambda p: p.name)
-def test_house_limits(path: Path) -> None:
-    source = path.read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= 350, "a file has one subject and 350 lines at most"
-    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    long = [f"{f.name} (line {f.lineno}): {own_lines(f)}" for f in functions if own_lines(f) > 45]
-    assert not long, f"functions have 45 lines at most, without docstring: {long}"
-
-
-@pytest.mark.parametrize("path", [*OURS, ROOT / "lab.py", ROOT / "notebooks/build.py"], ids=lambda p: p.name)
-def test_every_public_name_has_a_docstring(path: Path) -> None:
-    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    named = [node for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
-    methods = [node for owner in named if isinstance(owner, ast.ClassDef) for node in owner.body]
-    public = [n for n in [*named, *methods] if isinstance(n, kinds) and not n.name.startswith("_")]
-    bare = [node.name for node in public if not ast.get_docstring(node)]
-    assert not bare, f"{path.name}: no docstring on {bare}"
-    assert ast.get_docstring(tree) or not tree.body, f"{path.name}: no docstring of the module"
-
-
-def test_the_library_never_prints() -> None:
-    """Except the commands and the tour, whose work it is to speak to a terminal."""
-    talkers = {"cli.py", "commands.py", "tour.py"}
-    for path in (path for path in OURS if path.name not in talkers):
-        calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
-        prints = [n.lineno for n in calls if isinstance(n.func, ast.Name) and n.func.id == "print"]
-        assert not prints, f"{path.relative_to(ROOT)} prints on lines {prints}; log or return instead"
 
 
 def test_environment_yml_is_pyproject() -> None:

@@ -9,8 +9,8 @@ import matplotlib
 import pytest
 import torch
 
-from qftlab.files import bundled
 from qftlab.decoding.engine import generate
+from qftlab.files import bundled
 from qftlab.maths.losses import sum_by_document
 from qftlab.model.loading import load_model
 from qftlab.rows.batches import pad

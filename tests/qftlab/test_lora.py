@@ -12,8 +12,8 @@ from random_models import random_model
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from qftlab.files import bundled
 from qftlab.decoding.engine import generate
+from qftlab.files import bundled
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.export import export_model
 from qftlab.model.head import row_layers
