@@ -56,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands[name].run(parse(name, [a for a in rest if a != "--verbose"]))
     except SystemExit as stop:
         return int(stop.code or 0)
-    except KeyboardInterrupt:
-        print("", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(interrupt or "", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # What reads our output has had enough; Python would complain once more while closing it.

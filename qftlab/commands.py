@@ -130,7 +130,7 @@ def read_turn(source: TextIO, is_terminal: bool) -> str | None:
 def fit_context(model, tokenizer, messages: list[dict], kept: int, max_new_tokens: int) -> list[dict]:
     """The conversation without its oldest turns, where it has outgrown the model's context; the first `kept` stay."""
     from qftlab.rows.chat import render_prompt
-    from qftlab.train.sft import context_length
+    from qftlab.train.run import context_length
 
     limit = context_length(model)
     while limit and len(messages) > kept + 1 and len(render_prompt(tokenizer, messages)) + max_new_tokens > limit:
@@ -143,8 +143,7 @@ def load_named(name: str, dtype: str, device: str) -> tuple:
     """Model and tokenizer by the name a user gives."""
     from qftlab.model.loading import load_model
     from qftlab.rows.tokenizer import load_tokenizer
-    from qftlab.train.run import resolve_model
-    from qftlab.train.sft import best_device
+    from qftlab.train.run import best_device, resolve_model
 
     hide_loading_bars()
     folder = resolve_model(name)

@@ -21,7 +21,8 @@ from qftlab.train.loop import TrainResult
 from qftlab.train.optimizer import total_steps
 from qftlab.train.pairs import sample_pairs
 from qftlab.train.rloo import fit_prompts, fresh_problems, prompts_for
-from qftlab.train.sft import context_length, fit_examples
+from qftlab.train.run import context_length
+from qftlab.train.sft import fit_examples
 from qftlab_course.stage_recipes import Recipe
 from qftlab_course.world.style import style_pairs
 

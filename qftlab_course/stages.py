@@ -18,13 +18,12 @@ from pathlib import Path
 
 import torch
 
-from qftlab.files import bundled, resolve
+from qftlab.files import bundled, resolve, sha256
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import adapter_base, is_adapted, load_adapters
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.checkpoint import fingerprint
-from qftlab.train.run import sha256
-from qftlab.train.sft import best_device
+from qftlab.train.run import best_device
 from qftlab_course.stage_builders import WORKS, Say, countdown_pairs, noting, prepared, tell
 from qftlab_course.stage_recipes import STAGES, STARTS, Recipe, plain, recipe
 

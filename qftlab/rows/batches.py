@@ -143,6 +143,28 @@ def _longest_first(lengths: Sequence[int], budget: int | None) -> list[int]:
     return order
 
 
+def split_step(
+    lengths: Sequence[int], *, packing: bool, budget: int | None = None, rows: int | None = None
+) -> list[list[int]]:
+    """The documents of one optimizer step by number, split into micro-batches.
+
+    Args:
+        lengths: in tokens, of documents or of whole groups of them.
+        packing: whether a micro-batch is one packed row; otherwise it is a rectangle of documents of about one length.
+        budget: the most tokens of a micro-batch, padding counted; None is no limit.
+        rows: the most documents of one; None is no limit.
+
+    Raises:
+        ValueError: if a document is longer than the budget.
+    """
+    if not packing:
+        return group_by_length(lengths, budget=budget, rows=rows)
+    if budget is not None:
+        return first_fit_decreasing(lengths, budget)
+    size = rows or len(lengths)
+    return [list(range(i, min(i + size, len(lengths)))) for i in range(0, len(lengths), size)]
+
+
 def batches(count: int, *, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The order of an epoch over `count` examples: index lists, each example once; a pure function."""
     if batch_size < 1:

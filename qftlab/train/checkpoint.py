@@ -12,20 +12,20 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from filelock import FileLock, Timeout
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qftlab.files import aside, not_written, remove, sha256
 from qftlab.rows.batches import Example
 from qftlab.settings import TrainConfig
 from qftlab.train.distributed import World, like, whole
-from qftlab.train.run import sha256
 
 log = logging.getLogger(__name__)
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -45,6 +45,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, identity: Mapping[str, object] | None = None, keep: int = 2) -> None:
         self.folder, self.keep = Path(folder), keep
+        self.lock = FileLock(self.folder / ".lock")
         self.identity = json.loads(json.dumps(identity or {}, default=str))
 
     def all(self) -> list[Path]:
@@ -64,19 +65,25 @@ class Checkpoints:
         return path if path and path.is_dir() else None
 
     def prepare(self) -> None:
-        """Makes the folder, tidies it and tries to write in it: a run fails before its first step, not after hours.
+        """Makes the folder, takes it for this process and tidies it: a run fails before its first step.
 
         Raises:
-            OSError: if nothing can be written there.
+            OSError: if nothing can be written there, or another process writes there.
         """
-        probe = self.folder / f".probe-{os.getpid()}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"x")
-            probe.unlink()
+            self.lock.acquire(timeout=0)
             self.prune()
+        except Timeout:
+            raise OSError(f"{self.folder} must be written by one run, got another process that has it: wait for that "
+                          "run to end, or start a new one") from None  # fmt: skip
         except OSError as error:
-            raise _not_saved(self.folder, error) from error
+            self.release()
+            raise not_written(self.folder, error) from error
+
+    def release(self) -> None:
+        """Gives the folder back that `prepare` took; once for each time."""
+        self.lock.release()
 
     def save(self, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, result: Mapping[str, object],
              world: World | None = None) -> Path:  # fmt: skip
@@ -96,37 +103,29 @@ class Checkpoints:
         tensors = whole(weights, world.is_main)
         moments = whole(optimizer_state(weights, optimizer), world.is_main)
         if world.is_main:
-            aside = self.folder / f".{path.name}-{os.getpid()}"
             try:
-                self._write(aside, path, tensors, moments, result)
-            except (OSError, SafetensorError) as error:
-                shutil.rmtree(aside, ignore_errors=True)
-                problem = _not_saved(path, error)
+                with aside(path) as place:
+                    self._write(place, tensors, moments, result)
+                self.prune()
+            except OSError as error:
+                problem = error
         problems = [p for p in world.gather(problem) if p]
         if problems:
             raise problems[0]
         return path
 
-    def _write(self, aside: Path, path: Path, tensors: dict, moments: dict, result: Mapping[str, object]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
-        save_file(tensors, aside / WEIGHTS)
-        save_file(moments, aside / OPTIMIZER)
-        digests = {name: sha256(aside / name) for name in (WEIGHTS, OPTIMIZER)}
+    def _write(self, place: Path, tensors: dict, moments: dict, result: Mapping[str, object]) -> None:
+        place.mkdir()
+        save_file(tensors, place / WEIGHTS)
+        save_file(moments, place / OPTIMIZER)
+        digests = {name: sha256(place / name) for name in (WEIGHTS, OPTIMIZER)}
         record = {"identity": self.identity, "result": dict(result), "sha256": digests}
-        (aside / STATE).write_text(json.dumps(record), encoding="utf-8")
-        for name in (WEIGHTS, OPTIMIZER, STATE, ""):
-            flush(aside / name)
-        if path.exists():
-            self._remove(path)
-        os.rename(aside, path)
-        flush(self.folder)
-        self.prune()
+        (place / STATE).write_text(json.dumps(record | {"digest": _digest(record)}), encoding="utf-8")
 
     def prune(self) -> None:
         """Removes what is no longer kept, and what processes that were killed have left half done."""
         for left in self.folder.glob(".step-*"):
-            shutil.rmtree(left)
+            remove(left)
         kept = {*self.all()[-self.keep :], self.best()}
         for old in self.all():
             if old not in kept:
@@ -136,7 +135,7 @@ class Checkpoints:
         """Takes the name away first: a folder that is half removed must not look like a checkpoint."""
         trash = path.with_name(f".{path.name}-old")
         os.rename(path, trash)
-        shutil.rmtree(trash)
+        remove(trash)
 
     def check(self, path: Path) -> dict:
         """The state of a checkpoint of this run.
@@ -192,17 +191,25 @@ def best_step(held_out: Sequence[Sequence[float]]) -> int | None:
 
 
 def read_state(path: Path) -> dict:
-    """The JSON part of a checkpoint: `identity`, `result` and `sha256`.
+    """The JSON part of a checkpoint: `identity`, `result` and `sha256`, which also binds it to its weights.
 
     Raises:
-        ValueError: if it is damaged.
+        ValueError: if it is damaged, was changed, or is of another step than its folder says.
     """
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        _ = state["identity"], state["sha256"], state["result"]["steps"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        digest, steps = state.pop("digest"), state["result"]["steps"]
+        _ = state["identity"], state["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, f"{STATE} cannot be read ({type(error).__name__})") from error
+    if digest != _digest(state) or steps != step_of(path):
+        raise _damaged(path, f"{STATE} (step {steps}) is not as it was written")
     return state
+
+
+def _digest(state: Mapping[str, object]) -> str:
+    """Of a state without its digest: of every setting and count, and so of the weights by their sha256."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def optimizer_state(weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -278,26 +285,6 @@ def fingerprint(examples: Sequence[Example]) -> str:
     for example in examples:
         digest.update(json.dumps([example.input_ids, [int(kept) for kept in example.loss_mask]]).encode())
     return f"{len(examples)} (sha256 {digest.hexdigest()[:16]})"
-
-
-def flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk; systems that cannot do it for folders are left."""
-    is_folder = path.is_dir()
-    try:
-        number = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
-    except OSError:
-        if is_folder:  # Windows opens no folder
-            return
-        raise
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def _not_saved(path: Path, error: Exception) -> OSError:
-    return OSError(f"{path} must be written, got: {error}; free some space or choose another folder (checkpoints "
-                   "that were saved before are intact, and resume goes on from the last)")  # fmt: skip
 
 
 def _damaged(path: Path, what: str) -> ValueError:

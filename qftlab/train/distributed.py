@@ -128,6 +128,14 @@ class World:
         return total.tolist()
 
 
+def per_process(config: TrainConfig) -> TrainConfig:
+    """The settings of one of several processes: where nothing limits a micro-batch, they share a step's rows out."""
+    size = World.current().size
+    if size == 1 or config.micro_batch_size or config.tokens_per_micro_batch:
+        return config
+    return replace(config, micro_batch_size=-(-config.batch_size // size))
+
+
 @contextmanager
 def processes(device: str) -> Iterator[str]:
     """Joins the processes that torchrun or `accelerate launch` has started, and leaves them together.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -16,16 +15,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qftlab.files import aside
 from qftlab.maths.losses import dpo_loss, preference_accuracy, sum_by_document
 from qftlab.model.head import module_mode
-from qftlab.model.loading import save_model
-from qftlab.rows.batches import batches, first_fit_decreasing, group_by_length, pack, pad
+from qftlab.rows.batches import batches, pack, pad, split_step
 from qftlab.rows.examples import Pair, documents, encode_pairs, load_pairs
-from qftlab.settings import DPOConfig, PreferenceLoss, TrainConfig
+from qftlab.settings import DPOConfig, PreferenceLoss, RunConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, fingerprint, training_identity
-from qftlab.train.distributed import World, autocast, processes, unsharded, wrap
+from qftlab.train.distributed import World, autocast, per_process, wrap
 from qftlab.train.loop import MicroBatch, NonFiniteLoss, TrainResult, train
-from qftlab.train.sft import begin, best_device, context_length, load_extended, open_run, sft_identity
+from qftlab.train.run import RunFolder, Stage, context_length, load_extended, run_stage
 from qftlab.train.step import IGNORED, Step, to_device
 
 REFERENCE = "reference.safetensors"
@@ -109,11 +108,8 @@ def _read(path: Path | None, key: str) -> Tensor | None:
 
 
 def _write(path: Path, key: str, values: Tensor) -> None:
-    """Written aside and renamed: a file of that name is whole."""
-    aside = path.with_name(f".{path.name}-{os.getpid()}")
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"logprobs": values}, aside, metadata={"key": key})
-    os.replace(aside, path)
+    with aside(path) as place:
+        save_file({"logprobs": values}, place, metadata={"key": key})
 
 
 class PairStep(nn.Module):
@@ -213,16 +209,12 @@ class PairSource:
 
     def split(self, numbers: Sequence[int]) -> list[MicroBatch]:
         """Pairs by index, as micro-batches within `micro_batch_size` pairs or `tokens_per_micro_batch` tokens."""
-        rows, budget = self.config.micro_batch_size, self.config.tokens_per_micro_batch
-        pairs = [self.pairs[i] for i in numbers]
-        if not self.config.packing:
-            widths = [max(len(p.chosen.input_ids), len(p.rejected.input_ids)) for p in pairs]
-            groups = group_by_length(widths, budget=budget and budget // 2, rows=rows)
-        elif budget is not None:
-            groups = first_fit_decreasing([p.length for p in pairs], budget)
-        else:
-            size = rows or len(pairs)
-            groups = [list(range(i, min(i + size, len(pairs)))) for i in range(0, len(pairs), size)]
+        config, pairs = self.config, [self.pairs[i] for i in numbers]
+        lengths, budget = [p.length for p in pairs], config.tokens_per_micro_batch
+        if not config.packing:  # a rectangle has two rows for each pair
+            lengths = [max(len(p.chosen.input_ids), len(p.rejected.input_ids)) for p in pairs]
+            budget = budget and budget // 2
+        groups = split_step(lengths, packing=config.packing, budget=budget, rows=config.micro_batch_size)
         mean = torch.tensor(sum(sum(p.chosen.loss_mask[1:]) for p in pairs) / len(pairs))
         return [self._micro_batch([numbers[i] for i in group], mean) for group in groups]
 
@@ -265,45 +257,19 @@ def fit_encoded_pairs(
     if isinstance(checkpoints, str | Path):
         identity = pair_identity(model, config, loss, pairs, held_out, reference)
         checkpoints = Checkpoints(checkpoints, identity, config.keep)
-    bare, world = PairStep(model, loss), World.current()
+    bare = PairStep(model, loss)
     known = reference.logprobs(pairs, Path(cache) if cache else None)
     # In groups of their own, as they are measured: the same sums, so that before the first step all are exact ties.
     held_cache = Path(cache).with_name(f"held_out_{Path(cache).name}") if cache else None
     known_held_out = reference.logprobs(held_out, held_cache) if held_out else known[:0]
     step = wrap(bare, config.sharding, config.precision)
-    split = config
-    if world.size > 1 and not (config.micro_batch_size or config.tokens_per_micro_batch):
-        split = replace(config, micro_batch_size=-(-config.batch_size // world.size))
-    notes = _Notes(bare, on_log)
-    measure = partial(notes.measure, step, PairSource(held_out, known_held_out, config)) if held_out else None
+    measure = partial(held_out_pairs, step, bare, PairSource(held_out, known_held_out, config)) if held_out else None
     try:
-        return train(step, PairSource(pairs, known, split), config, count=count_pairs,
-                     held_out=measure, on_log=notes.note, progress=progress, checkpoints=checkpoints,
+        return train(step, PairSource(pairs, known, per_process(config)), config, count=count_pairs, unit="pairs",
+                     take=bare.take, held_out=measure, on_log=on_log, progress=progress, checkpoints=checkpoints,
                      resume=resume)  # fmt: skip
     except NonFiniteLoss as error:
         raise NonFiniteLoss(f"{error}; not finite: {bare.suspects()}") from error
-
-
-class _Notes:
-    """Puts the figures of the pairs into the records of the loop."""
-
-    def __init__(self, bare: PairStep, on_log: Callable[[dict], None] | None) -> None:
-        self.bare, self.on_log, self.held_out = bare, on_log, {}
-
-    def measure(self, step: nn.Module, source: PairSource) -> float:
-        """The held-out loss; its other figures wait for the record of it."""
-        loss, found = held_out_pairs(step, self.bare, source)
-        self.held_out = {f"held_out_{name}": value for name, value in found.items()}
-        return loss
-
-    def note(self, record: dict) -> None:
-        """Adds what belongs to a record, and counts pairs where the loop says trained tokens."""
-        more = self.held_out if "held_out_loss" in record else self.bare.take()
-        record = record | more
-        if "trained_tokens" in record:
-            record["pairs"] = record.pop("trained_tokens")
-        if self.on_log is not None:
-            self.on_log(record)
 
 
 def held_out_pairs(step: nn.Module, bare: PairStep, source: PairSource) -> tuple[float, dict[str, float]]:
@@ -381,29 +347,31 @@ def dpo(config: DPOConfig, *, progress: bool = False) -> Path:
     Raises:
         FileNotFoundError, ValueError, NonFiniteLoss, OSError: as `sft` and `fit_pairs`.
     """
-    with processes(best_device(config.device)) as device:
-        return _dpo(replace(config, device=device), progress)
+    return run_stage("dpo", config, prepare, progress)
 
 
-def _dpo(config: DPOConfig, progress: bool) -> Path:
+def prepare(config: DPOConfig) -> Stage:
+    """Reads pairs and model, and has the reference look at the model as it is."""
+    model, tokenizer, pairs, held_out, usage = read_pairs(config)
+    reference = Reference(model, config.loss.reference, config.train)
+
+    def fit(run: RunFolder, **options) -> TrainResult:
+        run.write_json("pair_usage.json", asdict(usage))
+        return fit_encoded_pairs(model, pairs, config.train, config.loss, held_out=held_out, reference=reference,
+                                 cache=run.path / REFERENCE, **options)  # fmt: skip
+
+    return Stage(model, tokenizer, pair_identity(model, config.train, config.loss, pairs, held_out, reference), fit)
+
+
+def read_pairs(config: RunConfig, wrap: Callable = lambda model, tokenizer: model) -> tuple:
+    """Model (as `wrap` makes it), tokenizer, pairs, held-out pairs and the usage of the pairs."""
     rows, sources = load_pairs(config.data)
     held_out_rows, held_out_sources = load_pairs(config.held_out)
     model, tokenizer = load_extended(config)
+    model = wrap(model, tokenizer)
     limit = config.max_length or context_length(model)
     pairs, usage = encode_pairs(tokenizer, rows, max_length=limit, sources=sources)
     held_out = (
         encode_pairs(tokenizer, held_out_rows, max_length=limit, sources=held_out_sources)[0] if held_out_rows else []
     )
-    run = open_run(config)
-    reference = Reference(model, config.loss.reference, config.train)
-    identity = sft_identity(config) | pair_identity(model, config.train, config.loss, pairs, held_out, reference)
-    checkpoints = Checkpoints(run.checkpoints / "dpo", identity, config.train.keep)
-    begin(run, checkpoints, config, model, tokenizer)
-    run.write_json("pair_usage.json", asdict(usage))
-    result = fit_encoded_pairs(model, pairs, config.train, config.loss, held_out=held_out, reference=reference,
-                               cache=run.path / REFERENCE, on_log=run.log, progress=progress, checkpoints=checkpoints,
-                               resume=bool(config.resume))  # fmt: skip
-    model = unsharded(model, lambda: load_extended(replace(config, device="cpu"))[0])
-    run.put_model(run.model_path, lambda folder: save_model(model, tokenizer, folder))
-    run.finish(result.losses, result.held_out)
-    return run.path
+    return model, tokenizer, pairs, held_out, usage

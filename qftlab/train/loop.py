@@ -66,18 +66,27 @@ class TrainResult:
     stopped_early: bool = False
 
 
+def says_loss(record: dict) -> str:
+    """What the log says of a record: its loss."""
+    is_held_out = "held_out_loss" in record
+    return f"held-out loss {record['held_out_loss']:.3f}" if is_held_out else f"loss {record['loss']:.3f}"
+
+
 def train(
     step: nn.Module,
     source: Source,
     config: TrainConfig,
     *,
     count: Callable[[Batch], int] = count_trained_tokens,
-    held_out: Callable[[], float] | None = None,
+    unit: str = "trained_tokens",
+    take: Callable[[], dict] = dict,
+    held_out: Callable[[], float | tuple[float, dict]] | None = None,
     on_log: Callable[[dict], None] | None = None,
-    headline: Callable[[], str] | None = None,
+    headline: Callable[[dict], str] = says_loss,
     progress: bool = False,
     checkpoints: Checkpoints | None = None,
     resume: bool = False,
+    saves_on: tuple[type[Exception], ...] = (),
 ) -> TrainResult:
     """Trains the trainable parameters of `step` in place.
 
@@ -88,15 +97,19 @@ def train(
         config: rates, counts and seed.
         count: what `num_tokens` counts in a micro-batch; summed over the whole step, in all processes, before its
             first forward pass.
-        held_out: measures the held-out loss (nats a token).
-        on_log: gets the metrics of every optimizer step as a dict: step, epoch, loss (nats a token), lr, grad_norm,
-            tokens and trained_tokens so far, seconds of process CPU time so far, tokens_per_second of wall time,
-            peak_gb of memory, mfu where the device's peak is known; and {step, held_out_loss} where measured.
-        headline: what the log and the bar say of the record that `on_log` got last, in place of its loss.
+        unit: the name of what `count` counts, in the records.
+        take: gives further figures of the step that has just been made.
+        held_out: measures the held-out loss (nats a token), and further figures if it likes.
+        on_log: gets the record of every optimizer step as a dict: step, epoch, loss (nats a token), lr, grad_norm,
+            tokens and `unit` so far, seconds of process CPU time so far, tokens_per_second of wall time, peak_gb of
+            memory, mfu where the device's peak is known, and what `take` gives; and {step, held_out_loss} with its
+            figures where measured.
+        headline: what the log and the bar say of a record.
         progress: whether to draw a `tqdm.auto` bar.
         checkpoints: where to save: every `save_every` steps, at the end, at each new lowest held-out loss (all unless
-            `save_every` is 0), and at Ctrl-C.
+            `save_every` is 0), and when the run is stopped: by Ctrl-C, SIGTERM, a loss that is no number, `saves_on`.
         resume: whether to go on from the last of `checkpoints`, if there is one.
+        saves_on: what `source` raises in all processes at once; the steps before it are saved.
 
     Returns:
         Losses and counts. After Ctrl-C the result so far, with `interrupted` set. After an early stop with
@@ -105,31 +118,45 @@ def train(
 
     Raises:
         NonFiniteLoss: naming step and rows, before the weights have taken any harm.
+        SystemExit: with code 143 after SIGTERM, once the steps so far are saved.
         ValueError: if nothing is trainable, a step has no trained token, the last checkpoint is damaged or belongs to
             another run, or there are checkpoints and `resume` is false.
         OSError: if a checkpoint cannot be written.
     """
-    with module_mode(step, True), torch.random.fork_rng(), prepared(step, config), _deferred_interrupt() as is_asked:
-        run = _Run(step, source, config, count, held_out, on_log, checkpoints, headline)
+    with module_mode(step, True), torch.random.fork_rng(), prepared(step, config), _Signals() as signals:
+        run = _Run(step, source, config, count, held_out, on_log, checkpoints, signals)
+        run.unit, run.take, run.headline = unit, take, headline
         try:
             run.restore(resume)
             with _bar(run.total, run.result.steps, progress and run.world.is_main) as advance:
-                run.all_steps(advance, is_asked)
+                run.all_steps(advance)
         except KeyboardInterrupt:
             run.interrupt()
+        except (NonFiniteLoss, *saves_on) as error:
+            if run.has_sound_weights():
+                run.save_whole()
+            log.error("stopped before step %d: %s", run.result.steps + 1, error)
+            raise
         finally:
             run.close()
+    if signals.asked == signal.SIGTERM:
+        raise SystemExit(128 + signal.SIGTERM)
     return run.result
 
 
 class _Run:
     """A run of `train` under way: what it was given, its optimizer, and the result so far."""
 
-    def __init__(self, step, source, config, count, held_out, on_log, checkpoints, headline=None) -> None:
+    unit: str
+    take: Callable[[], dict]
+    headline: Callable[[dict], str]
+
+    def __init__(self, step, source, config, count, held_out, on_log, checkpoints, signals) -> None:
+        self.signals = signals
         self.step, self.config, self.count, self.world = step, config, count, World.current()
         self.source = Share(source, self.world)
         self.held_out, self.checkpoints = held_out, checkpoints
-        self.on_log, self.headline = (on_log, headline) if self.world.is_main else (None, None)
+        self.on_log = on_log if self.world.is_main else None
         self.weights, self.master = named_trainable(step), None
         if config.precision == "master" and any(w.dtype != torch.float32 for w in self.weights.values()):
             if self.world.size > 1:
@@ -164,7 +191,7 @@ class _Run:
             self.master.write_()
         self.result = TrainResult(**{**state, "held_out": [tuple(pair) for pair in state["held_out"]]})
 
-    def all_steps(self, advance: Callable[[str], None], is_asked: Callable[[], bool]) -> None:
+    def all_steps(self, advance: Callable[[str], None]) -> None:
         """Every optimizer step, with held-out losses and checkpoints before, between and after."""
         r = self.result
         while True:
@@ -173,7 +200,7 @@ class _Run:
                 self.save()
             if r.steps >= self.total or self.has_lost_patience():
                 break
-            if self.world.sum([is_asked()])[0]:
+            if self.world.sum([bool(self.signals.asked)])[0]:
                 raise KeyboardInterrupt
             advance(self.one_step(r.steps))
         if r.steps < self.total:
@@ -199,10 +226,9 @@ class _Run:
         r.trained_tokens += report.trained_tokens
         self.is_between_steps = True
         speed = self.meter.stop(report.tokens, report.trained_tokens, [m.tensors for m in micro_batches])
-        self.note({"step": r.steps, "epoch": epoch, "loss": report.loss, "lr": lr, "grad_norm": report.grad_norm,
-                   "tokens": r.tokens, "trained_tokens": r.trained_tokens, "seconds": round(r.seconds, 3),
-                   **speed})  # fmt: skip
-        said = self.headline() if self.headline else f"loss {report.loss:.3f}"
+        record = {"step": r.steps, "epoch": epoch, "loss": report.loss, "lr": lr, "grad_norm": report.grad_norm,
+                  "tokens": r.tokens, self.unit: r.trained_tokens, "seconds": round(r.seconds, 3), **speed}  # fmt: skip
+        said = self.note(record | self.take())
         if r.steps % self.config.log_every == 0 or r.steps == self.total:
             log.info("step %d/%d: %s, lr %.2e, %s", r.steps, self.total, said, lr, Meter.line(speed))
         return said
@@ -214,11 +240,11 @@ class _Run:
         if self.held_out is None or not is_due or (r.held_out and r.held_out[-1][0] == r.steps):
             return
         with autocast(self.config, next(self.step.parameters()).device):
-            loss = self.held_out()
+            found = self.held_out()
         reshard_(self.step)
+        loss, figures = found if isinstance(found, tuple) else (found, {})
         r.held_out.append((r.steps, loss))
-        self.note({"step": r.steps, "held_out_loss": loss})
-        said = self.headline() if self.headline else f"held-out loss {loss:.3f}"
+        said = self.note({"step": r.steps, "held_out_loss": loss, **figures})
         log.info("step %d/%d: %s", r.steps, self.total, said)
 
     def is_due(self) -> bool:
@@ -230,8 +256,9 @@ class _Run:
         return is_best or (r.steps > 0 and (r.steps % every == 0 or r.steps == self.total))
 
     def save(self) -> None:
-        """Writes a checkpoint."""
-        path = self.checkpoints.save(self.weights, self.optimizer, asdict(self.result), self.world)
+        """Writes a checkpoint; what is asked meanwhile waits until it is written."""
+        with self.signals.waiting():
+            path = self.checkpoints.save(self.weights, self.optimizer, asdict(self.result), self.world)
         self.saved = self.result.steps
         log.info("saved %s", path)
 
@@ -252,31 +279,42 @@ class _Run:
             self.result = r
         r.stopped_early = True
 
+    def save_whole(self) -> bool:
+        """Saves the steps so far if the weights are theirs; returns whether they are."""
+        is_whole = self.is_between_steps or self.is_unmoved()
+        if self.checkpoints and is_whole and self.result.steps > max(self.saved, 0):
+            self.save()
+        return is_whole
+
     def interrupt(self) -> None:
         """Saves the steps that are whole, unless a second Ctrl-C came while the weights were moving."""
-        r = self.result
-        is_whole = self.is_between_steps or self.is_unmoved()
-        if self.checkpoints and is_whole and r.steps > max(self.saved, 0):
-            with _unheard():
-                self.save()
+        r, is_whole = self.result, self.save_whole()
         r.interrupted = True
         kept = "the weights so far are kept" if is_whole else (
             f"stopped while the weights moved: resume goes on from step {max(self.saved, 0)}")  # fmt: skip
         log.warning("interrupted after %d of %d steps; %s", r.steps, self.total, kept)
+
+    def has_sound_weights(self) -> bool:
+        """Whether every weight is a number: where one is not, the checkpoint before is the better one."""
+        local = (w.to_local() if hasattr(w, "to_local") else w for w in self.weights.values())
+        return not self.world.sum([sum(not bool(w.isfinite().all()) for w in local)])[0]
 
     def is_unmoved(self) -> bool:
         """Whether the optimizer has not begun the next update; AdamW counts a step before it moves anything."""
         counts = {int(state["step"]) for state in self.optimizer.state.values()}
         return self.world.size == 1 and counts <= {self.result.steps}
 
-    def note(self, record: dict) -> None:
-        """Hands metrics to the caller."""
+    def note(self, record: dict) -> str:
+        """Hands a record to the caller, and returns what there is to say of it."""
         if self.on_log is not None:
             self.on_log(record)
+        return self.headline(record)
 
     def close(self) -> None:
-        """Frees gradients and takes the hooks off."""
+        """Frees gradients and the folder of checkpoints, and takes the hooks off."""
         self.optimizer.zero_grad(set_to_none=True)
+        if self.checkpoints:
+            self.checkpoints.release()
         if self.master:
             self.master.remove()
 
@@ -286,40 +324,43 @@ def _step_seed(seed: int, number: int, rank: int) -> int:
     return int.from_bytes(hashlib.sha256(f"step {seed} {number} {rank}".encode()).digest()[:7], "big")
 
 
-@contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C inside is only noted, so that a step or a checkpoint is finished first; a second one acts at once."""
-    asked: list[bool] = []
+class _Signals:
+    """Ctrl-C and SIGTERM while a run is under way: the first is only noted, so that a step is finished first.
 
-    def note(number, frame) -> None:
-        if asked:
+    A second Ctrl-C acts at once, except where a checkpoint is being written. Handlers that somebody else has set stay.
+    """
+
+    def __init__(self) -> None:
+        self.asked, self.waits = 0, 0  # the number of the first signal; how many writes are under way
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> _Signals:
+        ours = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: default for number, default in ours.items() if signal.getsignal(number) is default}
+        for number in self._before:
+            signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *failure) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        if self.asked and number == signal.SIGINT and not self.waits:
             raise KeyboardInterrupt
-        asked.append(True)
-        log.warning("interrupted: finishing this step (Ctrl-C again stops at once)")
+        self.asked = self.asked or number
+        what = "a checkpoint is being written" if self.waits else "finishing this step (Ctrl-C again stops at once)"
+        log.warning("interrupted: %s", what)
 
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    if not is_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield lambda: False
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@contextmanager
-def _unheard() -> Iterator[None]:
-    """Ctrl-C inside is not heard: one more of them must not lose what is being written."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, every signal is only noted: it must not lose what is being written."""
+        self.waits += 1
+        try:
+            yield
+        finally:
+            self.waits -= 1
 
 
 @contextmanager

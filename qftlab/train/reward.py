@@ -6,6 +6,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,22 +14,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
+from qftlab.decoding.engine import known_id
 from qftlab.files import resolve
 from qftlab.maths.losses import preference_accuracy, sum_by_document
+from qftlab.maths.verify import answer_reward, countdown_reward, exact_reward, first_token_reward
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.head import module_mode
-from qftlab.model.loading import save_model
 from qftlab.rows.batches import Example, pack, pad
 from qftlab.rows.chat import render_chat, render_prompt
-from qftlab.rows.examples import Pair, documents, encode_pairs, load_pairs
+from qftlab.rows.examples import Pair, documents, encode_pairs
 from qftlab.rows.tokenizer import load_tokenizer
-from qftlab.settings import RewardConfig, TrainConfig
+from qftlab.settings import AGENT, EDIT, RewardConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, training_identity
-from qftlab.train.distributed import World, processes, unsharded, wrap
-from qftlab.train.dpo import PairSource, count_pairs, held_out_pairs
+from qftlab.train.distributed import per_process, wrap
+from qftlab.train.dpo import PairSource, count_pairs, held_out_pairs, read_pairs
 from qftlab.train.loop import TrainResult, train
-from qftlab.train.run import resolve_model
-from qftlab.train.sft import begin, best_device, context_length, load_extended, open_run, sft_identity
+from qftlab.train.rollouts import Reward
+from qftlab.train.run import RunFolder, Stage, context_length, resolve_model, run_stage
 from qftlab.train.step import Step, to_device
 
 
@@ -164,29 +166,12 @@ def fit_reward_pairs(
     if isinstance(checkpoints, str | Path):
         identity = training_identity(model, config, documents(pairs), documents(held_out))
         checkpoints = Checkpoints(checkpoints, identity, config.keep)
-    bare, world, split = RewardStep(model), World.current(), config
+    bare = RewardStep(model)
     step = wrap(bare, config.sharding, config.precision)
-    if world.size > 1 and not (config.micro_batch_size or config.tokens_per_micro_batch):
-        split = replace(config, micro_batch_size=-(-config.batch_size // world.size))
-    sources = [PairSource(part, torch.zeros(len(part), 2), split) for part in (pairs, held_out)]
-    extra: dict[str, float] = {}
-
-    def measure() -> float:
-        value, found = held_out_pairs(step, bare, sources[1])
-        extra.update({f"held_out_{name}": number for name, number in found.items()})
-        return value
-
-    def note(record: dict) -> None:
-        if "held_out_loss" in record:
-            record = record | extra
-        else:
-            record = record | bare.take()
-            record["pairs"] = record.pop("trained_tokens")
-        if on_log is not None:
-            on_log(record)
-
-    return train(step, sources[0], config, count=count_pairs, held_out=measure if held_out else None, on_log=note,
-                 progress=progress, checkpoints=checkpoints, resume=resume)  # fmt: skip
+    sources = [PairSource(part, torch.zeros(len(part), 2), per_process(config)) for part in (pairs, held_out)]
+    measure = partial(held_out_pairs, step, bare, sources[1]) if held_out else None
+    return train(step, sources[0], config, count=count_pairs, unit="pairs", take=bare.take, held_out=measure,
+                 on_log=on_log, progress=progress, checkpoints=checkpoints, resume=resume)  # fmt: skip
 
 
 class ModelReward:
@@ -285,6 +270,41 @@ class ImplicitReward:
         return Example([*ids, *completion_ids], [False] * len(ids) + [True] * len(completion_ids))
 
 
+# Columns of a row that a named reward reads.
+WANTED = {
+    "countdown": ("numbers", "target"), "reasoned": ("numbers", "target"), "exact": ("output",), "mode": ("mode",),
+}  # fmt: skip
+
+
+def named_rewards(names: Sequence[str], tokenizer, reward_model: str = "", device: str = "cpu") -> dict[str, Reward]:
+    """The reward functions that a configuration can name.
+
+    Args:
+        names: countdown, reasoned, answer, exact, mode, model.
+        tokenizer: of the policy, for the ids of `<|AGENT|>` and `<|EDIT|>`.
+        reward_model: for model: a folder or hub name.
+        device: of the reward model.
+
+    Raises:
+        ValueError: for mode with a tokenizer that lacks these tokens.
+    """
+    modes = {"AGENT": known_id(tokenizer, AGENT), "EDIT": known_id(tokenizer, EDIT)}
+    if "mode" in names and None in modes.values():
+        raise ValueError(f"reward mode must have {AGENT} and {EDIT} as tokens: --new_tokens [{AGENT},{EDIT}]")
+    known: dict[str, Reward] = {
+        "countdown": lambda prompt, ids, text, row: countdown_reward(text, row["numbers"], row["target"]),
+        "reasoned": lambda prompt, ids, text, row: countdown_reward(
+            text.rpartition("</think>")[2], row["numbers"], row["target"]
+        ),
+        "answer": lambda prompt, ids, text, row: answer_reward(text),
+        "exact": lambda prompt, ids, text, row: exact_reward(text, row["output"]),
+        "mode": lambda prompt, ids, text, row: first_token_reward(ids, modes[row["mode"]], list(modes.values())),
+    }
+    if "model" in names:
+        known["model"] = ModelReward.load(reward_model, device=device)
+    return {name: known[name] for name in names}
+
+
 def reward(config: RewardConfig, *, progress: bool = False) -> Path:
     """Trains a reward model from files to files.
 
@@ -299,28 +319,16 @@ def reward(config: RewardConfig, *, progress: bool = False) -> Path:
     Raises:
         FileNotFoundError, ValueError, NonFiniteLoss, OSError: as `sft` and `fit_reward`.
     """
-    with processes(best_device(config.device)) as device:
-        return _reward(replace(config, device=device), progress)
+    return run_stage("reward", config, prepare, progress)
 
 
-def _reward(config: RewardConfig, progress: bool) -> Path:
-    rows, sources = load_pairs(config.data)
-    held_out_rows, held_out_sources = load_pairs(config.held_out)
-    model, tokenizer = load_extended(config)
-    model = reward_model(model, tokenizer)
-    limit = config.max_length or context_length(model)
-    pairs, usage = encode_pairs(tokenizer, rows, max_length=limit, sources=sources)
-    held_out = (
-        encode_pairs(tokenizer, held_out_rows, max_length=limit, sources=held_out_sources)[0] if held_out_rows else []
-    )
-    run = open_run(config)
-    identity = sft_identity(config) | training_identity(model, config.train, documents(pairs), documents(held_out))
-    checkpoints = Checkpoints(run.checkpoints / "reward", identity, config.train.keep)
-    begin(run, checkpoints, config, model, tokenizer)
-    run.write_json("pair_usage.json", asdict(usage))
-    result = fit_reward_pairs(model, pairs, config.train, held_out=held_out, on_log=run.log, progress=progress,
-                              checkpoints=checkpoints, resume=bool(config.resume))  # fmt: skip
-    model = unsharded(model, lambda: reward_model(*load_extended(replace(config, device="cpu"))))
-    run.put_model(run.model_path, lambda folder: save_model(model, tokenizer, folder))
-    run.finish(result.losses, result.held_out)
-    return run.path
+def prepare(config: RewardConfig) -> Stage:
+    """Reads pairs and model, and gives the model its head."""
+    model, tokenizer, pairs, held_out, usage = read_pairs(config, reward_model)
+
+    def fit(run: RunFolder, **options) -> TrainResult:
+        run.write_json("pair_usage.json", asdict(usage))
+        return fit_reward_pairs(model, pairs, config.train, held_out=held_out, **options)
+
+    identity = training_identity(model, config.train, documents(pairs), documents(held_out))
+    return Stage(model, tokenizer, identity, fit, wrap=reward_model)

@@ -8,37 +8,36 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from qftlab.decoding.engine import known_id
 from qftlab.decoding.layouts import choose_layout
 from qftlab.maths.losses import clipped_policy_loss, is_clipped, kl_estimate, leave_one_out_advantages, sum_by_document
-from qftlab.maths.verify import answer_reward, countdown_reward, exact_reward, first_token_reward
 from qftlab.model.head import module_mode
-from qftlab.model.loading import save_model
 from qftlab.rows.batches import Example
 from qftlab.rows.countdown import countdown_row, random_problem
 from qftlab.rows.sources import load
-from qftlab.settings import AGENT, EDIT, PolicyConfig, RLOOConfig, TrainConfig
+from qftlab.settings import PolicyConfig, RLOOConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, read_state, training_identity
-from qftlab.train.distributed import World, processes, unsharded, wrap
+from qftlab.train.distributed import World, per_process, wrap
 from qftlab.train.loop import TrainResult, train
 from qftlab.train.rollouts import (
+    STOPS,
     ModelSampler,
     Prompt,
     Reward,
+    Rollout,
     RolloutSource,
     Sampler,
     encode_prompts,
-    held_out_rewards,
-    table_of,
+    score,
+    statistics_of,
 )
-from qftlab.train.sft import begin, best_device, context_length, load_extended, open_run, sft_identity
+from qftlab.train.run import RunFolder, Stage, context_length, load_extended, run_stage
 from qftlab.train.step import IGNORED, Step
 
 
@@ -166,11 +165,6 @@ def count_answers(batch: Mapping[str, Tensor]) -> int:
 
 log = logging.getLogger(__name__)
 
-# Columns of a row that a named reward reads.
-WANTED = {
-    "countdown": ("numbers", "target"), "reasoned": ("numbers", "target"), "exact": ("output",), "mode": ("mode",),
-}  # fmt: skip
-
 
 def fit_policy(
     model,
@@ -252,49 +246,54 @@ def fit_prompts(
         layout = keep_layout_(checkpoints, model) if checkpoints else None
         sampler = ModelSampler(model, tokenizer, policy, layout)
     step = wrap(bare, config.sharding, config.precision)
-    source = RolloutSource(prompts, rewards, sampler, config, policy, bare.step, reference)
-    notes = _Notes(source, bare, on_log)
-    measure = partial(notes.measure, held_out) if held_out else None
-    result = train(step, source, config, count=count_answers, held_out=measure, on_log=notes.note,
-                   headline=notes.headline, progress=progress, checkpoints=checkpoints, resume=resume)  # fmt: skip
-    if source.failure is not None:
-        raise source.failure
-    return result
+    source = RolloutSource(prompts, rewards, sampler, per_process(config), policy, bare.step, reference)
+    device = next(model.parameters()).device
+
+    def note(record: dict) -> None:
+        on_log(record)
+        if "reward" in record and policy.sample_every and record["step"] % policy.sample_every == 0:
+            samples = samples_of(source.rollouts, source.asked, policy.num_generations)
+            on_log({"step": record["step"], "samples": samples})
+            log.info("samples of step %d\n%s", record["step"], table_of(samples))
+
+    return train(step, source, config, count=count_answers, unit="answers", take=lambda: source.found | bare.take(),
+                 held_out=partial(held_out_rewards, held_out, source, device) if held_out else None,
+                 on_log=note if on_log else None, headline=headline, progress=progress, checkpoints=checkpoints,
+                 resume=resume, saves_on=STOPS)  # fmt: skip
 
 
-class _Notes:
-    """Puts what rollouts and updates were like into the records of the loop."""
+def headline(record: dict) -> str:
+    """What a log should say first: the reward, because the loss is about 0 whatever is learned."""
+    if "held_out_reward" in record:
+        return f"held-out reward {record['held_out_reward']:.3f}, length {record['held_out_length']:.1f}"
+    return f"reward {record['reward']:.3f}, length {record['length']:.1f}, entropy {record['entropy']:.2f}"
 
-    def __init__(self, source: RolloutSource, bare: PolicyStep, on_log: Callable[[dict], None] | None) -> None:
-        self.source, self.bare, self.on_log = source, bare, on_log
-        self.held_out: dict[str, float] = {}  # what was measured last
-        self.last: dict[str, float] = {}  # the latest record
 
-    def measure(self, prompts: Sequence[Prompt]) -> float:
-        """The mean reward of greedy answers, negated; the other figures wait for the record of it."""
-        source, device = self.source, next(self.bare.parameters()).device
-        with torch.autocast(device.type, enabled=False):  # as rollouts are sampled
-            self.held_out = held_out_rewards(prompts, source.rewards, source.sampler, source.policy)
-        return -self.held_out["held_out_reward"]
+def samples_of(rollouts: Sequence[Rollout], prompts: Sequence[Prompt], size: int, count: int = 4) -> list[dict]:
+    """The best and the worst answer to each of the first few prompts: row, prompt, text, reward, finish_reason."""
+    kept = []
+    for i, prompt in enumerate(prompts[:count]):
+        group = sorted(rollouts[i * size : (i + 1) * size], key=lambda r: -r.reward)
+        for rollout in (group[0], group[-1]):
+            answer = rollout.completion
+            kept.append({"row": prompt.number, "prompt": prompt.messages[-1]["content"], "text": answer.text,
+                         "reward": rollout.reward, "finish_reason": answer.finish_reason})  # fmt: skip
+    return kept
 
-    def note(self, record: dict) -> None:
-        """Adds what belongs to a record, counts answers where the loop says trained tokens, and shows samples."""
-        is_measured, every = "held_out_loss" in record, self.source.policy.sample_every
-        self.last = record = record | (self.held_out if is_measured else self.source.found | self.bare.take())
-        if not is_measured:
-            record["answers"] = record.pop("trained_tokens")
-        if self.on_log is not None:
-            self.on_log(record)
-            if not is_measured and every and record["step"] % every == 0:
-                self.on_log({"step": record["step"], "samples": self.source.samples})
-                log.info("samples of step %d\n%s", record["step"], table_of(self.source.samples))
 
-    def headline(self) -> str:
-        """What a log should say first: the reward, as the loss is about 0 whatever is learned."""
-        record = self.last
-        if "held_out_reward" in record:
-            return f"held-out reward {record['held_out_reward']:.3f}, length {record['held_out_length']:.1f}"
-        return f"reward {record['reward']:.3f}, length {record['length']:.1f}, entropy {record['entropy']:.2f}"
+def table_of(samples: Sequence[dict]) -> str:
+    """Samples as lines of text."""
+    lines = (f"  row {s['row']:<6} {s['reward']:7.3f}  {s['prompt']!r:.60}  {s['text']!r:.100}" for s in samples)
+    return "\n".join(["  row        reward  prompt, answer", *lines])
+
+
+def held_out_rewards(prompts: Sequence[Prompt], source: RolloutSource, device: torch.device) -> tuple[float, dict]:
+    """The mean reward of a greedy answer to each prompt, negated, and its figures by `statistics_of` as held_out_…."""
+    with torch.autocast(device.type, enabled=False):  # as rollouts are sampled
+        answers = source.sampler.sample([p.ids for p in prompts], seed=0, temperature=0.0, num_generations=1)
+    found = statistics_of(score(source.rewards, prompts, answers, source.policy), 1)
+    kept = {f"held_out_{name}": value for name, value in found.items() if name not in ("equal_groups", "reward_std")}
+    return -found["reward"], kept
 
 
 def _check(config: TrainConfig, policy: PolicyConfig, rewards: Mapping, is_saved: bool, is_measured: bool) -> None:
@@ -347,37 +346,6 @@ def trained_digest(model) -> str:
     return digest.hexdigest()[:16]
 
 
-def named_rewards(names: Sequence[str], tokenizer, reward_model: str = "", device: str = "cpu") -> dict[str, Reward]:
-    """The reward functions that a configuration can name.
-
-    Args:
-        names: countdown, reasoned, answer, exact, mode, model.
-        tokenizer: of the policy, for the ids of `<|AGENT|>` and `<|EDIT|>`.
-        reward_model: for model: a folder or hub name.
-        device: of the reward model.
-
-    Raises:
-        ValueError: for mode with a tokenizer that lacks these tokens.
-    """
-    modes = {"AGENT": known_id(tokenizer, AGENT), "EDIT": known_id(tokenizer, EDIT)}
-    if "mode" in names and None in modes.values():
-        raise ValueError(f"reward mode must have {AGENT} and {EDIT} as tokens: --new_tokens [{AGENT},{EDIT}]")
-    known: dict[str, Reward] = {
-        "countdown": lambda prompt, ids, text, row: countdown_reward(text, row["numbers"], row["target"]),
-        "reasoned": lambda prompt, ids, text, row: countdown_reward(
-            text.rpartition("</think>")[2], row["numbers"], row["target"]
-        ),
-        "answer": lambda prompt, ids, text, row: answer_reward(text),
-        "exact": lambda prompt, ids, text, row: exact_reward(text, row["output"]),
-        "mode": lambda prompt, ids, text, row: first_token_reward(ids, modes[row["mode"]], list(modes.values())),
-    }
-    if "model" in names:
-        from qftlab.train.reward import ModelReward
-
-        known["model"] = ModelReward.load(reward_model, device=device)
-    return {name: known[name] for name in names}
-
-
 def rloo(config: RLOOConfig, *, progress: bool = False) -> Path:
     """Trains from files to files; the same under torchrun and `accelerate launch`, where one process writes.
 
@@ -392,11 +360,13 @@ def rloo(config: RLOOConfig, *, progress: bool = False) -> Path:
         FileNotFoundError, ValueError, RewardError, ServerError, OSError: as `sft` and `fit_policy`. A reward that fails
             or a server that is down leaves a run without a model, saved at its last step: resume it.
     """
-    with processes(best_device(config.device)) as device:
-        return _rloo(replace(config, device=device), progress)
+    return run_stage("rloo", config, prepare, progress)
 
 
-def _rloo(config: RLOOConfig, progress: bool) -> Path:
+def prepare(config: RLOOConfig) -> Stage:
+    """Reads prompts, rewards and model."""
+    from qftlab.train.reward import WANTED, named_rewards
+
     rows = load(list(config.data)).rows if config.data else fresh_problems(config.problems, config.train.seed)
     held_out_rows = load(list(config.held_out)).rows if config.held_out else []
     for name in config.rewards:
@@ -407,25 +377,19 @@ def _rloo(config: RLOOConfig, progress: bool) -> Path:
     model, tokenizer = load_extended(config)
     prompts, held_out = prompts_for(model, tokenizer, config.policy, config.max_length, rows, held_out_rows)
     rewards = named_rewards(config.rewards, tokenizer, config.reward_model, config.device)
-    run = open_run(config)
-    identity = sft_identity(config) | policy_identity(model, config.train, config.policy, prompts, held_out, rewards)
-    identity.pop("server")  # another address is no other run
-    checkpoints = Checkpoints(run.checkpoints / "rloo", identity, config.train.keep)
-    if not config.server.url:
-        keep_layout_(checkpoints, model)
-    begin(run, checkpoints, config, model, tokenizer)
-    sampler = None
-    if config.server.url:
-        from qftlab.train.served import ServerSampler
 
-        sampler = ServerSampler(config.server, model, tokenizer, config.policy)
-    result = fit_prompts(model, tokenizer, prompts, rewards, config.train, config.policy, held_out=held_out,
-                         sampler=sampler, on_log=run.log, progress=progress, checkpoints=checkpoints,
-                         resume=bool(config.resume))  # fmt: skip
-    model = unsharded(model, lambda: load_extended(replace(config, device="cpu"))[0])
-    run.put_model(run.model_path, lambda folder: save_model(model, tokenizer, folder))
-    run.finish(result.losses, result.held_out)
-    return run.path
+    def fit(run: RunFolder, **options) -> TrainResult:
+        sampler = None
+        if config.server.url:
+            from qftlab.train.served import ServerSampler
+
+            sampler = ServerSampler(config.server, model, tokenizer, config.policy)
+        return fit_prompts(model, tokenizer, prompts, rewards, config.train, config.policy, held_out=held_out,
+                           sampler=sampler, **options)  # fmt: skip
+
+    identity = policy_identity(model, config.train, config.policy, prompts, held_out, rewards)
+    begin = (lambda checkpoints: None) if config.server.url else (lambda checkpoints: keep_layout_(checkpoints, model))
+    return Stage(model, tokenizer, identity, fit, begin=begin)
 
 
 def _placed(rows: Sequence[dict], held_out_rows: Sequence[dict]) -> Iterator[tuple[str, int, dict]]:

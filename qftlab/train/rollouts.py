@@ -21,7 +21,7 @@ from qftlab.maths.losses import leave_one_out_advantages, sum_by_document
 from qftlab.maths.sampling import SamplingParams
 from qftlab.model.cpu import pack_answers
 from qftlab.model.head import module_mode
-from qftlab.rows.batches import Example, batches, first_fit_decreasing, group_by_length, pack, pad
+from qftlab.rows.batches import Example, batches, first_fit_decreasing, pack, pad, split_step
 from qftlab.rows.chat import render_prompt, row_to_messages
 from qftlab.rows.schemas import convert_row
 from qftlab.settings import PolicyConfig, TrainConfig
@@ -247,26 +247,8 @@ def statistics_of(rollouts: Sequence[Rollout], size: int) -> dict[str, float]:
     return {name: round(value, 6) for name, value in found.items()}
 
 
-def samples_of(rollouts: Sequence[Rollout], prompts: Sequence[Prompt], size: int, count: int = 4) -> list[dict]:
-    """The best and the worst answer to each of the first few prompts: row, prompt, text, reward, finish_reason."""
-    kept = []
-    for i, prompt in enumerate(prompts[:count]):
-        group = sorted(rollouts[i * size : (i + 1) * size], key=lambda r: -r.reward)
-        for rollout in (group[0], group[-1]):
-            answer = rollout.completion
-            kept.append({"row": prompt.number, "prompt": prompt.messages[-1]["content"], "text": answer.text,
-                         "reward": rollout.reward, "finish_reason": answer.finish_reason})  # fmt: skip
-    return kept
-
-
-def table_of(samples: Sequence[dict]) -> str:
-    """Samples as lines of text."""
-    lines = (f"  row {s['row']:<6} {s['reward']:7.3f}  {s['prompt']!r:.60}  {s['text']!r:.100}" for s in samples)
-    return "\n".join(["  row        reward  prompt, answer", *lines])
-
-
 log = logging.getLogger(__name__)
-# What stops a run between two steps, so that it can be saved: rewards that are no numbers, a server that is down.
+# What stops a run between two steps, in all processes: rewards that are no numbers, a server that is down.
 STOPS = (RewardError, ConnectionError)
 
 
@@ -286,8 +268,7 @@ class RolloutSource:
 
     Attributes:
         found: `statistics_of` the last rollout, and seconds (of process CPU time) it took to sample and to score.
-        samples: of it.
-        failure: what stopped the run. The loop is then told so as by Ctrl-C: it saves and ends.
+        asked, rollouts: the prompts and answers of it, `num_generations` answers to each prompt.
     """
 
     def __init__(
@@ -299,8 +280,8 @@ class RolloutSource:
         self.world, self.updates = World.current(), policy.updates_per_rollout
         self.steps_per_epoch = -(-len(prompts) // config.batch_size) * self.updates
         self.found: dict[str, float] = {}
-        self.samples: list[dict] = []
-        self.failure: Exception | None = None
+        self.asked: list[Prompt] = []
+        self.rollouts: list[Rollout] = []
         self._last: tuple[int, list[MicroBatch]] = (-1, [])
 
     def __call__(self, epoch: int, step: int) -> list[MicroBatch]:
@@ -321,7 +302,7 @@ class RolloutSource:
         """Answers to all prompts, with rewards."""
         world, size, start = self.world, self.policy.num_generations, time.process_time()
         share = -(-len(prompts) // world.size)
-        mine, rollouts = prompts[world.rank * share :][:share], []
+        mine, rollouts, failure = prompts[world.rank * share :][:share], [], None
         try:
             if mine:
                 seed = rollout_seed(self.config.seed, number, world.rank)
@@ -330,17 +311,15 @@ class RolloutSource:
                 sampled = time.process_time()
                 rollouts = score(self.rewards, mine, answers, self.policy)
         except STOPS as error:
-            self.failure = error
-        failures = [f for f in world.gather(self.failure) if f]
+            failure = error
+        failures = [f for f in world.gather(failure) if f]
         if failures:
-            self.failure = failures[0]
-            log.error("stopped before step %d: %s", number * self.updates + 1, self.failure)
-            raise KeyboardInterrupt
+            raise failures[0]
         rollouts = [r for part in world.gather(rollouts) for r in part]
         self.found = statistics_of(rollouts, size)
         self.found["rollout_seconds"] = round(sampled - start, 3) if mine else 0.0
         self.found["reward_seconds"] = round(time.process_time() - sampled, 3) if mine else 0.0
-        self.samples = samples_of(rollouts, prompts, size)
+        self.asked, self.rollouts = prompts, rollouts
         return rollouts
 
     def _micro_batches(self, rollouts: list[Rollout]) -> list[MicroBatch]:
@@ -375,21 +354,14 @@ class RolloutSource:
 
         They do, unless a packed group by itself has more tokens than a micro-batch may have.
         """
-        size, world = self.policy.num_generations, self.world.size
-        rows, budget = self.config.micro_batch_size, self.config.tokens_per_micro_batch
-        if world > 1 and not (rows or budget):
-            rows = -(-self.config.batch_size // world)
+        size, budget = self.policy.num_generations, self.config.tokens_per_micro_batch
         lengths = [len(r.completion.prompt_ids) + len(r.completion.token_ids) for r in kept]
         groups = [lengths[i : i + size] for i in range(0, len(kept), size)]
-        if not self.config.packing:
-            parts = group_by_length([max(g) for g in groups], budget=budget and budget // size, rows=rows)
-        elif budget is None:
-            step = rows or len(groups)
-            parts = [list(range(i, min(i + step, len(groups)))) for i in range(0, len(groups), step)]
-        elif max(map(sum, groups)) > budget:
+        if self.config.packing and budget is not None and max(map(sum, groups)) > budget:
             return first_fit_decreasing(lengths, budget), False
-        else:
-            parts = first_fit_decreasing([sum(g) for g in groups], budget)
+        sizes = list(map(sum if self.config.packing else max, groups))
+        budget = budget if self.config.packing else budget and budget // size  # a rectangle has a row for each answer
+        parts = split_step(sizes, packing=self.config.packing, budget=budget, rows=self.config.micro_batch_size)
         return [[g * size + i for g in part for i in range(size)] for part in parts], True
 
     def _batch(self, rollouts: list[Rollout], extra: int) -> dict[str, Tensor]:
@@ -437,12 +409,3 @@ def at_labels(values: Sequence[float], labels: Tensor) -> Tensor:
     """(B, T − 1) fp32 with a value at each trained label, in reading order, and 0 elsewhere."""
     kept = labels[:, 1:] != IGNORED
     return torch.zeros(kept.shape).masked_scatter(kept, torch.tensor(values, dtype=torch.float32))
-
-
-def held_out_rewards(
-    prompts: Sequence[Prompt], rewards: Mapping[str, Reward], sampler: Sampler, policy: PolicyConfig
-) -> dict[str, float]:
-    """held_out_reward and the other figures of `statistics_of`, of one greedy answer to each prompt."""
-    answers = sampler.sample([p.ids for p in prompts], seed=0, temperature=0.0, num_generations=1)
-    found = statistics_of(score(rewards, prompts, answers, policy), 1)
-    return {f"held_out_{name}": value for name, value in found.items() if name not in ("equal_groups", "reward_std")}

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from functools import partial
 from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from qftlab.decoding.engine import known_id
+from qftlab.files import aside, not_written, sha256
+from qftlab.model.head import causal_model
+from qftlab.model.loading import extend_model, load_model, save_model
+from qftlab.model.lora import add_adapters
+from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
+from qftlab.settings import RunConfig
+from qftlab.train.checkpoint import Checkpoints, step_of
+from qftlab.train.distributed import World, processes, training_dtype, unsharded
+from qftlab.train.loop import TrainResult
 
 log = logging.getLogger(__name__)
 METRICS, MODEL, CHECKPOINTS = "metrics.jsonl", "model", "checkpoints"
@@ -69,52 +83,59 @@ class RunFolder:
     def log(self, record: dict) -> None:
         """Adds one line to metrics.jsonl."""
         if self.is_writer:
-            self._metrics.write(json.dumps(record) + "\n")
+            try:
+                self._metrics.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise not_written(self.path / METRICS, error) from error
 
     def rewind(self, step: int) -> None:
         """Takes from metrics.jsonl what came after a step, as the run will do it again."""
         if not self.is_writer:
             return
         self._metrics.close()
-        kept = [line for line in _whole_lines(self.path / METRICS) if json.loads(line)["step"] <= step]
-        aside = self.path / f".{METRICS}"
-        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(aside, self.path / METRICS)
+        kept = [line for line, record in _records(self.path / METRICS) if record["step"] <= step]
+        with aside(self.path / METRICS) as place:
+            place.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._metrics = (self.path / METRICS).open("a", encoding="utf-8", buffering=1)
 
     def write_json(self, name: str, content: object) -> Path:
         """Writes a JSON file of the run and returns its path."""
         path = self.path / name
         if self.is_writer:
-            path.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+            with aside(path) as place:
+                place.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
         return path
 
     def put_model(self, path: Path, save: Callable[[Path], object]) -> None:
-        """Has a model saved aside and renames it to `path`, so that a folder of that name is whole."""
+        """Has a model saved to `path`, so that a folder of that name is whole."""
         if not self.is_writer:
             return
-        aside = path.with_name(f".{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        save(aside)
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(aside, path)
+        with aside(path) as place:
+            place.mkdir()
+            save(place)
 
-    def finish(self, losses: Sequence[float] = (), held_out: Sequence[tuple[int, float]] = ()) -> None:
-        """Draws curves.png, closes metrics.jsonl, and points `latest` and, where it fits, `checkpoints/final` here."""
+    def finish(
+        self, losses: Sequence[float] = (), held_out: Sequence[tuple[int, float]] = (), is_whole: bool = True
+    ) -> None:
+        """Draws curves.png, closes metrics.jsonl, and points `latest` and, where it fits, `checkpoints/final` here.
+
+        A run that is not whole, because it was stopped, gets no pointers.
+        """
         if not self.is_writer:
             return
         self._metrics.close()
         if losses:
-            records = [json.loads(line) for line in _whole_lines(self.path / METRICS)]
+            records = [record for _, record in _records(self.path / METRICS)]
             draw_curves(self.path / "curves.png", losses, held_out, records)
+        if not is_whole:
+            return
         if self.checkpoints.is_dir():
             point(self.checkpoints / FINAL, f"../{MODEL}")
         point(self.path.parent / LATEST, self.path.name)
 
 
 def find_run(name: str | Path, parent: Path) -> Path:
-    """The folder of a run to resume: by its path, or "last" for the newest in `parent`.
+    """The folder of a run to resume: by its path, or "last", the newest in `parent`, with a checkpoint if one has it.
 
     Raises:
         FileNotFoundError: if it is no run.
@@ -123,15 +144,20 @@ def find_run(name: str | Path, parent: Path) -> Path:
     path = Path(name)
     if str(name) == "last":
         runs = [p.parent for p in parent.glob("*/config.json") if not p.parent.is_symlink()]
-        path = max(runs, key=lambda p: (p / "config.json").stat().st_mtime_ns, default=parent)
+        path = max(runs, key=lambda p: (has_checkpoint(p), (p / "config.json").stat().st_mtime_ns), default=parent)
     if not (path / METRICS).exists():
         raise FileNotFoundError(
             f"{name} is no run to resume: looked for {METRICS} in {path}; give the folder of a run, or `last` with the "
             "--output it was written to"
         )
-    if (path / MODEL).is_dir() and not any((path / CHECKPOINTS).glob("*/step-*")):
+    if (path / MODEL).is_dir() and not has_checkpoint(path):
         raise ValueError(f"{path} must hold a checkpoint to be resumed, got a finished run without one: start anew")
     return path.resolve()
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether a run can go on from somewhere."""
+    return any((run / CHECKPOINTS).glob("*/step-*"))
 
 
 def own_settings(run: Path) -> dict:
@@ -142,16 +168,32 @@ def own_settings(run: Path) -> dict:
         ValueError: if that holds no settings.
     """
     file = run / "config.json"
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(settings.get("config"), dict):
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{file} must be whole JSON, got: {error}; give the settings once more, as they were"
+        ) from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("config"), dict):
         raise ValueError(f"{file} must hold the settings of the run, got none: give them once more, as they were")
     return {name: value for name, value in settings["config"].items() if name not in ("device", "resume")}
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of a JSONL file, without one that a killed process left half written."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [line for line in lines if line.endswith("}")]
+def _records(path: Path) -> Iterator[tuple[str, dict]]:
+    """The lines of a metrics.jsonl and what they hold, without one that a killed process left half written.
+
+    Raises:
+        ValueError: naming file and line, for a line that is no record.
+    """
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+        if line.endswith("}"):
+            try:
+                record = json.loads(line)
+                _ = record["step"] + 0
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(f"{path}, line {number} must be a record with its step, got {line!r:.80}: remove that "
+                                 "line") from None  # fmt: skip
+            yield line, record
 
 
 def draw_curves(
@@ -217,13 +259,149 @@ def resolve_model(name: str | Path) -> str:
     return str(path) if path.exists() else str(name)
 
 
-def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class Stage:
+    """What is a stage's own, once it has read its data.
+
+    Args:
+        model: as it is before the first step.
+        tokenizer: its tokenizer.
+        identity: what decides the result, for the checkpoints.
+        fit: trains the model; called as `fit(run, on_log=, progress=, checkpoints=, resume=)`.
+        wrap: makes what is trained of a loaded model and its tokenizer.
+        begin: adds to the checkpoints before they are looked at.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    identity: Mapping[str, object]
+    fit: Callable[..., TrainResult]
+    wrap: Callable[..., nn.Module] = lambda model, tokenizer: model
+    begin: Callable[[Checkpoints], object] = lambda checkpoints: None
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped by Ctrl-C, with what it had done saved; the message says how it goes on."""
+
+
+def run_stage(name: str, config: RunConfig, prepare: Callable[[RunConfig], Stage], progress: bool) -> Path:
+    """A stage from files to files, in one process or many: read, open a run or go on with one, train, save.
+
+    Args:
+        name: of the folder of checkpoints.
+        config: of the stage.
+        prepare: reads the data, so that what is wrong with it is said before there is a run.
+        progress: whether to draw a bar.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        Interrupted: after Ctrl-C. The run then holds the weights so far, if it made a step; `latest` stays as it was.
+    """
+    with processes(best_device(config.device)) as device:
+        config = replace(config, device=device)
+        stage, run = prepare(config), open_run(config)
+        checkpoints = Checkpoints(run.checkpoints / name, run_identity(config) | stage.identity, config.train.keep)
+        stage.begin(checkpoints)
+        try:
+            begin(run, checkpoints, config, stage.model, stage.tokenizer)
+            result = stage.fit(run, on_log=run.log, progress=progress, checkpoints=checkpoints,
+                               resume=bool(config.resume))  # fmt: skip
+        finally:
+            checkpoints.release()
+        last = checkpoints.last()
+        if not result.interrupted or (last and step_of(last) == result.steps):
+            rebuild = partial(load_extended, replace(config, device="cpu"))
+            model = unsharded(stage.model, lambda: stage.wrap(*rebuild()))
+            run.put_model(run.model_path, lambda folder: save_model(model, stage.tokenizer, folder))
+        run.finish(result.losses, result.held_out, is_whole=not result.interrupted)
+        if result.interrupted:
+            raise Interrupted(f"stopped after {result.steps} steps; to go on: --resume {run.path}")
+        return run.path
+
+
+def context_length(model) -> int | None:
+    """Tokens the model can attend to at once, if its configuration says so."""
+    return getattr(causal_model(model).config, "max_position_embeddings", None)
+
+
+def open_run(config: RunConfig) -> RunFolder:
+    """The folder of a new run, or of the one to resume; all processes get the same, and the first writes."""
+    world, run = World.current(), None
+    if world.is_main:
+        run = RunFolder(config.output, config, [*config.data, *config.held_out], resume=config.resume)
+    path = world.gather(run.path if run else None)[0]
+    return run or RunFolder.reader(path)
+
+
+def begin(run: RunFolder, checkpoints: Checkpoints, config: RunConfig, model, tokenizer) -> None:
+    """Saves the model before its first step, as `initial` beside the checkpoints, or goes back to the last of them.
+
+    Args:
+        run: its metrics are taken back to the last checkpoint where the run is resumed.
+        checkpoints: of the stage.
+        config: of any stage.
+        model: as it is before the first step.
+        tokenizer: saved with it.
+
+    Raises:
+        ValueError: if the last checkpoint is damaged or of another run.
+        OSError: if another process writes there.
+    """
+    if World.current().is_main:
+        checkpoints.prepare()
+    last = checkpoints.last()
+    if last:
+        checkpoints.check(last)
+    if config.resume:
+        run.rewind(step_of(last) if last else -1)
+    if config.train.save_every and not last:
+        run.put_model(run.checkpoints / "initial", lambda folder: save_model(model, tokenizer, folder))
+
+
+def run_identity(config: RunConfig) -> dict:
+    """The settings of a run that a resumed one must share, those of the loop aside; data count by their documents."""
+    free = ("data", "held_out", "output", "device", "resume", "train", "server")  # another address is no other run
+    return {name: value for name, value in asdict(config).items() if name not in free}
+
+
+def load_extended(config: RunConfig) -> tuple:
+    """Model and tokenizer of a configuration, with its new tokens added to both, and adapters if it asks for them."""
+    name = resolve_model(config.model)
+    device = best_device(config.device)
+    dtype = training_dtype(config.dtype, device)
+    model, tokenizer = load_model(name, dtype=dtype, device=device, quant=config.quant), load_tokenizer(name)
+    tokens = []
+    if config.new_tokens:
+        report = extend_tokenizer(tokenizer, config.new_tokens)
+        extend_model(model, tokenizer, report)
+        tokens = [token.id for token in report.tokens]
+    for text in config.lora.tokens:
+        if (number := known_id(tokenizer, text)) is None:
+            raise ValueError(f"lora.tokens must be tokens of the tokenizer, got {text!r}: --new_tokens adds one")
+        tokens = sorted({*tokens, number})
+    if config.lora.rank:
+        with torch.random.fork_rng():
+            torch.manual_seed(config.train.seed)  # the same in every process
+            model = add_adapters(model, config.lora, token_ids=tokens)
+    return model, tokenizer
+
+
+def best_device(name: str = "auto") -> str:
+    """The device that `auto` means here: the GPU where there is one; any other name as it is.
+
+    Raises:
+        ValueError: for a device that torch does not know or does not find.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one that torch finds here, got {name!r}: {reason}") from None
+    return name
 
 
 def _new_folder(parent: Path) -> Path:

@@ -9,13 +9,12 @@ import json
 import pytest
 import torch
 
-from qftlab.files import bundled
+from qftlab.files import bundled, sha256
 from qftlab.model.loading import load_model
 from qftlab.model.lora import trained_token_ids
 from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.settings import LoRAConfig, TrainConfig
-from qftlab.train.run import sha256
 from qftlab_course import stage_builders, stages
 from qftlab_course.presets import PRESETS
 from qftlab_course.stage_recipes import STARTS, plain

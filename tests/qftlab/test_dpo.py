@@ -19,6 +19,7 @@ from random_models import random_model
 from torch.testing import assert_close
 
 from benchmarks import harness, preference
+from qftlab.files import sha256
 from qftlab.maths.verify import countdown_reward
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import add_adapters
@@ -30,7 +31,6 @@ from qftlab.settings import DPOConfig, LoRAConfig, PreferenceLoss, TrainConfig
 from qftlab.train.dpo import PairSource, PairStep, Reference, count_pairs, dpo, fit_encoded_pairs, fit_pairs
 from qftlab.train.loop import NonFiniteLoss
 from qftlab.train.pairs import sample_pairs
-from qftlab.train.run import sha256
 from qftlab_course.world.style import ENDING, STYLE_SKILLS, is_polite, style_pairs
 
 CONSTANT = {"warmup_ratio": 0, "schedule": "constant", "weight_decay": 0.0}

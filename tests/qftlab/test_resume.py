@@ -5,6 +5,7 @@ The runs are processes of their own, forked from a server that has imported ever
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -19,8 +20,8 @@ import pytest
 import torch
 from random_models import random_model
 
-from qftlab import cli
-from qftlab.files import bundled
+from qftlab import cli, files
+from qftlab.files import bundled, sha256
 from qftlab.model.loading import load_model, save_model
 from qftlab.rows.batches import Example, pack
 from qftlab.rows.sources import load_rows
@@ -30,8 +31,8 @@ from qftlab.train import checkpoint
 from qftlab.train.checkpoint import Checkpoints
 from qftlab.train.distributed import training_dtype
 from qftlab.train.meter import Meter, causal_pairs, peak_flops, step_flops
-from qftlab.train.optimizer import optimizer_step
-from qftlab.train.run import RunFolder, find_run, resolve_model, sha256
+from qftlab.train.optimizer import NonFiniteLoss, optimizer_step
+from qftlab.train.run import Interrupted, RunFolder, find_run, resolve_model
 from qftlab.train.sft import fit_examples, sft
 from qftlab.train.step import Step
 
@@ -76,24 +77,25 @@ def run_child(folder: str, output: str, ready, kill_at: int | None = None) -> No
 
 
 def kill_self_at(number: int) -> None:
-    """Counts writes, flushes and renames of checkpoints; at the given one the process dies, a write half done."""
+    """Counts writes, flushes, renames and removals of checkpoints; at the given one the process dies, a write half done."""
     left = [number]
 
     def dying(function, half):
-        def call(*arguments):
-            left[0] -= 1
+        def call(*arguments, **options):
+            left[0] -= any("/sft/" in str(argument) for argument in arguments)  # settings and models are not counted
             if left[0] < 0:
-                half(*arguments)
+                half(*arguments, **options)
                 os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments)
+            return function(*arguments, **options)
 
         return call
 
     checkpoint.save_file = dying(checkpoint.save_file, lambda tensors, path: Path(path).write_bytes(b"half"))
-    checkpoint.flush = dying(checkpoint.flush, lambda path: None)
-    checkpoint.os = type("os", (), {**vars(os), "rename": staticmethod(dying(os.rename, lambda a, b: None))})
+    files.flush = dying(files.flush, lambda path, **_: None)
+    moves = {name: staticmethod(dying(getattr(os, name), lambda a, b: None)) for name in ("rename", "replace")}
+    files.os = checkpoint.os = type("os", (), {**vars(os), **moves})
     tree = dying(shutil.rmtree, lambda path: next(Path(path).iterdir()).unlink())
-    checkpoint.shutil = type("shutil", (), {"rmtree": staticmethod(tree)})
+    files.shutil = type("shutil", (), {"rmtree": staticmethod(tree)})
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +145,7 @@ def assert_as_if_undisturbed(run: Path, whole: Path) -> None:
     assert sha256(run / "model" / "model.safetensors") == sha256(whole / "model" / "model.safetensors")
     assert records(run) == records(whole)
     for folder in (run, whole):
-        assert [p.name for p in (folder / "checkpoints" / "sft").glob(".*")] == []
+        assert [p.name for p in (folder / "checkpoints" / "sft").glob(".step-*")] == []
     names = [p.name for p in Checkpoints(run / "checkpoints" / "sft").all()]
     assert names == [p.name for p in Checkpoints(whole / "checkpoints" / "sft").all()]
     for name in names:
@@ -288,6 +290,183 @@ def test_ctrl_c_while_the_last_checkpoint_is_written_is_not_heard(tmp_path, monk
     result = fit_examples(random_model(), examples, config, checkpoints=tmp_path / "c", on_log=stop_at_two)
     assert result.interrupted and Checkpoints(tmp_path / "c").last().name == "step-000002"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def signalled(monkeypatch, numbers: list[int], moment: str, step: int = 3) -> None:
+    """Signals to this process in the given step: in its forward pass, its update, or the write of its checkpoint."""
+    calls = []
+
+    def stop() -> None:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+    def stepping(module, *arguments, **options):
+        calls.append(1)
+        if len(calls) == step and moment == "forward":
+            stop()
+        report = optimizer_step(module, *arguments, **options)
+        if len(calls) == step and moment == "update":
+            stop()
+        return report
+
+    def saving(tensors, path) -> None:
+        if len(calls) == step and moment == "write" and path.name == checkpoint.OPTIMIZER:
+            stop()
+        save_file(tensors, path)
+
+    save_file = checkpoint.save_file
+    monkeypatch.setattr("qftlab.train.loop.optimizer_step", stepping)
+    monkeypatch.setattr(checkpoint, "save_file", saving)
+
+
+def test_a_second_ctrl_c_while_a_checkpoint_is_written_loses_nothing(little, whole, monkeypatch) -> None:
+    """Twice in the write after step 3: the write is finished, and the run goes on from it to the same bytes."""
+    signalled(monkeypatch, [signal.SIGINT] * 2, "write")
+    config = little_run(little, "twice")
+    with pytest.raises(Interrupted, match="stopped after 3 steps"):
+        sft(config)
+    monkeypatch.undo()
+    run = resolve(little / "twice")
+    assert [p.name for p in Checkpoints(run / "checkpoints" / "sft").all()][-1] == "step-000003"
+    assert not (little / "twice" / "latest").exists()
+    assert_as_if_undisturbed(sft(replace(config, resume="last")), whole)
+
+
+def test_sigterm_saves_as_ctrl_c_does_and_ends_with_143(little, whole, monkeypatch) -> None:
+    """`save_every` is 100, so what is there was saved because of the signal."""
+    signalled(monkeypatch, [signal.SIGTERM], "forward")
+    config = little_run(little, "term", save_every=100)
+    with pytest.raises(SystemExit) as ended:
+        sft(config)
+    monkeypatch.undo()
+    assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    run = resolve(little / "term")
+    assert Checkpoints(run / "checkpoints" / "sft").last().name == "step-000003"
+    again = sft(replace(config, resume=str(run)))
+    assert sha256(again / "model" / "model.safetensors") == sha256(whole / "model" / "model.safetensors")
+
+
+def test_a_loss_that_is_no_number_saves_the_steps_before_it(tmp_path, monkeypatch) -> None:
+    def spoilt(step, *arguments, **options):
+        if options["number"] == 4:
+            raise NonFiniteLoss("loss must be finite, got nan at step 4")
+        return optimizer_step(step, *arguments, **options)
+
+    monkeypatch.setattr("qftlab.train.loop.optimizer_step", spoilt)
+    examples = [Example([i, 2, 3, 4], [False, True, True, True]) for i in range(10, 22)]
+    config = TrainConfig(batch_size=4, max_steps=6, save_every=100)
+    with pytest.raises(NonFiniteLoss):
+        fit_examples(random_model(), examples, config, checkpoints=tmp_path / "c")
+    assert Checkpoints(tmp_path / "c").last().name == "step-000003"
+
+
+def test_two_processes_cannot_go_on_with_one_run(little, whole, server) -> None:
+    """The second is told so and touches nothing; the first one's checkpoints are as they were."""
+    places = whole / "checkpoints" / "sft"
+    names = sorted(p.name for p in places.glob("step-*"))
+    mine = Checkpoints(places)
+    mine.prepare()
+    ours, theirs = server.Pipe(duplex=False)
+    process = server.Process(target=try_to_prepare, args=(str(places), theirs))
+    process.start()
+    said = ours.recv()
+    process.join()
+    mine.release()
+    assert "must be written by one run, got another process that has it" in said
+    assert sorted(p.name for p in places.glob("step-*")) == names
+    Checkpoints(places).prepare()
+
+
+def try_to_prepare(folder: str, pipe) -> None:
+    try:
+        Checkpoints(folder).prepare()
+        pipe.send("nothing")
+    except OSError as error:
+        pipe.send(str(error))
+
+
+@pytest.mark.parametrize("change", ["steps", "losses", "folder"])
+def test_a_state_that_was_changed_is_not_gone_on_with(change: str, tmp_path) -> None:
+    examples = [Example([i, 2, 3, 4], [False, True, True, True]) for i in range(10, 22)]
+    fit_examples(random_model(), examples, TrainConfig(batch_size=4, max_steps=3), checkpoints=tmp_path / "c")
+    last = Checkpoints(tmp_path / "c").last()
+    state = json.loads((last / "state.json").read_text())
+    if change == "folder":
+        last = last.rename(last.with_name("step-000009"))
+    else:
+        state["result"][change] = 2 if change == "steps" else [0.0]
+        (last / "state.json").write_text(json.dumps(state))
+    config = TrainConfig(batch_size=4, max_steps=3)
+    with pytest.raises(ValueError, match="is not as it was written; delete it"):
+        fit_examples(random_model(), examples, config, checkpoints=tmp_path / "c", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("config.json", '{"config": {"mod', "config.json must be whole JSON, got: "),
+        ("config.json", "[]", "config.json must hold the settings of the run"),
+        ("metrics.jsonl", '{"step": 0}\n{"st}\n', "metrics.jsonl, line 2 must be a record with its step"),
+        ("metrics.jsonl", '{"loss": 0}\n', "metrics.jsonl, line 1 must be a record with its step"),
+    ],
+)
+def test_torn_files_of_a_run_are_named(file: str, text: str, said: str, little, whole, tmp_path, capsys) -> None:
+    run = tmp_path / "runs" / "one"
+    shutil.copytree(whole, run, symlinks=True)
+    (run / file).write_text(text)
+    assert cli.main(["sft", "--resume", str(run), "--output", str(tmp_path / "runs"), "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert said in err and str(run) in err
+
+
+def test_last_is_the_newest_run_that_has_a_checkpoint(tmp_path) -> None:
+    for number, name in enumerate(("older", "newer", "newest")):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "metrics.jsonl").touch()
+        (run / "config.json").write_text("{}")
+        os.utime(run / "config.json", (number, number))
+    assert find_run("last", tmp_path).name == "newest", "none has one"
+    (tmp_path / "newer" / "checkpoints" / "sft" / "step-000002").mkdir(parents=True)
+    assert find_run("last", tmp_path).name == "newer"
+
+
+def test_a_full_disk_is_one_sentence(little, monkeypatch, capsys) -> None:
+    """Wherever it strikes: settings, metrics, checkpoints, the model."""
+    for place in ("config.json", "metrics.jsonl", "initial", "step-000001", "model"):
+        with pytest.MonkeyPatch.context() as patch:
+            full_at(patch, place)
+            patch.setattr(cli, "parse", lambda name, arguments: little_run(little, f"full-{place}"))  # noqa: B023
+            assert cli.main(["sft"]) == 2, place
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "must be written" in line]
+        assert f"{place} must be written, got: No space left on device; free some space" in line
+
+
+def full_at(patch, place: str) -> None:
+    """A disk that is full when the given file or folder of a run is written."""
+    full, flush = OSError(errno.ENOSPC, "No space left on device"), files.flush
+
+    def flushing(path, **options) -> None:
+        if path.name == f".{place}.part":
+            raise full
+        flush(path, **options)
+
+    class Full:
+        def write(self, text: str) -> None:
+            raise full
+
+        def close(self) -> None:
+            pass
+
+    patch.setattr(files, "flush", flushing)
+    if place == "metrics.jsonl":
+        begin = RunFolder.__init__
+
+        def beginning(self, *arguments, **options) -> None:
+            begin(self, *arguments, **options)
+            self._metrics = Full()
+
+        patch.setattr(RunFolder, "__init__", beginning)
 
 
 def test_a_run_has_its_stages_under_checkpoints(little, whole) -> None:

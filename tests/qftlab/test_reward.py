@@ -13,6 +13,7 @@ from random_models import random_model
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
+from qftlab.files import sha256
 from qftlab.model.loading import save_model
 from qftlab.rows.examples import encode_pairs
 from qftlab.rows.sources import load
@@ -21,7 +22,6 @@ from qftlab.settings import PolicyConfig, RewardConfig, TrainConfig
 from qftlab.train.dpo import PairSource, fit_pairs
 from qftlab.train.reward import ImplicitReward, ModelReward, RewardStep, ended, fit_reward, reward, reward_model
 from qftlab.train.rloo import fit_policy
-from qftlab.train.run import sha256
 
 
 @pytest.fixture(scope="module")

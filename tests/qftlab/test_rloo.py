@@ -15,6 +15,7 @@ from random_models import random_model
 from torch.testing import assert_close
 
 from qftlab.decoding.engine import Completion
+from qftlab.files import sha256
 from qftlab.maths.losses import leave_one_out_advantages, sum_by_document
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import add_adapters
@@ -22,9 +23,9 @@ from qftlab.rows.batches import Example, pack
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.settings import LoRAConfig, PolicyConfig, RLOOConfig, TrainConfig
 from qftlab.train import rloo as module
-from qftlab.train.rloo import PolicyReference, PolicyStep, fit_policy, fresh_problems, named_rewards, rloo
+from qftlab.train.reward import named_rewards
+from qftlab.train.rloo import PolicyReference, PolicyStep, fit_policy, fresh_problems, rloo
 from qftlab.train.rollouts import ModelSampler, RewardError, RolloutSource, encode_prompts
-from qftlab.train.run import sha256
 
 CONSTANT = {"warmup_ratio": 0, "schedule": "constant", "weight_decay": 0.0}
 

@@ -7,8 +7,10 @@ gradient is nearly 0 its steps may differ by a thousandth of lr: weights after s
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +24,8 @@ from transformers import (
     get_scheduler,
 )
 
-from qftlab.files import bundled
+from qftlab import cli
+from qftlab.files import bundled, sha256
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.loading import load_model, save_model
 from qftlab.rows.batches import Example, pack, pad
@@ -489,7 +492,7 @@ def test_sft_from_files_to_a_run_folder(little) -> None:
     folder = sft.sft(little_config(little))
     config = json.loads((folder / "config.json").read_text())
     assert config["config"]["train"]["lr"] == 1e-2
-    assert config["data_sha256"][str(little / "train.jsonl")] == run.sha256(little / "train.jsonl")
+    assert config["data_sha256"][str(little / "train.jsonl")] == sha256(little / "train.jsonl")
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [m["loss"] for m in metrics if "loss" in m]
     held = [m["held_out_loss"] for m in metrics if "held_out_loss" in m]
@@ -525,17 +528,30 @@ def test_held_out_rows_are_masked_as_the_trained_ones_are(little) -> None:
     assert abs(lost["last"] - lost["all"]) > 0.01, "the two can be told apart"
 
 
-def test_an_interrupted_run_keeps_its_model(little, monkeypatch) -> None:
-    count = []
+@pytest.mark.parametrize("steps", [0, 2])
+def test_an_interrupted_run_keeps_what_it_did_and_latest_stays(little, monkeypatch, steps: int) -> None:
+    """Stopped before its first step it has no model; in either case it can go on, and the command line says 130."""
+    done, count, log = sft.sft(little_config(little)), [], run.RunFolder.log
 
-    def log(self, record: dict) -> None:
+    def stopping(self, record: dict) -> None:
         count.append(record)
-        if len(count) == 3:
+        log(self, record)
+        if record["step"] == steps:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.RunFolder, "log", log)
-    folder = sft.sft(little_config(little))
-    assert (folder / "model" / "model.safetensors").exists() and (folder / "curves.png").exists()
+    monkeypatch.setattr(run.RunFolder, "log", stopping)
+    config = little_config(little)
+    with pytest.raises(run.Interrupted, match=f"stopped after {steps} steps; to go on: --resume ") as caught:
+        sft.sft(config)
+    folder = Path(str(caught.value).rpartition(" ")[2])
+    assert (folder / "model").exists() is (steps > 0) and (folder / "curves.png").exists() is (steps > 0)
+    assert (little / "runs" / "latest").resolve() == done
+    monkeypatch.setattr(cli, "parse", lambda name, arguments: config)
+    assert cli.main(["sft"]) == 130
+    monkeypatch.undo()
+    again = sft.sft(dataclasses.replace(config, resume=str(folder)))
+    ours, theirs = (sha256(path / "model" / "model.safetensors") for path in (again, done))
+    assert ours == theirs and (little / "runs" / "latest").resolve() == again
 
 
 def test_two_runs_get_two_folders_and_latest_is_the_second(tmp_path) -> None:
