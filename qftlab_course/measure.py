@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qftlab.decoding.engine import GREEDY, Completion, generate
@@ -149,23 +150,23 @@ def evaluate_rows(
         by_skill.setdefault(row.get("skill", "unlabelled"), []).append(i)
     for number, members in enumerate(by_skill.values()):
         budget = max_new_tokens or _budget(tokenizer, [rows[i]["output"] for i in members])
+        prompts = [row_to_messages(rows[i])[:-1] for i in members]
         if few_shot:
             context = getattr(model.config, "max_position_embeddings", None)
-            pool = rows if examples is None else examples
-            prompts = [
-                few_shot_prompt(tokenizer, rows[i], pool, few_shot, seed=seed + i, limit=context and context - budget)
-                for i in members
-            ]
-        else:
-            prompts = [row_to_messages(rows[i])[:-1] for i in members]
+            shown = {
+                "pool": rows if examples is None else examples,
+                "k": few_shot,
+                "limit": context and context - budget,
+            }
+            prompts = [few_shot_prompt(tokenizer, rows[i], seed=seed + i, **shown) for i in members]
         answers = generate(model, tokenizer, prompts, max_new_tokens=budget, params=params, seed=seed + number,
                            stop=PLAIN_STOP if few_shot else (), batch_size=batch_size)  # fmt: skip
         for i, answer in zip(members, answers, strict=True):
             completions[i] = answer
-    scores = [
-        lenient_score(row, answer.text) if few_shot else score_row(row, answer, tokenizer)
-        for row, answer in zip(rows, completions, strict=True)
-    ]
+    score = (
+        (lambda row, answer: lenient_score(row, answer.text)) if few_shot else partial(score_row, tokenizer=tokenizer)
+    )
+    scores = map(score, rows, completions)
     return Evaluation(tuple(rows), tuple(completions), tuple(scores), few_shot)
 
 

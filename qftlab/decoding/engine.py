@@ -301,19 +301,18 @@ def generate(
     """
     rows = _plan_rows(model, tokenizer, prompts, max_new_tokens, params, stop, stop_token_ids, seed, batch_size,
                       num_generations, return_logprobs, on_text is not None)  # fmt: skip
+    hear = on_text or (lambda number, piece: None)
     with _bar(len(rows), progress) as advance:
         for row in _run(model, decoder, rows, batch_size):
-            if row.piece and on_text is not None:
-                on_text(row.number, row.piece)
+            if row.piece:
+                hear(row.number, row.piece)
             if row.finish_reason:
                 advance()
-            if should_stop is not None and should_stop():
+            if should_stop and should_stop():
                 break
-    for row in rows:
-        if not row.finish_reason:
-            row.finish("cancelled")
-            if row.piece and on_text is not None:
-                on_text(row.number, row.piece)
+    for row in (row for row in rows if not row.finish_reason):
+        row.finish("cancelled")
+        hear(row.number, row.piece) if row.piece else None
     return [row.completion() for row in rows]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -152,3 +153,11 @@ def first_token_reward(completion_ids: Sequence[int], wanted: int, others: Seque
     """
     is_right = len(completion_ids) > 0 and completion_ids[0] == wanted
     return float(is_right and not {wanted, *others} & set(completion_ids[1:]))
+
+
+def is_finite(value: object) -> bool:
+    """Whether a reward is a number that can be averaged: a float, a tensor of one, not nan, not None."""
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False

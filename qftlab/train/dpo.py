@@ -280,7 +280,7 @@ def held_out_pairs(step: nn.Module, bare: PairStep, source: PairSource) -> tuple
     bare.take()
     with module_mode(step, False), torch.no_grad():
         total = sum(step(**to_device(m.tensors, device), num_tokens=1) for m in parts)
-    return (total / len(order)).item(), bare.take()
+    return (total / len(order)).item(), {f"held_out_{name}": value for name, value in bare.take().items()}
 
 
 def pair_identity(

@@ -14,6 +14,7 @@ from qftlab.maths.sampling import SamplingParams
 from qftlab.rows.batches import Example
 from qftlab.rows.chat import row_to_messages
 from qftlab.rows.examples import Pair
+from qftlab.settings import check_at_least
 from qftlab.train.rollouts import Reward
 
 log = logging.getLogger(__name__)
@@ -80,31 +81,35 @@ def sample_pairs(
     Raises:
         ValueError: for fewer than two answers a prompt, and as `generate`.
     """
-    if num_generations < 2:
-        raise ValueError(f"num_generations must be at least 2, got {num_generations}: a pair needs two answers")
+    check_at_least(2, num_generations=num_generations)  # a pair needs two answers
     prompts = [row_to_messages(row)[:-1] for row in rows]
     steps = max_new_tokens * -(-len(rows) * num_generations // batch_size)
     decoder = decoder or Decoder(model, layout=layout_for(model, steps))
     answers = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size,
                        params=SamplingParams(temperature=temperature), num_generations=num_generations,
                        decoder=decoder)  # fmt: skip
+    groups = [answers[i : i + num_generations] for i in range(0, len(answers), num_generations)]
+    scored = [[(reward(prompt, c.token_ids, c.text, row), c) for c in group]
+              for prompt, row, group in zip(prompts, rows, groups, strict=True)]  # fmt: skip
+    found = _paired(prompts, scored, right, seed, str(decoder.layout))
+    log.info("%s", found.summary())
+    return found
+
+
+def _paired(prompts: list, scored: list[list[tuple[float, Completion]]], right: float, seed: int, layout: str):
+    """Scored answers to each prompt as `SampledPairs`."""
     pairs, kept, counts, num_right = [], [], {"all_right": 0, "all_wrong": 0, "unfinished": 0}, 0
-    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        group = answers[i * num_generations : (i + 1) * num_generations]
-        scored = [(reward(prompt, c.token_ids, c.text, row), c) for c in group]
-        num_right += (good := sum(score >= right for score, _ in scored))
-        chosen, rejected = _choose(scored, right, random.Random(f"pairs {seed} {i}"))
+    for i, (prompt, group) in enumerate(zip(prompts, scored, strict=True)):
+        num_right += (good := sum(score >= right for score, _ in group))
+        chosen, rejected = _choose(group, right, random.Random(f"pairs {seed} {i}"))
         if chosen and rejected:
             pairs.append(Pair(_example(chosen[1]), _example(rejected[1]), i + 1))
             kept.append({"prompt": prompt, "chosen": chosen[1].text, "rejected": rejected[1].text,
                          "score_chosen": chosen[0], "score_rejected": rejected[0]})  # fmt: skip
         else:
-            why = "all_right" if good == num_generations else "unfinished" if good else "all_wrong"
-            counts[why] += 1
-    found = SampledPairs(pairs, kept, len(rows), **counts, accuracy=num_right / max(1, len(answers)),
-                         layout=str(decoder.layout))  # fmt: skip
-    log.info("%s", found.summary())
-    return found
+            counts["all_right" if good == len(group) else "unfinished" if good else "all_wrong"] += 1
+    accuracy = num_right / max(1, sum(map(len, scored)))
+    return SampledPairs(pairs, kept, len(prompts), **counts, accuracy=accuracy, layout=layout)
 
 
 def _choose(scored: list[tuple[float, Completion]], right: float, chance: random.Random) -> tuple:

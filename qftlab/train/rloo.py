@@ -247,19 +247,20 @@ def fit_prompts(
         sampler = ModelSampler(model, tokenizer, policy, layout)
     step = wrap(bare, config.sharding, config.precision)
     source = RolloutSource(prompts, rewards, sampler, per_process(config), policy, bare.step, reference)
-    device = next(model.parameters()).device
-
-    def note(record: dict) -> None:
-        on_log(record)
-        if "reward" in record and policy.sample_every and record["step"] % policy.sample_every == 0:
-            samples = samples_of(source.rollouts, source.asked, policy.num_generations)
-            on_log({"step": record["step"], "samples": samples})
-            log.info("samples of step %d\n%s", record["step"], table_of(samples))
-
+    measure = partial(held_out_rewards, held_out, source) if held_out else None
     return train(step, source, config, count=count_answers, unit="answers", take=lambda: source.found | bare.take(),
-                 held_out=partial(held_out_rewards, held_out, source, device) if held_out else None,
-                 on_log=note if on_log else None, headline=headline, progress=progress, checkpoints=checkpoints,
-                 resume=resume, saves_on=STOPS)  # fmt: skip
+                 held_out=measure, on_log=partial(_note, source, on_log) if on_log else None, headline=headline,
+                 progress=progress, checkpoints=checkpoints, resume=resume, saves_on=STOPS)  # fmt: skip
+
+
+def _note(source: RolloutSource, on_log: Callable[[dict], None], record: dict) -> None:
+    """Hands a record on, and samples where they are due."""
+    on_log(record)
+    every, size = source.policy.sample_every, source.policy.num_generations
+    if "reward" in record and every and record["step"] % every == 0:
+        samples = samples_of(source.rollouts, source.asked, size)
+        on_log({"step": record["step"], "samples": samples})
+        log.info("samples of step %d\n%s", record["step"], table_of(samples))
 
 
 def headline(record: dict) -> str:
@@ -287,8 +288,9 @@ def table_of(samples: Sequence[dict]) -> str:
     return "\n".join(["  row        reward  prompt, answer", *lines])
 
 
-def held_out_rewards(prompts: Sequence[Prompt], source: RolloutSource, device: torch.device) -> tuple[float, dict]:
+def held_out_rewards(prompts: Sequence[Prompt], source: RolloutSource) -> tuple[float, dict]:
     """The mean reward of a greedy answer to each prompt, negated, and its figures by `statistics_of` as held_out_…."""
+    device = next(source.step.parameters()).device
     with torch.autocast(device.type, enabled=False):  # as rollouts are sampled
         answers = source.sampler.sample([p.ids for p in prompts], seed=0, temperature=0.0, num_generations=1)
     found = statistics_of(score(source.rewards, prompts, answers, source.policy), 1)

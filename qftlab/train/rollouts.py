@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from qftlab.decoding.engine import Completion, generate
 from qftlab.decoding.layouts import choose_layout
 from qftlab.maths.losses import leave_one_out_advantages, sum_by_document
 from qftlab.maths.sampling import SamplingParams
-from qftlab.model.cpu import pack_answers
+from qftlab.maths.verify import is_finite
 from qftlab.model.head import module_mode
 from qftlab.rows.batches import Example, batches, first_fit_decreasing, pack, pad, split_step
 from qftlab.rows.chat import render_prompt, row_to_messages
@@ -204,7 +203,7 @@ def _column(name: str, function: Reward, arguments: list[tuple], asked: list[tup
     else:
         values = [_one(name, function, each, prompt) for each, (prompt, _) in zip(arguments, asked, strict=True)]
     for value, (prompt, completion) in zip(values, asked, strict=True):
-        if not _is_number(value):
+        if not is_finite(value):
             raise RewardError(f"reward {name!r} must be a finite number, got {value!r} for an answer to row "
                               f"{prompt.number}: {completion.text!r:.200}")  # fmt: skip
     return list(map(float, values))
@@ -216,13 +215,6 @@ def _one(name: str, function: Reward, arguments: tuple, prompt: Prompt) -> float
     except Exception as error:
         what = f"{type(error).__name__}: {error}; the answer was {arguments[2]!r:.200}"
         raise RewardError(f"reward {name!r} failed on an answer to row {prompt.number}: {what}") from error
-
-
-def _is_number(value) -> bool:
-    try:
-        return math.isfinite(value)
-    except TypeError:
-        return False
 
 
 def equal_groups(rollouts: Sequence[Rollout], size: int) -> list[bool]:
@@ -368,6 +360,8 @@ class RolloutSource:
         """The documents of some answers, with the sampler's log-probabilities, and how many answers they stand for."""
         examples = [r.example(self.policy.truncated) for r in rollouts]
         if self.config.packing and next(self.step.parameters()).device.type == "cpu":
+            from qftlab.model.cpu import pack_answers
+
             starts = [len(r.completion.prompt_ids) for r in rollouts]
             batch = pack_answers(examples, [r.number for r in rollouts], starts)
         else:

@@ -186,12 +186,14 @@ def in_a_process(job, *arguments) -> str:
 
 def try_to_save(folder: Path, step: int = 3) -> str:
     weights, optimizer = moved()
+    saved = Checkpoints(folder)
     try:
-        saved = Checkpoints(folder)
         saved.prepare()
         saved.save(weights, optimizer, {"steps": step, "held_out": []})
     except OSError as error:
         return str(error)
+    finally:
+        saved.release()
     return "saved"
 
 

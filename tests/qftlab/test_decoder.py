@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.test_generate import FAMILIES, PROMPTS, make_model, tokenizer  # noqa: F401  (a fixture)
+from test_generate import FAMILIES, PROMPTS, make_model, tokenizer  # noqa: F401  (a fixture)
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from qftlab.decoding.cache import KVCache, compact

@@ -77,7 +77,7 @@ def run_child(folder: str, output: str, ready, kill_at: int | None = None) -> No
 
 
 def kill_self_at(number: int) -> None:
-    """Counts writes, flushes, renames and removals of checkpoints; at the given one the process dies, a write half done."""
+    """Counts writes, flushes, renames and removals of checkpoints; at one of them the process dies, half done."""
     left = [number]
 
     def dying(function, half):
