@@ -145,10 +145,9 @@ def evaluate_rows(
     if few_shot < 0:
         raise ValueError(f"few_shot must be 0 or more, got {few_shot}")
     completions: list[Completion | None] = [None] * len(rows)
-    by_skill: dict[str, list[int]] = {}
-    for i, row in enumerate(rows):
-        by_skill.setdefault(row.get("skill", "unlabelled"), []).append(i)
-    for number, members in enumerate(by_skill.values()):
+    skills = [row.get("skill", "unlabelled") for row in rows]
+    for number, skill in enumerate(dict.fromkeys(skills)):
+        members = [i for i, name in enumerate(skills) if name == skill]
         budget = max_new_tokens or _budget(tokenizer, [rows[i]["output"] for i in members])
         prompts = [row_to_messages(rows[i])[:-1] for i in members]
         if few_shot:
