@@ -1,7 +1,6 @@
-"""Runs of every stage that are stopped by signals at random moments, and end as if nothing had happened: the same bytes.
+"""Runs of every stage stopped by signals at random moments end as if nothing had happened: the same bytes.
 
-Ctrl-C once and twice, SIGTERM, and SIGKILL, also inside the writes of checkpoints; then the run goes on to its end. What
-was saved before the signal is still there after it.
+Ctrl-C once and twice, SIGTERM, and SIGKILL, also inside the writes of checkpoints; then the run goes on to its end.
 """
 
 from __future__ import annotations
