@@ -15,8 +15,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from test_house import imported
 from test_notebooks import pytest_in
-from test_project import imported
 
 import lab
 from notebooks import mine
