@@ -2,11 +2,11 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help tour lab test check notebooks bench anywhere doctor badges
+.PHONY: help tour lab test check notebooks bench docs anywhere doctor badges
 help:
 	@$(PYTHON) lab.py --help
 
-tour lab test check notebooks bench anywhere doctor:
+tour lab test check notebooks bench docs anywhere doctor:
 	@$(PYTHON) lab.py $@ $(ARGS)
 
 badges:

@@ -35,6 +35,7 @@ HELP = """commands:
   check      the fast part of the tests, and ruff over the code; arguments go to pytest
   notebooks  build and run notebooks/*.ipynb from their text form: [NAME ...] [--force]
   bench      the side-by-side benchmarks
+  docs       the reference and the pictures of five flows as a site: docs/_build/index.html; no network once installed
   anywhere   tour, tests and training lessons in four numerics and four seeds, in fresh clones; three hours, resumable
   stages     train the course models of data/stages anew
   badges     write the Colab badges for whoever hosts the repository: OWNER/NAME
@@ -141,20 +142,20 @@ def make_venv() -> None:
             raise LabError(f"making .venv failed:\n{tail}\nOn Debian and Ubuntu `sudo apt install python3-venv` helps")
 
 
-def install_command() -> list[str]:
+def install_command(extras: str = "lab,test") -> list[str]:
     """The pip command that fills .venv: CI's exact versions where this Python can have them."""
     pins = ["-c", str(ROOT / "constraints.txt")] if sys.version_info[:2] >= PINNED_PYTHON else []
     if not pins:
         say("Python 3.10: pip chooses versions inside pyproject's ranges, as the pinned ones need 3.11 or newer.")
     pip = [str(venv_python()), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
-    return [*pip, *pins, "-e", f"{ROOT}[lab,test]"]
+    return [*pip, *pins, "-e", f"{ROOT}[{extras}]"]
 
 
-def install() -> None:
+def install(extras: str = "lab,test") -> None:
     """Fill .venv, log to .venv/install.log, and say every 20 seconds that it goes on."""
     log, began = VENV / "install.log", time.monotonic()
     with log.open("wb") as out:
-        pip = subprocess.Popen(install_command(), stdout=out, stderr=subprocess.STDOUT, cwd=str(ROOT))
+        pip = subprocess.Popen(install_command(extras), stdout=out, stderr=subprocess.STDOUT, cwd=str(ROOT))
         try:
             while True:
                 try:
@@ -196,6 +197,18 @@ def ready_python() -> Path:
     return python
 
 
+def add_docs(is_here: bool) -> None:
+    """Install what the site is built with into .venv, if it does not hold it yet; with --here only look for it."""
+    stamp = VENV / "docs.stamp"
+    if is_here:
+        if not has_module("sphinx"):
+            raise LabError('Sphinx is not installed here: `python -m pip install -c constraints.txt -e ".[docs]"`')
+    elif not (stamp.is_file() and stamp.read_text() == stamp_text()):
+        say("Adding what the site is built with to .venv.")
+        install("docs")
+        stamp.write_text(stamp_text())
+
+
 def workers() -> list[str]:
     """pytest-xdist's options: a process for each core, four at most, and a file is one process's work."""
     count = min(4, os.cpu_count() or 1)
@@ -221,6 +234,7 @@ def command_line(command: str, python: Path, arguments: list[str]) -> list[str]:
         "bench": ["-m", "benchmarks.run"],
         "anywhere": ["-m", "benchmarks.anywhere"],
         "stages": ["-m", "qftlab_course", "stages"],
+        "docs": ["-m", "sphinx", "-q", "-W", "--keep-going", "docs", "docs/_build"],
     }[command]
     return [str(python), *words, *arguments]
 
@@ -311,7 +325,7 @@ def main(words: list[str]) -> int:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python lab.py", epilog=HELP, formatter_class=formatter)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    choices = ["tour", "lab", "test", "check", "notebooks", "bench", "anywhere", "stages", "badges", "doctor"]
+    choices = ["tour", "lab", "test", "check", "notebooks", "bench", "docs", "anywhere", "stages", "badges", "doctor"]
     parser.add_argument("command", choices=choices)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="go to the command")
     args = parser.parse_args(words or ["--help"])
@@ -319,6 +333,8 @@ def main(words: list[str]) -> int:
         if args.command == "doctor":
             return doctor(Path(sys.executable) if args.here else venv_python())
         python = Path(sys.executable) if args.here else ready_python()
+        if args.command == "docs":
+            add_docs(args.here)
         command = command_line(args.command, python, args.arguments)
     except LabError as error:
         print(f"lab.py: {error}.", file=sys.stderr)

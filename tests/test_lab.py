@@ -15,8 +15,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from test_house import imported
 from test_notebooks import pytest_in
-from test_project import imported
 
 import lab
 from notebooks import mine
@@ -143,6 +143,21 @@ def test_a_process_for_each_core_four_at_most(monkeypatch, cores: int, options: 
     assert lab.workers()[:2] == options
     command = lab.command_line("check", Path("py"), ["-x"])
     assert command[-2:] == ["tests", "-x"] and "--nbval" not in command
+
+
+def test_lab_docs_installs_what_it_needs_once(tmp_path: Path, monkeypatch) -> None:
+    """Into .venv; again when a version has changed; and never with --here."""
+    installed = []
+    monkeypatch.setattr(lab, "VENV", tmp_path)
+    monkeypatch.setattr(lab, "install", installed.append)
+    for text in ("a", "a", "b"):
+        monkeypatch.setattr(lab, "stamp_text", lambda text=text: text)
+        lab.add_docs(is_here=False)
+    assert installed == ["docs", "docs"] and "[docs]" in lab.install_command("docs")[-1]
+    monkeypatch.setattr(lab, "has_module", lambda name: name != "sphinx")
+    with pytest.raises(lab.LabError, match=r"Sphinx is not installed here: .*\.\[docs\]"):
+        lab.add_docs(is_here=True)
+    assert lab.command_line("docs", Path("py"), [])[:3] == ["py", "-m", "sphinx"] and len(installed) == 2
 
 
 def test_lab_doctor_runs() -> None:

@@ -11,66 +11,22 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from functools import cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qftlab.rows.batches import PackedLayout, packed_layout
+
 log = logging.getLogger(__name__)
 NAME = "packed"
-# Documents are grouped with others of about their length: a group is closed when padding it would waste this share.
-MAX_WASTE = 0.3
 LONGEST_BLOCKED = 1024  # tokens of a document whose attention weights may be kept, see model/cpu.py
-
-
-@dataclass(frozen=True)
-class PackedLayout:
-    """How the documents of a packed row are laid out as rectangles, each of documents of about one length.
-
-    Args:
-        shapes: (documents, tokens) of each rectangle.
-        places: (P,) the token of each place of all rectangles, token 0 where padded.
-        back: (T,) the first place of each token.
-        is_shared: whether a token stands at several places.
-    """
-
-    shapes: tuple[tuple[int, int], ...]
-    places: Tensor
-    back: Tensor
-    is_shared: bool
-
-    def rectangles(self, x: Tensor) -> list[Tensor]:
-        """(T, H, d) → each (n, t, H, d)."""
-        return self._cut(x[self.places])
-
-    def spread(self, gradient: Tensor) -> list[Tensor]:
-        """`rectangles` with zeros where a token is padding, or stands once more."""
-        places = gradient.new_zeros(len(self.places), *gradient.shape[1:])
-        places[self.back] = gradient
-        return self._cut(places)
-
-    def joined(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Rectangles → (T, H, d), each token from its first place."""
-        return torch.cat([piece.flatten(0, 1) for piece in pieces])[self.back]
-
-    def summed(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Rectangles with zeros where padded → (T, H, d), each token the sum over its places."""
-        if not self.is_shared:
-            return self.joined(pieces)
-        places = torch.cat([piece.flatten(0, 1) for piece in pieces])
-        return places.new_zeros(len(self.back), *places.shape[1:]).index_add_(0, self.places, places)
-
-    def _cut(self, places: Tensor) -> list[Tensor]:
-        pieces = places.split([n * t for n, t in self.shapes])
-        return [piece.unflatten(0, shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
 
 def register_packed_attention() -> str:
@@ -226,26 +182,3 @@ def _layout(cu_seq_lens: Tensor, documents: Tensor | None, device: torch.device)
         layout = packed_layout(places, device)
         key._packed_layout = key._version, layout
     return layout
-
-
-def packed_layout(documents: Sequence[Tensor], device: torch.device | str = "cpu") -> PackedLayout:
-    """Groups documents of about one length.
-
-    Args:
-        documents: where each document's tokens stand in the row, int64; documents may share tokens.
-        device: of the layout.
-    """
-    documents, tables, group, used = sorted(documents, key=len), [], [], 0
-    for i, document in enumerate(documents):
-        group.append(document)
-        used += len(document)
-        longest = len(documents[i + 1]) if i + 1 < len(documents) else 0
-        if not longest or used < (1 - MAX_WASTE) * longest * len(group):
-            tables.append(pad_sequence(group, batch_first=True, padding_value=-1))
-            group, used = [], 0
-    places = torch.cat([table.flatten() for table in tables])
-    (real,) = torch.nonzero(places >= 0, as_tuple=True)
-    tokens = places[real]
-    back = torch.full((int(tokens.max()) + 1,), len(places)).scatter_reduce(0, tokens, real, "amin")
-    shapes = tuple(tuple(table.shape) for table in tables)
-    return PackedLayout(shapes, places.clamp(min=0).to(device), back.to(device), is_shared=len(back) < len(tokens))

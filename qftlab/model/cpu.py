@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
-from qftlab.model.attention import PackedLayout
-from qftlab.rows.batches import IGNORED, Example
+from qftlab.rows.batches import IGNORED, Example, PackedLayout
 
 QUERIES = 64  # of a block: with more, too many products fall above the diagonal; with fewer, they are too small
 

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -83,6 +84,9 @@ class Checkpoints:
 
     def release(self) -> None:
         """Gives the folder back that `prepare` took; once for each time."""
+        if self.lock.lock_counter == 1:
+            with suppress(OSError):  # Windows removes no open file
+                remove(Path(self.lock.lock_file))
         self.lock.release()
 
     def save(self, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, result: Mapping[str, object],

@@ -102,7 +102,7 @@ def disturbed(stage: str, folder: Path, output: str, chance: random.Random, seco
             os.kill(process.pid, number) if process.is_alive() else None
     process.join(120)
     found = [Checkpoints(path).last() for path in (folder / output).glob("*/checkpoints/*") if path.name == stage]
-    assert process.exitcode in (0, 1, *CODES.values())
+    assert process.exitcode in (0, -signal.SIGTERM, *CODES.values())  # it may end before it listens
     return process.exitcode, found[0] if found else None
 
 
