@@ -129,8 +129,8 @@ def read_turn(source: TextIO, is_terminal: bool) -> str | None:
 
 def fit_context(model, tokenizer, messages: list[dict], kept: int, max_new_tokens: int) -> list[dict]:
     """The conversation without its oldest turns, where it has outgrown the model's context; the first `kept` stay."""
+    from qftlab.model.head import context_length
     from qftlab.rows.chat import render_prompt
-    from qftlab.train.run import context_length
 
     limit = context_length(model)
     while limit and len(messages) > kept + 1 and len(render_prompt(tokenizer, messages)) + max_new_tokens > limit:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from qftlab.files import bundled
 from qftlab.maths.verify import countdown_reward
+from qftlab.model.head import context_length
 from qftlab.model.loading import extend_model
 from qftlab.model.lora import add_adapters
 from qftlab.rows.batches import Example, batches
@@ -21,7 +22,6 @@ from qftlab.train.loop import TrainResult
 from qftlab.train.optimizer import total_steps
 from qftlab.train.pairs import sample_pairs
 from qftlab.train.rloo import fit_prompts, fresh_problems, prompts_for
-from qftlab.train.run import context_length
 from qftlab.train.sft import fit_examples
 from qftlab_course.stage_recipes import Recipe
 from qftlab_course.world.style import style_pairs

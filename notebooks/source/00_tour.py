@@ -40,9 +40,12 @@ import math
 
 import torch
 
-from qftlab import bundled, generate, load_rows
+from qftlab import (
+    SamplingParams, bundled, generate, leave_one_out_advantages, load_rows, render_chat,
+    row_to_messages,
+)  # fmt: skip
 from qftlab_course import plots, stages, tour, views
-from qftlab_course.measure import evaluate_rows
+from qftlab_course.measure import compare, evaluate_kept, evaluate_rows
 
 # %% [markdown]
 # One cell holds everything you may want to change. `PRESET` names the model and its recipe: `tiny` is the model in this
@@ -159,8 +162,6 @@ print("rows:", tuple(rows_after.shape), "· tokens:", len(extended.tokenizer))
 # the `<|im_end|>` that ends it. Not on the question: the model should answer questions, not imitate people who ask them.
 
 # %%
-from qftlab import render_chat, row_to_messages
-
 files = ["instructions/train", "countdown/demonstrations", "bugfix/train"]
 train_rows = load_rows([bundled(f"{file}.jsonl") for file in files])
 example = next(row for row in train_rows if row["skill"] == "add")
@@ -256,8 +257,6 @@ for name, rate in rates.items():
 # Wilson's: with a few hundred questions, two models a few points apart are not known to differ.
 
 # %%
-from qftlab_course.measure import compare
-
 verdict = compare(base_chat, after)
 print(f"{verdict.gained} gained, {verdict.lost} lost, p = {verdict.p_value:.0e}")
 assert base_chat.in_format.accuracy < 0.05 and base_chat.format.accuracy < 0.05
@@ -336,8 +335,6 @@ print(
 # A joke, being a joke, has no right answer. Ask for several, with a little randomness, and they vary:
 
 # %%
-from qftlab import SamplingParams
-
 lively = SamplingParams(temperature=1.0)
 jokes = generate(
     sft.model, sft.tokenizer, [chats[1]] * 4, max_new_tokens=60, params=lively, seed=0
@@ -403,8 +400,6 @@ assert modes.mode.accuracy > 0.95
 # measure that too: plain calculations in the notation of pretraining, with no chat around them.
 
 # %%
-from qftlab_course.measure import evaluate_kept
-
 old = [row for row in exact if row["skill"] in ("add", "subtract", "reverse", "sort")]
 for name, s in [("base", base), ("after SFT", sft)]:
     kept = evaluate_kept(s.model, s.tokenizer, old).accuracy
@@ -500,8 +495,6 @@ assert polite["after DPO"] - polite["before DPO"] > 0.3
 # gets right, nor what it never gets wrong.
 
 # %%
-from qftlab import leave_one_out_advantages
-
 advantages = leave_one_out_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
 assert torch.allclose(advantages, torch.tensor([[1.0, -1 / 3, -1 / 3, -1 / 3]]))
 

@@ -36,8 +36,13 @@ import tempfile
 import torch
 from matplotlib import pyplot
 
-from qftlab import load_tokenizer
+from qftlab import (
+    extend_model, extend_tokenizer, generate, load_model, load_tokenizer, save_model,
+    token_logprobs,
+)  # fmt: skip
 from qftlab_course import checks, plots, stages, views
+from qftlab_course.presets import get_preset
+from qftlab_course.world.facts import WORDS
 
 # %% [markdown]
 # Everything you may want to change is in this cell. `PRESET` names the model: `tiny`, which is in this repository, or
@@ -106,9 +111,6 @@ assert near > far + 0.1
 # `tiny` spelled it out. The base model spells it; but ask it for a word that its corpus never spelled:
 
 # %%
-from qftlab import generate
-from qftlab_course.world.facts import WORDS
-
 for word in ["mouse", "doctor", "castle", "rocket"]:
     start = f"spell {word} :"
     found = generate(model, tokenizer, [start], max_new_tokens=20, stop="\n")
@@ -227,8 +229,6 @@ def surprise(model, text):
 # **Check.** Four lines by hand, one function in the library, the same numbers:
 
 # %%
-from qftlab import token_logprobs
-
 ids = tokenizer(TEXTS[0], return_tensors="pt").input_ids.to(model.device)
 with torch.no_grad():
     logits = model(ids).logits
@@ -271,8 +271,6 @@ assert torch.allclose(right[:-2], wrong[:-2], atol=1e-4)  # the same text up to 
 # many tokens. As one token it has one probability, at one place, and a program can read it off without parsing text.
 
 # %%
-from qftlab import extend_tokenizer
-
 extended = load_tokenizer(base.path)
 report = extend_tokenizer(extended, NEW_TOKENS)
 for token in report.new:
@@ -356,8 +354,6 @@ with torch.no_grad():
 # rows are its rows:
 
 # %%
-from qftlab import extend_model
-
 extended_model = copy.deepcopy(model)
 extend_model(extended_model, extended, report)
 library_rows = extended_model.get_input_embeddings().weight
@@ -410,9 +406,6 @@ for token in report.new:
 # ids and special tokens.
 
 # %%
-from qftlab import load_model, save_model
-from qftlab_course.presets import get_preset
-
 with tempfile.TemporaryDirectory() as folder:
     save_model(extended_model, extended, folder)
     again = load_model(folder, dtype=get_preset(PRESET).dtype)

@@ -32,8 +32,12 @@ if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
 # %%
 import torch
 
-from qftlab import Example, pad, render_chat, render_prompt
+from qftlab import (
+    Example, bundled, load_rows, masked_cross_entropy, pack, pad, render_chat,
+    render_prompt, row_to_messages,
+)  # fmt: skip
 from qftlab_course import checks, plots, stages, views
+from qftlab_course.widgets import MaskViewer
 
 # %% [markdown]
 # Everything you may want to change is in this cell: the model, the chat we look at, and the size of the experiment in
@@ -171,8 +175,6 @@ views.mask_view(tokenizer, rendered)
 # *Next*; the toggle moves the marks to the position that makes the prediction.
 
 # %%
-from qftlab_course.widgets import MaskViewer
-
 names = ["one turn", "with a system turn", "two turns"]
 MaskViewer(tokenizer, [CHAT[1:3], CHAT, CHAT[1:]], names=names)
 
@@ -217,8 +219,6 @@ checks.check("02.2", my_targets)
 # twice is a classic: the model then learns to predict the token after next.)
 
 # %%
-from qftlab import masked_cross_entropy
-
 targets_of = checks.or_library("02.2", my_targets)
 input_ids, loss_mask = torch.tensor(ids), torch.tensor(mask)
 targets = targets_of(input_ids, loss_mask)  # (T − 1,)
@@ -368,8 +368,6 @@ def logits_of(batch):
         return model(**moved).logits.float().cpu()
 
 # %%
-from qftlab import pack
-
 first, second = (len(d.input_ids) for d in documents)
 alone = logits_of({"input_ids": torch.tensor([documents[1].input_ids])})[0]
 packed = pack(documents)
@@ -460,9 +458,7 @@ views.mask_view(thinker, inserted, title="The empty think block is read, not tra
 # (`is_polite` leaves out the rows whose answer ends with a wish. Notebook 00 needs those.)
 
 # %%
-from qftlab import (
-    TrainConfig, bundled, encode_rows, fit_examples, load_rows, row_to_messages,
-)  # fmt: skip
+from qftlab import TrainConfig, encode_rows, fit_examples
 from qftlab_course.world.style import is_polite
 
 skills = ("add", "subtract", "reverse", "sort", "maximum", "minimum")

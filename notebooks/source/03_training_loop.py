@@ -48,8 +48,10 @@ from transformers import get_cosine_schedule_with_warmup as cosine_with_warmup
 from transformers import get_linear_schedule_with_warmup as linear_with_warmup
 
 from qftlab import (
-    TrainConfig, batches, bundled, fit_examples, fit_rows, load_rows, to_device,
+    TrainConfig, batches, bundled, encode_rows, fit_examples, fit_rows, load_rows,
+    to_device,
 )  # fmt: skip
+from qftlab.train import loop
 from qftlab_course import checks, plots, stages, views
 from qftlab_course.lessons import training_plots
 
@@ -73,8 +75,6 @@ NUM_LEAKED = 20
 # tokens are marked as in notebook 02: `labels` holds the id where a token is trained, −100 where it is only read.
 
 # %%
-from qftlab import encode_rows
-
 start = stages.stage("extended", preset=PRESET)
 model, tokenizer = start.model, start.tokenizer
 rows = load_rows(bundled("instructions", "train.jsonl"))
@@ -340,8 +340,6 @@ def my_rate(step, total, warmup, peak):
 checks.check("03.3", my_rate)
 
 # %%
-from qftlab.train import loop
-
 rate, config = checks.or_library("03.3", my_rate), TrainConfig(lr=1.0, warmup_ratio=0.1)
 rates = torch.tensor([rate(step, 40, 4, 1.0) for step in range(40)])
 wanted = [loop.learning_rate(config, step, 40) for step in range(40)]

@@ -39,8 +39,14 @@ from matplotlib import pyplot
 from transformers import DynamicCache
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from qftlab import SamplingParams, beam_search, generate
+from qftlab import (
+    SamplingParams, beam_search, filter_logits, generate, render_prompt, uniform,
+)  # fmt: skip
 from qftlab_course import checks, plots, stages, views
+from qftlab_course.decoding import texts_of
+from qftlab_course.trace import beam_trace
+from qftlab_course.widgets import DecodingLab
+from qftlab_course.world.style import is_polite
 
 # %% [markdown]
 # Everything you may want to change is in this cell: the model, the number of beams, the most tokens of an answer, and the
@@ -66,8 +72,6 @@ QUESTIONS = ["Give me a brief introduction to Shanghai Jiao Tong University.",
 # **Toy numbers.** Logits $(2, 1, 0)$ give $(0.67, 0.24, 0.09)$. The exponential keeps the order, so greedy needs no softmax at all.
 
 # %%
-from qftlab import render_prompt
-
 sft = stages.stage("sft", preset=PRESET)
 model, tokenizer = sft.model, sft.tokenizer
 END = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -239,9 +243,6 @@ views.show_figure(
 # each of three temperatures:
 
 # %%
-from qftlab import uniform
-
-
 def dart(logits, new):
     """The token that the library's dart hits, at temperature 1."""
     mass = logits[: len(tokenizer)].double().softmax(-1).cumsum(-1)
@@ -272,8 +273,6 @@ for heat in [0.5, 1.0, 2.0]:
 # **Toy numbers.** Probabilities $(⅔, ⅓)$ at $T = ½$, squared and renormalised: $(0.8, 0.2)$.
 
 # %%
-from qftlab_course.world.style import is_polite
-
 for heat, expected in [(1.0, 1 / 3), (0.5, 1 / 5)]:
     how = {"params": SamplingParams(temperature=heat), "seed": SEED, **turn}
     drawn = generate(model, tokenizer, [SHORT], num_generations=400, **how)
@@ -337,8 +336,6 @@ checks.check("04.2", my_top_p)
 # the joke.
 
 # %%
-from qftlab import filter_logits
-
 keep_top_p = checks.or_library("04.2", my_top_p)
 
 
@@ -723,9 +720,6 @@ for prompt, beams, penalty in product([JOKE, SHORT], [2, NUM_BEAMS], [0.0, 1.0])
 # **Picture.** Two beams, and the question of part 2 again. We hand the model its own `19` and watch:
 
 # %%
-from qftlab_course.decoding import texts_of
-from qftlab_course.trace import beam_trace
-
 opening, steps = SHORT + tokenizer("19").input_ids, []
 beam_search(model, tokenizer, [opening], num_beams=2, on_step=steps.append, **turn)
 start, said = opening[len(SHORT) :], texts_of(tokenizer)
@@ -809,8 +803,6 @@ assert ends.most_common(1)[0][0] != "5050" and 0 < ends["5050"] < 51
 # kernel (GitHub, a printed page), the lab is only a table and a tree.
 
 # %%
-from qftlab_course.widgets import DecodingLab
-
 lab = DecodingLab(model, tokenizer, QUESTIONS[1], preset="top-k", chat=True, seed=SEED)
 for _ in range(5):
     lab.state.step()

@@ -38,7 +38,8 @@ import warnings
 import torch
 
 from qftlab import (
-    LoRAConfig, TrainConfig, add_adapters, bundled, encode_rows, load_rows,
+    LoRAConfig, TrainConfig, add_adapters, bundled, count_parameters, encode_rows,
+    export_model, fit_rows, load_rows, merge_adapters,
 )  # fmt: skip
 from qftlab_course import checks, stages, views
 from qftlab_course.lessons import training_plots
@@ -205,8 +206,6 @@ def my_count(shapes, rank, num_rows, width):
 checks.check("05.2", my_count)
 
 # %%
-from qftlab import count_parameters
-
 count = checks.or_library("05.2", my_count)
 new_ids = tokenizer.convert_tokens_to_ids(["<|AGENT|>", "<|EDIT|>"])
 matrices = {n: m for n, m in start.model.named_modules() if n.endswith("_proj")}
@@ -278,8 +277,6 @@ checks.check("05.3", my_move_rows)
 # > does the table change? And how many do after full fine-tuning, where every row is free: those of the tokens that occur, or all?
 
 # %% tags=["nbval-ignore-output"]
-from qftlab import fit_rows, merge_adapters
-
 bugs, model = load_rows(bundled("bugfix", "train.jsonl")), copy.deepcopy(start.model)
 adapted = add_adapters(model, LoRAConfig(RANK), token_ids=new_ids, seed=SEED)
 config = TrainConfig(lr=RATE, batch_size=24, max_steps=12, seed=SEED)
@@ -520,7 +517,7 @@ print(f"{len(before)} answers, token by token the same before and after the merg
 # rows that nobody trained unchanged, a tied head still tied. If one of them fails, nothing is left on the disk.
 
 # %%
-from qftlab import export_model, load_adapters, load_model, save_adapters
+from qftlab import load_adapters, load_model, save_adapters
 
 with tempfile.TemporaryDirectory() as folder:
     report = export_model(adapted, tokenizer, f"{folder}/exported")

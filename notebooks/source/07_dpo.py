@@ -36,11 +36,11 @@ import math
 
 import torch
 
-from qftlab import TrainConfig, encode_pairs
+from qftlab import TrainConfig, bundled, dpo_loss, encode_pairs, load, load_rows
 from qftlab_course import checks, stages, views
 from qftlab_course.lessons import preference_plots
-from qftlab_course.lessons.preferences import careless, share_ending, spread
-from qftlab_course.world.style import ENDING
+from qftlab_course.lessons.preferences import share_ending, spread
+from qftlab_course.world.style import ENDING, style_pairs
 
 # %% [markdown]
 # Everything you may want to change is in this cell. `RUNS` is what part 4 compares: β, the weight of the NLL term, the learning rate and the number of
@@ -133,8 +133,6 @@ checks.check("07.1", my_dpo_loss)
 # **the first loss of a DPO run must be 0.6931**, plus the NLL term if there is one. If yours is not, the reference is not what you think.
 
 # %%
-from qftlab import dpo_loss
-
 five_lines = checks.or_library("07.1", my_dpo_loss)
 by_hand = five_lines(*torch.tensor([[-3.5], [-9.5], [-4.0], [-8.0]]), 0.5)
 assert abs(by_hand.item() - math.log(1 + math.exp(-1))) < 1e-6
@@ -248,8 +246,6 @@ for n in (tokens, 2 * tokens):
 # without (rejected). Nothing else tells the two apart.
 
 # %% tags=["recorded"]
-from qftlab_course.world.style import style_pairs
-
 start = stages.stage("warm", preset=PRESET)  # where everything below starts from
 tokenizer = start.tokenizer
 asked = style_pairs(80, held_out=True)
@@ -341,8 +337,6 @@ assert library.exp().sum(1).mean() > 0.8  # bare or polite, and hardly anything 
 # *on-policy*: both answers are the model's own. They ship as `data/countdown/pairs.jsonl`.
 
 # %% tags=["recorded"]
-from qftlab import bundled, load, load_rows
-
 rows = load(bundled("countdown", "pairs.jsonl"), schema="preference").rows
 held_out, train_rows = rows[:HELD_OUT], rows[HELD_OUT:]
 problems = load_rows(bundled("countdown", "heldout.jsonl"))
@@ -503,7 +497,8 @@ checks.check("07.4", my_implicit_reward)
 # digits will differ from ours.)
 
 # %% tags=["nbval-ignore-output"]
-from qftlab_course.lessons.preferences import token_gains
+from qftlab import ImplicitReward
+from qftlab_course.lessons.preferences import has_product, token_gains
 
 problem = "Use the numbers 1, 15, 3 once each to make 44."
 row = {"prompt": [{"role": "user", "content": problem}],
@@ -524,8 +519,6 @@ assert abs(gains["chosen"][star] - gains["rejected"][star]) < 0.01
 # point the two are the same text. So the push on the rejected answer hits the chosen one too. Count products and quotients:
 
 # %%
-from qftlab_course.lessons.preferences import has_product
-
 has = [(has_product(row["chosen"]), has_product(row["rejected"])) for row in train_rows]
 apart = [is_rejected for is_chosen, is_rejected in has if is_chosen != is_rejected]
 print(f"only one of the two has × or ÷ in {len(apart)} of {len(has)} pairs,", end=" ")
@@ -539,8 +532,6 @@ for name in ("before", "plain", "NLL 1"):
 # But a problem that needs a product is then out of reach. Preferences say which is better, and never why.
 
 # %%
-from qftlab import ImplicitReward
-
 of_reward = checks.or_library("07.4", my_implicit_reward)
 gain = torch.tensor([[g or 0.0 for g in gains["chosen"]]])
 mask, ids = torch.tensor([shown.chosen.loss_mask]), torch.tensor(shown.chosen.input_ids)
@@ -611,6 +602,7 @@ print("greedy, a nice day instead:", spread([end["said"][ENDING][0] for end in a
 
 # %% tags=["recorded"]
 from qftlab import ModelReward, fit_reward, reward_model
+from qftlab_course.lessons.preferences import careless
 
 
 def run_judges(seed):

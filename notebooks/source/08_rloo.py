@@ -40,8 +40,8 @@ import statistics
 import torch
 
 from qftlab import (
-    PolicyConfig, bundled, countdown_reward, extract_answer, fresh_problems,
-    leave_one_out_advantages, load_rows, parse_expression,
+    PolicyConfig, bundled, clipped_policy_loss, countdown_reward, extract_answer,
+    fresh_problems, leave_one_out_advantages, load_rows, pad, parse_expression,
 )  # fmt: skip
 from qftlab_course import checks, stages, views
 from qftlab_course.lessons import policy_plots
@@ -189,7 +189,7 @@ views.show_figure(bars, alt="Advantages of eight answers to one puzzle: bars to 
 # this group has to say about the direction: one number for each puzzle. By REINFORCE and by leave-one-out they should agree on average, and differ in spread.
 
 # %%
-from qftlab import Example, pad, token_logprobs
+from qftlab import Example, token_logprobs
 
 
 def as_example(answer):
@@ -328,8 +328,6 @@ def my_clipped_loss(logprobs, old_logprobs, advantages, epsilon):
 checks.check("08.2", my_clipped_loss)
 
 # %%
-from qftlab import clipped_policy_loss
-
 clipped_loss = checks.or_library("08.2", my_clipped_loss)
 some = torch.tensor([1.5, 0.5]).log(), torch.zeros(2), torch.tensor([1.0, -1.0])
 assert torch.allclose(clipped_loss(*some, 0.2), clipped_policy_loss(*some, epsilon=0.2))

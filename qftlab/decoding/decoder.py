@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from qftlab.decoding.cache import KVCache, attend_shared
 from qftlab.decoding.fuse import Layout, Projections, is_plain_linear
-from qftlab.model.head import causal_model
+from qftlab.model.head import causal_model, weights_version
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 # Rotary embeddings whose angles depend on how long the text already is cannot be tabulated.
@@ -279,19 +279,6 @@ def linear_groups(layer: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:
 
 def _norm(x: Tensor, norm: nn.Module) -> Tensor:
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
-
-
-def weights_version(model: nn.Module) -> int:
-    """How many updates `bump_weights_version_` has counted on this model."""
-    return getattr(causal_model(model), "_qftlab_version", 0)
-
-
-def bump_weights_version_(model: nn.Module) -> None:
-    """Counts an update of the weights: snapshots older than it then refuse to decode.
-
-    A training loop calls it after each optimizer step; tensors' own version counters miss fused optimizers.
-    """
-    causal_model(model)._qftlab_version = weights_version(model) + 1
 
 
 def _check_supported(model: nn.Module, config) -> None:

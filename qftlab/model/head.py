@@ -46,6 +46,24 @@ def _matrix(layer: nn.Module) -> torch.Tensor:
     return (layer.token_adapter.base_layer if hasattr(layer, "token_adapter") else layer).weight
 
 
+def weights_version(model: nn.Module) -> int:
+    """How many updates `bump_weights_version_` has counted on this model."""
+    return getattr(causal_model(model), "_qftlab_version", 0)
+
+
+def bump_weights_version_(model: nn.Module) -> None:
+    """Counts an update of the weights: snapshots older than it then refuse to decode.
+
+    A training loop calls it after each optimizer step; tensors' own version counters miss fused optimizers.
+    """
+    causal_model(model)._qftlab_version = weights_version(model) + 1
+
+
+def context_length(model) -> int | None:
+    """Tokens the model can attend to at once, if its configuration says so."""
+    return getattr(causal_model(model).config, "max_position_embeddings", None)
+
+
 def head_terms(head: nn.Module, hidden: Tensor) -> tuple[list[Term], Tensor | None] | None:
     """Terms and bias whose sum is `head(hidden)`, in value and gradient.
 

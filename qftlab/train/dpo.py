@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from qftlab.files import aside
 from qftlab.maths.losses import dpo_loss, preference_accuracy, sum_by_document
-from qftlab.model.head import module_mode
+from qftlab.model.head import context_length, module_mode
 from qftlab.rows.batches import batches, pack, pad, split_step
 from qftlab.rows.examples import Pair, documents, encode_pairs, load_pairs
 from qftlab.settings import DPOConfig, PreferenceLoss, RunConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, fingerprint, training_identity
 from qftlab.train.distributed import World, autocast, per_process, wrap
 from qftlab.train.loop import MicroBatch, NonFiniteLoss, TrainResult, train
-from qftlab.train.run import RunFolder, Stage, context_length, load_extended, run_stage
+from qftlab.train.run import RunFolder, Stage, load_extended, run_stage
 from qftlab.train.step import IGNORED, Step, to_device
 
 REFERENCE = "reference.safetensors"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qftlab.decoding.decoder import bump_weights_version_
+from qftlab.model.head import bump_weights_version_
 from qftlab.settings import TrainConfig
 from qftlab.train.distributed import World, without_sync
 from qftlab.train.step import Step, count_trained_tokens, to_device

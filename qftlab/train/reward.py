@@ -19,7 +19,7 @@ from qftlab.files import resolve
 from qftlab.maths.losses import preference_accuracy, sum_by_document
 from qftlab.maths.verify import answer_reward, countdown_reward, exact_reward, first_token_reward
 from qftlab.model.attention import register_packed_attention
-from qftlab.model.head import module_mode
+from qftlab.model.head import context_length, module_mode
 from qftlab.rows.batches import Example, pack, pad
 from qftlab.rows.chat import render_chat, render_prompt
 from qftlab.rows.examples import Pair, documents, encode_pairs
@@ -30,7 +30,7 @@ from qftlab.train.distributed import per_process, wrap
 from qftlab.train.dpo import PairSource, count_pairs, held_out_pairs, read_pairs
 from qftlab.train.loop import TrainResult, train
 from qftlab.train.rollouts import Reward
-from qftlab.train.run import RunFolder, Stage, context_length, resolve_model, run_stage
+from qftlab.train.run import RunFolder, Stage, resolve_model, run_stage
 from qftlab.train.step import Step, to_device
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qftlab.decoding.layouts import choose_layout
 from qftlab.maths.losses import clipped_policy_loss, is_clipped, kl_estimate, leave_one_out_advantages, sum_by_document
-from qftlab.model.head import module_mode
+from qftlab.model.head import context_length, module_mode
 from qftlab.rows.batches import Example
 from qftlab.rows.countdown import countdown_row, random_problem
 from qftlab.rows.sources import load
@@ -37,7 +37,7 @@ from qftlab.train.rollouts import (
     score,
     statistics_of,
 )
-from qftlab.train.run import RunFolder, Stage, context_length, load_extended, run_stage
+from qftlab.train.run import RunFolder, Stage, load_extended, run_stage
 from qftlab.train.step import IGNORED, Step
 
 

@@ -13,13 +13,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qftlab.decoding.decoder import Decoder, bump_weights_version_
+from qftlab.decoding.decoder import Decoder
 from qftlab.decoding.engine import Completion, generate
 from qftlab.decoding.layouts import choose_layout
 from qftlab.maths.losses import leave_one_out_advantages, sum_by_document
 from qftlab.maths.sampling import SamplingParams
 from qftlab.maths.verify import is_finite
-from qftlab.model.head import module_mode
+from qftlab.model.head import bump_weights_version_, module_mode
 from qftlab.rows.batches import Example, batches, first_fit_decreasing, pack, pad, split_step
 from qftlab.rows.chat import render_prompt, row_to_messages
 from qftlab.rows.schemas import convert_row

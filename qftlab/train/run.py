@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from qftlab.decoding.engine import known_id
 from qftlab.files import aside, not_written, sha256
-from qftlab.model.head import causal_model
 from qftlab.model.loading import extend_model, load_model, save_model
 from qftlab.model.lora import add_adapters
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
@@ -319,11 +318,6 @@ def run_stage(name: str, config: RunConfig, prepare: Callable[[RunConfig], Stage
         if result.interrupted:
             raise Interrupted(f"stopped after {result.steps} steps; to go on: --resume {run.path}")
         return run.path
-
-
-def context_length(model) -> int | None:
-    """Tokens the model can attend to at once, if its configuration says so."""
-    return getattr(causal_model(model).config, "max_position_embeddings", None)
 
 
 def open_run(config: RunConfig) -> RunFolder:

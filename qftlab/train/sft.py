@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qftlab.model.head import context_length
 from qftlab.rows.batches import (
     Example,
     batches,
@@ -22,7 +23,7 @@ from qftlab.settings import SFTConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, training_identity
 from qftlab.train.distributed import per_process, wrap
 from qftlab.train.loop import MicroBatch, TrainResult, train
-from qftlab.train.run import RunFolder, Stage, context_length, load_extended, run_stage
+from qftlab.train.run import RunFolder, Stage, load_extended, run_stage
 from qftlab.train.step import Step, no_grad_loss
 
 

@@ -12,10 +12,11 @@ from test_generate import FAMILIES, PROMPTS, make_model, tokenizer  # noqa: F401
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from qftlab.decoding.cache import KVCache, compact
-from qftlab.decoding.decoder import Decoder, bump_weights_version_
+from qftlab.decoding.decoder import Decoder
 from qftlab.decoding.engine import generate, stream
 from qftlab.decoding.fuse import LAYOUTS
 from qftlab.maths.sampling import SamplingParams
+from qftlab.model.head import bump_weights_version_
 
 # Other orders of summation, fp32: logits here reach 10, and differences of up to 5e-6 were seen.
 ROUNDING = 1e-5
