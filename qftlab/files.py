@@ -48,9 +48,6 @@ def resolve(name_or_path: str | Path) -> str:
     raise FileNotFoundError(f'{name} is no folder: give "tiny", the folder of a saved model, or a name on the hub')
 
 
-__all__ = ["bundled"]
-
-
 @contextmanager
 def aside(path: str | Path) -> Iterator[Path]:
     """A place beside `path` to write a file or a folder to, which is flushed and then renamed: whole, or not at all.
@@ -69,7 +66,11 @@ def aside(path: str | Path) -> Iterator[Path]:
         flush(place)
         if path.is_dir() and not path.is_symlink():
             os.rename(path, old)  # a folder that is half removed must not look like a whole one
-        os.replace(place, path)
+        try:
+            os.replace(place, path)
+        except OSError:
+            os.rename(old, path) if old.exists() else None
+            raise
         flush(path.parent, deep=False)
         remove(old)
     except (OSError, SafetensorError) as error:

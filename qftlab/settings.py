@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 AGENT, EDIT = "<|AGENT|>", "<|EDIT|>"
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+REWARDS = ("countdown", "reasoned", "answer", "exact", "mode", "model")  # see qftlab.train.reward.named_rewards
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
@@ -425,7 +426,7 @@ class RLOOConfig(RunConfig):
         check_at_least(0, problems=self.problems)
         make_tuples(self, "rewards")
         for name in self.rewards:
-            check_choice(("countdown", "reasoned", "answer", "exact", "mode", "model"), rewards=name)
+            check_choice(REWARDS, rewards=name)
         if not self.rewards:
             raise ValueError("rewards must name a reward, got none: --rewards [countdown]")
         if self.reward_model and "model" not in self.rewards:

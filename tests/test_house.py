@@ -24,8 +24,8 @@ SCRIPTS = [ROOT / "lab.py", ROOT / "notebooks/build.py"]
 ROOMS = "settings files maths rows model decoding evaluate train remote serve commands cli".split()
 # In the order in which they are read; README.md says a sentence on each.
 CORE = """
-    settings rows/chat rows/examples rows/batches model/attention model/head maths/logprobs maths/losses train/step
-    train/optimizer train/loop train/checkpoint train/run train/sft train/dpo maths/sampling decoding/cache
+    settings rows/chat rows/batches rows/examples model/attention model/head maths/logprobs maths/losses train/step
+    train/optimizer train/checkpoint train/loop train/run train/sft train/dpo maths/sampling decoding/cache
     decoding/decoder decoding/batch decoding/engine train/rollouts train/rloo
 """.split()
 FILE, FUNCTION = 300, 45

@@ -104,7 +104,6 @@ def _usage(examples: list[Example], rows: int, empty: list[int], too_long: list[
     )
 
 
-log = logging.getLogger(__name__)
 REFUSED = ("equal pair", "score tie", "empty answer")
 
 

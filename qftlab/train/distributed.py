@@ -88,9 +88,6 @@ def _switch(model: nn.Module, word: str, *arguments) -> None:
     getattr(model, name if hasattr(model, name) else f"gradient_checkpointing_{word}")(*arguments)
 
 
-log = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
 class World:
     """The processes of a run, and which of them this is."""

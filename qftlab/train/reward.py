@@ -1,4 +1,8 @@
-"""Reward models: a scalar head on a model's body learns which of two answers is better (Bradley and Terry)."""
+"""Rewards: models with a scalar head that learn which of two answers is better, and all rewards that have a name.
+
+A reward model is trained on pairs (Bradley and Terry) by `fit_reward` and `reward`. `named_rewards` has what `rloo
+--rewards` can name; a new name is added there and to `qftlab.settings.REWARDS`.
+"""
 
 from __future__ import annotations
 

@@ -239,7 +239,6 @@ def statistics_of(rollouts: Sequence[Rollout], size: int) -> dict[str, float]:
     return {name: round(value, 6) for name, value in found.items()}
 
 
-log = logging.getLogger(__name__)
 # What stops a run between two steps, in all processes: rewards that are no numbers, a server that is down.
 STOPS = (RewardError, ConnectionError)
 

@@ -21,9 +21,9 @@ from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import add_adapters
 from qftlab.rows.batches import Example, pack
 from qftlab.rows.tokenizer import load_tokenizer
-from qftlab.settings import LoRAConfig, PolicyConfig, RLOOConfig, TrainConfig
+from qftlab.settings import REWARDS, LoRAConfig, PolicyConfig, RLOOConfig, TrainConfig
 from qftlab.train import rloo as module
-from qftlab.train.reward import named_rewards
+from qftlab.train.reward import WANTED, named_rewards
 from qftlab.train.rloo import PolicyReference, PolicyStep, fit_policy, fresh_problems, rloo
 from qftlab.train.rollouts import ModelSampler, RewardError, RolloutSource, encode_prompts
 
@@ -437,6 +437,11 @@ def test_settings_that_do_not_fit_are_refused(tokenizer, tmp_path) -> None:
                             ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             RLOOConfig(**change)
+
+
+def test_every_name_that_the_settings_know_is_a_reward(tokenizer) -> None:
+    extended, names = load_tokenizer("tiny"), [name for name in REWARDS if name not in ("model", "mode")]
+    assert list(named_rewards(names, extended)) == names and set(WANTED) < set(REWARDS)
 
 
 def test_named_rewards_read_ids() -> None:
