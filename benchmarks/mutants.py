@@ -39,10 +39,10 @@ SLACK, GRACE = 4, 30  # times as long as unmutated, and seconds on top: another 
 # The core (tests/test_house.py has its list) and two files that it stands on, each with the test files of
 # tests/qftlab that exercise it, the most telling first: the first failure ends a mutant.
 TESTS = {
-    "settings": "settings recipes cli train dpo rloo",
+    "settings": "settings recipes train",
     "rows/chat": "text masks_trl",
     "rows/examples": "examples train dpo",
-    "rows/batches": "data packing budgets model",
+    "rows/batches": "data packing budgets answers",
     "rows/split": "split",
     "model/attention": "packing model rloo",
     "model/head": "logprobs lora model",
@@ -53,16 +53,16 @@ TESTS = {
     "train/optimizer": "optimizer train checkpoint packing resume",
     "train/loop": "identity train checkpoint resume signals",
     "train/checkpoint": "identity checkpoint resume",
-    "train/run": "train resume dpo signals",
+    "train/run": "runs train resume signals",
     "train/sft": "budgets train packing checkpoint resume",
-    "train/dpo": "budgets dpo reward",
+    "train/dpo": "budgets answers dpo reward",
     "maths/sampling": "sampling core generate",
     "decoding/cache": "decoder generate beam",
     "decoding/decoder": "decoder generate beam layouts",
     "decoding/batch": "decoder generate",
-    "decoding/engine": "generate decoder parity cli",
-    "train/rollouts": "identity rloo served",
-    "train/rloo": "rloo served cli",
+    "decoding/engine": "generate decoder parity",
+    "train/rollouts": "answers identity rloo served",
+    "train/rloo": "answers rloo served",
 }
 EVERYWHERE = "signatures"  # of every file, and last
 BELOW = ("rows/split", "model/loading")  # not of the core itself: mutated where --files names them

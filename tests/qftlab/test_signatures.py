@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import qftlab
+from qftlab.decoding import engine
 
 # What is counted up while it is used.
 COUNTED = {"TrainResult", "PairUsage", "LengthStats", "LoadReport"}
@@ -57,3 +58,11 @@ def test_defaults_of_functions() -> None:
             assert flag not in parameters or parameters[flag].default in (False, inspect.Parameter.empty), (name, flag)
     found = {name: {key: known[name][key].default for key in numbers} for name, numbers in NUMBERS.items()}
     assert found == NUMBERS
+
+
+def test_a_stream_begins_with_the_defaults_of_generate() -> None:
+    ours, theirs = (inspect.signature(f).parameters for f in (engine._plan_rows, engine.generate))
+    shared = [name for name, p in ours.items() if name in theirs and p.default is not inspect.Parameter.empty]
+    assert len(shared) > 6 and ours["batch_size"].default == 1  # a stream has one row
+    assert all(ours[name].default == theirs[name].default for name in shared if name != "batch_size")
+    assert inspect.signature(engine.stream).parameters["options"].kind is inspect.Parameter.VAR_KEYWORD
