@@ -353,3 +353,32 @@ def test_the_two_softmaxes_join_as_one(mask: bool, monkeypatch) -> None:
 
     monkeypatch.setattr(cache, "_attend", cache._attend_plainly)
     assert (cache.attend_shared(q, k, v, *prefix.store[0], prefix, 0.3) - want).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "pieces", "rest"),
+    [
+        ("xabc", ("abd",), ["x", "", "", "abc"], ""),  # shown as soon as it cannot become the stop string
+        ("xab", ("abd",), ["x", "", ""], "ab"),  # what is held at the end is given back
+        ("ab", ("ab!",), ["", ""], "ab"),  # the whole text is the beginning of one
+        ("aaac", ("aab",), ["", "", "a", "aac"], ""),  # the last two of three may be its beginning
+        ("abx", ("bz", "abc"), ["", "", "abx"], ""),  # the longer beginning counts, whichever stop string it is of
+        ("xyy", ("z", "y!"), ["x", "", "y"], "y"),  # one character never waits for a stop string of one
+        ("né", (), ["n", "", "é"], ""),
+        ("né", ("é!",), ["n", "", ""], "é"),
+    ],
+)
+def test_held_text_by_hand(text, stop, pieces, rest, tokenizer) -> None:  # noqa: F811
+    from qftlab.decoding.engine import TextStream
+
+    ids, line = tokenizer(text).input_ids, TextStream(tokenizer, [1], stop)
+    assert [line.take(ids[: i + 1]) for i in range(len(ids))] == pieces
+    assert line.finish(text) == rest and line.finish(text) == ""
+
+
+def test_a_row_that_begins_again_shows_nothing_twice(tokenizer) -> None:  # noqa: F811
+    from qftlab.decoding.engine import TextStream
+
+    ids, line = tokenizer("abcd").input_ids, TextStream(tokenizer, [1])
+    assert [line.take(ids[:n]) for n in (1, 2, 1, 2, 3, 4)] == ["a", "b", "", "", "c", "d"]
+    assert line.take(ids) == "" and line.finish("abcd") == ""

@@ -358,3 +358,20 @@ def test_the_real_llama_matches_transformers(real_data: Path) -> None:
 def test_options_of_another_kind_are_refused(tokenizer, options, error, message) -> None:
     with pytest.raises(error, match=message.replace("|", "[|]")):
         generate(make_model("qwen2"), tokenizer, ["Hi"], **{"max_new_tokens": 4} | options)
+
+
+def test_the_blank_before_a_word_is_kept_where_decoding_drops_it() -> None:
+    """Llama's tokenizers decode the first word of a text without the blank that its token holds.
+
+    Nor is a blank before a full stop cleaned away, which transformers does where it is asked to.
+    """
+    words = ["\u2581so", "\u2581it", "\u2581is", "\u2581a .", "\u2581world", "!", "\u2581."]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="!"))
+    backend.decoder = decoders.Metaspace()
+    llama = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert llama.decode([4]) == "world" and llama.decode([0, 4]) == "so world"
+    assert llama.decode([0, 6], clean_up_tokenization_spaces=True) == "so."
+    for prompt in ([0], [0, 1], [2, 1, 0], [0, 1, 2, 3]):
+        assert continuation_text(llama, prompt, [4, 5, 6, 4]) == " world! . world"
+    assert continuation_text(llama, [], [4, 5]) == "world!"
+    assert find_stop(llama, [2, 1, 0], [4, 5, 4], ("world",)) == 1 and find_stop(llama, [0], [4], (" world",)) == 0

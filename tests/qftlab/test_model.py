@@ -185,3 +185,36 @@ def test_the_real_llama_loads_and_scores_english(real_data):
             return token_logprobs(model(ids).logits, ids).mean().item()
 
     assert score("Once upon a time, there was a little girl.") > score("girl little a was there, time a upon Once.") + 1
+
+
+def test_an_untied_head_grows_as_the_embedding_does_and_in_silence(caplog):
+    """A tokenizer that puts a token before every text, as Llama's does: it is no part of a description.
+
+    transformers can draw new rows around the mean of the old ones, which takes a covariance of the vocabulary and a
+    notice to the reader; all rows are set here, so it shall not.
+    """
+    from tokenizers.processors import TemplateProcessing
+    from transformers.utils import logging as transformers_logging
+
+    tokenizer, model = load_tokenizer("tiny"), random_model(vocab_size=1001, tie_word_embeddings=False)
+    begin = ("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
+    assert tokenizer("find").input_ids[0] == begin[1]
+    old = [layer.weight.clone() for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
+    report, said = extend_tokenizer(tokenizer), {"<|AGENT|>": "find", "<|EDIT|>": "line"}
+    transformers_logging.enable_propagation()
+    try:
+        extend_model(model, tokenizer, report, init="description", descriptions=said)
+    finally:
+        transformers_logging.disable_propagation()
+    assert not caplog.records
+    layers = model.get_input_embeddings(), model.get_output_embeddings()
+    assert layers[0].weight is not layers[1].weight and model.config.tie_word_embeddings is False
+    for layer, before in zip(layers, old, strict=True):
+        assert layer.weight.shape == (1002, 32) and torch.equal(layer.weight[:1000], before[:1000])
+        for token in report.tokens:
+            pieces = tokenizer(said[token.text], add_special_tokens=False).input_ids
+            assert torch.allclose(layer.weight[token.id], before[pieces].mean(0), atol=1e-6)
+    kept = [layer.weight.clone() for layer in layers]
+    extend_model(model, tokenizer, extend_tokenizer(tokenizer))
+    assert all(torch.equal(layer.weight, before) for layer, before in zip(layers, kept, strict=True))

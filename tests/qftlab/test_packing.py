@@ -274,3 +274,20 @@ def test_fp32_on_cuda_goes_document_by_document_and_says_so(caplog) -> None:
     with caplog.at_level(logging.INFO, "qftlab.model.attention"):
         assert Step(model.cuda())(**batch, num_tokens=10).item() == pytest.approx(expected, rel=1e-4)
     assert caplog.text.count("without torch's varlen kernel: it takes half precision") == 1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shapes"),
+    [
+        ([10, 9, 10], ((3, 10),)),
+        ([10, 7], ((2, 10),)),  # three of twenty places would be padding
+        ([10, 6], ((1, 6), (1, 10))),  # four of ten in the first row are more than three tenths
+        ([1, 2, 20, 19, 2], ((1, 1), (2, 2), (2, 20))),
+    ],
+)
+def test_documents_share_a_rectangle_until_too_much_of_it_is_padding(lengths, shapes) -> None:
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    places = [torch.arange(end - n, end) for n, end in zip(lengths, ends, strict=True)]
+    layout = attention.packed_layout(places)
+    assert layout.shapes == shapes and not layout.is_shared
+    assert sorted(layout.places[layout.back].tolist()) == list(range(sum(lengths)))

@@ -126,3 +126,25 @@ def test_split_command_writes_both_sides_once(tmp_path, capsys):
     compare = ["split", "--data", str(path), "--against", str(tmp_path / "out" / "test.jsonl")]
     assert cli.main(compare) == 0 and f"of {len(test)} test rows {len(test)} have" in capsys.readouterr().out
     assert cli.main([*compare, "--output", "x"]) == 2 and cli.main(["split", "--data", str(path), "--n", "1"]) == 2
+
+
+def test_only_numbers_with_a_target_are_a_countdown_problem():
+    """A row with one of them is known by its text, so that columns of other data sets change nothing."""
+    for extra in ({"numbers": [3, 2]}, {"target": 5}, {"numbers": [], "target": 5}, {"numbers": None, "target": 5}):
+        assert prompt_key({**row("How  many?"), **extra}) == "how many?"
+    rows = [{**row(f"q {i}"), **({"numbers": [2, 3]} if i % 2 else {"target": 5})} for i in range(20)]
+    made = split_rows(rows, test=0.5)
+    assert (made.num_groups, made.num_repeated, len(made.train), len(made.test)) == (20, 0, 10, 10)
+    puzzles = [{"instruction": f"ask {i}", "numbers": n, "target": 5} for i, n in enumerate(([2, 3], [3, 2], [2, 4]))]
+    assert split_rows(puzzles, test=0.4).num_groups == 2
+
+
+def test_the_words_of_a_row_by_hand():
+    assert prompt_text({"instruction": "a", "input": "b"}) == "a\nb" and prompt_text(row("a")) == "a"
+    assert prompt_text({"messages": [{"role": "user", "content": None}, {"role": "user", "content": "x"}]}) == "\nx"
+    found = contamination([row(f"same {i}") for i in range(12)], [row(f"same {i}") for i in range(12)])
+    assert len(found.first) == 10 and found.num_exact == 12 and found.summary().count("\n") == 10
+    # Nine words are two runs of eight: a text of eight words that ends with the second one is found by it.
+    words = "a b c d e f g h i".split()
+    overlap = contamination([row(" ".join(words[1:]))], [row(" ".join(words))])
+    assert (overlap.num_exact, overlap.num_overlapping) == (0, 1) and not overlap.is_clean
