@@ -4,9 +4,9 @@
     python -m benchmarks.mutants --carry COMMIT                   # after new tests: only what survived there runs again
 
 Mutants are those of HEAD, in a throw-away copy of it; a run that is stopped goes on where it was. A mutant is caught
-if a test fails, or all take four times as long as they should. Not mutated, because no test should see it: docstrings,
-logs, texts and error messages, annotations, `__all__`, and `strict=` of a zip, which tells only where the code is
-already wrong.
+if a test fails, or all take four times the CPU time that they should. Not mutated, because no test should see it:
+docstrings, logs, texts and error messages, annotations, `__all__`, and `strict=` of a zip, which tells only where the
+code is already wrong.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -35,7 +36,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = ROOT / "benchmarks/equivalent_mutants.txt"
 MARKS = "not slow and not gpu and not distributed and not browser"
-SLACK, GRACE = 4, 30  # times as long as unmutated, and seconds on top: another process may hold the core
+SLACK, GRACE = 4, 30  # times as long as unmutated, and seconds on top
+PATIENCE = 10  # wall seconds for a CPU second of the limit: what waits for ever uses none
 # The core (tests/test_house.py has its list) and two files that it stands on, each with the test files of
 # tests/qftlab that exercise it, the most telling first: the first failure ends a mutant.
 TESTS = {
@@ -240,58 +242,71 @@ class Bench:
         names = [*TESTS[path.removeprefix("qftlab/").removesuffix(".py")].split(), EVERYWHERE]
         return [f"tests/qftlab/test_{name}.py" for name in names]
 
-    def limit(self, path: str) -> float:
-        """Seconds after which a mutant of this file counts as caught; times every test file that is new, unmutated.
+    def limit(self, path: str) -> int:
+        """CPU seconds after which a mutant of this file counts as caught; times test files that are new, unmutated.
 
         Raises:
             RuntimeError: if one fails unmutated.
         """
         for file in self.files_for(path):
             if file not in self.seconds:
-                start = time.monotonic()
-                outcome, said = self.run([file], 3_600)
+                outcome, said, seconds = self.run([file], 3_600)
                 if outcome != "survived":
                     raise RuntimeError(f"{file} must pass unmutated, but {outcome}: {said}")
-                self.seconds[file] = round(time.monotonic() - start, 1)
+                self.seconds[file] = seconds
                 self.times.write_text(json.dumps(self.seconds, indent=1), encoding="utf-8")
-        return SLACK * sum(self.seconds[file] for file in self.files_for(path)) + GRACE
+        return int(SLACK * sum(self.seconds[file] for file in self.files_for(path)) + GRACE)
 
     def try_out(self, mutant: Mutant) -> dict:
-        """What became of a mutant: outcome, the test that saw it, seconds."""
+        """What became of a mutant: outcome, the test that saw it, CPU seconds."""
         path, limit = self.folder / mutant.path, self.limit(mutant.path)
-        source, start = path.read_text(encoding="utf-8"), time.monotonic()
+        source = path.read_text(encoding="utf-8")
         try:
             self._write(path, mutant.apply(source))
-            outcome, said = self.run(self.files_for(mutant.path), limit)
+            outcome, said, seconds = self.run(self.files_for(mutant.path), limit)
         finally:
             self._write(path, source)
-        return {"outcome": outcome, "by": said, "seconds": round(time.monotonic() - start, 1)}
+        return {"outcome": outcome, "by": said, "seconds": seconds}
 
-    def run(self, files: list[str], limit: float) -> tuple[str, str]:
-        """Runs test files to the first failure: "survived", "caught" or "timed out", and the line that says by what."""
+    def run(self, files: list[str], limit: int) -> tuple[str, str, float]:
+        """Runs test files to the first failure.
+
+        Args:
+            files: in this order.
+            limit: in CPU seconds, which do not depend on who else uses the machine.
+
+        Returns:
+            "survived", "caught", "timed out" or, where hardly any CPU time was to be had, "stalled"; the line that says
+            by what; and the CPU seconds of the process and of what it waited for.
+        """
         output = self.folder / "mutant.log"
         child = os.fork()
         if child == 0:
-            self._in_child(files, output)
-        code, late = None, time.monotonic() + limit
+            self._in_child(files, output, limit)
+        done, late = 0, time.monotonic() + PATIENCE * limit
         try:
-            while code is None and time.monotonic() < late:
-                done, status = os.waitpid(child, os.WNOHANG)
-                code = os.waitstatus_to_exitcode(status) if done else time.sleep(0.05)
+            while not done and time.monotonic() < late:
+                done, status, usage = os.wait4(child, os.WNOHANG)
+                time.sleep(0 if done else 0.05)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)  # and what its tests started
-        if code is None:
-            os.waitpid(child, 0)
-            return "timed out", f"after {limit:.0f} s"
+        if not done:
+            _, status, usage = os.wait4(child, 0)
+        seconds = round(usage.ru_utime + usage.ru_stime, 1)
+        code = os.waitstatus_to_exitcode(status)
+        if not done or code == -signal.SIGXCPU:
+            waits = not done and os.getloadavg()[1] > os.cpu_count()
+            return "stalled" if waits else "timed out", f"after {seconds:.0f} s", seconds
         text = output.read_text(encoding="utf-8", errors="replace")
         if code in (NOT_OURS, 5):  # pytest's 5: no test at all
             raise RuntimeError(f"{files} did not test the copy: {text[-2000:]}")
         seen = re.findall(r"^(?:FAILED|ERROR) (.*)$", text, flags=re.MULTILINE) or text.strip().splitlines()[-1:]
-        return ("caught", seen[0][:300]) if code else ("survived", "")
+        return ("caught", seen[0][:300], seconds) if code else ("survived", "", seconds)
 
-    def _in_child(self, files: list[str], output: Path) -> None:
+    def _in_child(self, files: list[str], output: Path, limit: int) -> None:
         os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
         with open(output, "wb") as log, open(os.devnull) as nothing:
             os.dup2(nothing.fileno(), 0)
             os.dup2(log.fileno(), 1)
@@ -350,7 +365,8 @@ def read(path: Path) -> dict[int, dict]:
             record = json.loads(line)
         except ValueError:
             continue
-        records[record["number"]] = record
+        if record["outcome"] != "stalled":
+            records[record["number"]] = record
     return records
 
 

@@ -112,7 +112,7 @@ def test_groups_stay_within_the_budget_of_a_micro_batch() -> None:
 
 def test_figures_of_a_policy_step_by_hand() -> None:
     step = PolicyStep(random_model(), PolicyConfig(beta=0.1))
-    assert step.take() == {}
+    assert step.take() == {} and step.seen.maxlen == 4096
     # Tokens, entropy, k1, k3, gap and its greatest, answers, clipped.
     step.seen.extend(torch.tensor([[4.0, 8, 1, 2, 0.4, 0.3, 2, 1], [6, 12, 2, 4, 0.6, 0.2, 3, 0]]).double())
     assert step.take() == pytest.approx(
@@ -125,7 +125,7 @@ def test_figures_of_a_policy_step_by_hand() -> None:
 
 def test_figures_of_a_pair_step_by_hand() -> None:
     step = PairStep(random_model(), PreferenceLoss())
-    assert step.take() == {} and step.suspects() == "no pair by itself"
+    assert step.take() == {} and step.suspects() == "no pair by itself" and step.seen.maxlen == 4096
     values = torch.tensor([[0.5, 0.5], [1.0, 0.0], [-3.0, -4.0], [-5.0, -7.0]])  # loss, margin, chosen, rejected
     step.seen.append((torch.tensor([4, 9]), values))
     step.seen.append((torch.tensor([2]), torch.tensor([[0.1], [-0.00001], [-2.0], [-3.0]])))

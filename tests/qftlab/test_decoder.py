@@ -382,3 +382,14 @@ def test_a_row_that_begins_again_shows_nothing_twice(tokenizer) -> None:  # noqa
     ids, line = tokenizer("abcd").input_ids, TextStream(tokenizer, [1])
     assert [line.take(ids[:n]) for n in (1, 2, 1, 2, 3, 4)] == ["a", "b", "", "", "c", "d"]
     assert line.take(ids) == "" and line.finish("abcd") == ""
+
+
+def test_rows_that_nobody_reads_stay_inside_the_cache(tokenizer) -> None:  # noqa: F811
+    """A recorded step has rows to spare (four for three), whose positions go on counting from batch to batch."""
+    model = make_model("qwen2")
+    decoder = Decoder(model, recorder=lambda step: step)
+    options = {"max_new_tokens": 12, "stop_token_ids": ()}
+    for prompts in (RAGGED, RAGGED[:3], RAGGED[1:], RAGGED[:3]):
+        found = generate(model, tokenizer, prompts, decoder=decoder, **options)
+        assert found == generate(model, tokenizer, prompts, **options)
+    assert decoder.spare.positions.max() < decoder.spare.cache.capacity

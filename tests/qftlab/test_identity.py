@@ -7,11 +7,14 @@ import math
 
 import pytest
 import torch
+from random_models import random_model
 
 from qftlab.rows.batches import Example
+from qftlab.settings import TrainConfig
 from qftlab.train import loop
 from qftlab.train.checkpoint import Checkpoints, best_step, fingerprint, frozen_fingerprint, refuse_difference
 from qftlab.train.rollouts import rollout_seed
+from qftlab.train.sft import fit_examples
 
 
 def test_at_most_twenty_differences_are_named(tmp_path) -> None:
@@ -68,3 +71,9 @@ def test_two_checkpoints_are_kept(tmp_path) -> None:
     kept = Checkpoints(tmp_path)
     assert [p.name[-1] for p in kept.all()] == ["1", "2", "3"] and kept.last().name == "step-000003"
     assert kept.keep == 2 and Checkpoints(tmp_path / "none").last() is None
+
+
+def test_every_step_can_be_saved_the_first_as_well(tmp_path) -> None:
+    config = TrainConfig(batch_size=1, max_steps=3, save_every=1, keep=9)
+    fit_examples(random_model(), [Example([1, 2, 3], [False, True, True])] * 3, config, checkpoints=tmp_path)
+    assert [p.name[-1] for p in Checkpoints(tmp_path).all()] == ["1", "2", "3"]

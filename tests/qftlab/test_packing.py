@@ -291,3 +291,47 @@ def test_documents_share_a_rectangle_until_too_much_of_it_is_padding(lengths, sh
     layout = attention.packed_layout(places)
     assert layout.shapes == shapes and not layout.is_shared
     assert sorted(layout.places[layout.back].tolist()) == list(range(sum(lengths)))
+
+
+def varlen_of(torch_2_10: bool):
+    """torch's kernel for rows of many documents, written out, with the parameters of one of its versions."""
+
+    def by_document(q, k, v, bounds, **options) -> torch.Tensor:
+        attend, outs = torch.nn.functional.scaled_dot_product_attention, []
+        for first, last in pairwise(bounds.tolist()):
+            document = (x[first:last].transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, H, t, d)
+            outs.append(attend(*document, is_causal=True, **options)[0].transpose(0, 1))
+        return torch.cat(outs)
+
+    def old(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False) -> torch.Tensor:
+        assert is_causal and torch.equal(cu_seq_q, cu_seq_k) and max_q == max_k == 7
+        return by_document(q, k, v, cu_seq_q)
+
+    def new(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        assert window_size == (-1, 0) and torch.equal(cu_seq_q, cu_seq_k) and max_q == max_k == 7
+        return by_document(q, k, v, cu_seq_q, scale=scale, enable_gqa=enable_gqa)
+
+    return old if torch_2_10 else new
+
+
+@pytest.mark.parametrize("torch_2_10", [True, False])
+@pytest.mark.parametrize("heads", [4, 2, 1])
+def test_the_kernel_of_each_torch_gives_attention_by_document(torch_2_10: bool, heads: int, monkeypatch) -> None:
+    monkeypatch.setattr(attention, "_varlen_attn", lambda: varlen_of(torch_2_10))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(13, n, 8) for n in (4, heads, heads))
+    layout = attention.packed_layout([torch.arange(5), torch.arange(5, 12), torch.arange(12, 13)])
+    want = attention._by_document(q, k, v, layout, 0.3, 0.0)
+    got = attention._varlen(q, k, v, torch.tensor([0, 5, 12, 13]), 7, 0.3)
+    assert torch.allclose(got, want, atol=1e-6), "another order of summation in fp32"
+
+
+def test_the_kernel_wants_ampere_and_heads_of_up_to_256(monkeypatch) -> None:
+    def reason(capability: tuple[int, int], width: int = 64) -> str | None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return attention._why_not_varlen(torch.bfloat16, width, 0.0, torch.device("cpu"))
+
+    assert "older than Ampere" in reason((7, 5)) and reason((8, 0)) is reason((9, 0)) is reason((8, 0), 256) is None
+    assert "at most 256 wide, and this is 264" in reason((9, 0), 264)
+    monkeypatch.setattr(attention, "_varlen_attn", lambda: None)
+    assert "this torch has none" in reason((9, 0))

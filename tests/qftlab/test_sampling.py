@@ -289,3 +289,15 @@ def test_sampling_leaves_its_arguments_alone():
         filter_logits(logits, params, seen_ids=[torch.tensor([1])] * 2)
         sample_rows(logits, RowParams.of(params, 2), u, seen=torch.ones(2, 50, dtype=torch.bool))
     assert torch.equal(logits, before)
+
+
+def test_min_p_of_1_leaves_the_likeliest_and_its_ties() -> None:
+    """Also where every row asks for it: 0 is what leaves a setting out, not what all rows have in common."""
+    logits = torch.tensor([[1.0, 3.0, 2.9], [2.0, 0.0, 2.0]])
+    kept = filter_logits(logits, SamplingParams(min_p=1.0)).isfinite()
+    assert kept.tolist() == [[False, True, False], [True, False, True]]
+    for u, want in ((0.0, [1, 0]), (0.49, [1, 0]), (0.51, [1, 2]), (0.99, [1, 2])):
+        drawn = torch.full((2,), u, dtype=torch.float64)
+        rows = RowParams.of(SamplingParams(min_p=1.0), 2)
+        assert sample(logits, SamplingParams(min_p=1.0), drawn).tolist() == want
+        assert sample_rows(logits, rows, drawn).tolist() == want
