@@ -18,10 +18,11 @@ from nbclient import NotebookClient
 from qftlab_course.exercises import of_notebook
 
 TESTS = Path(__file__).resolve().parent
-FOLDER = TESTS.parent / "notebooks"
+FOLDER = TESTS.parents[1] / "notebooks"
 CHECK = re.compile(r'^checks\.check\("(\d\d\.\d)", (\w+)\)$', re.MULTILINE)
 LESSONS = [pytest.param(path, id=path.stem, marks=[] if path.stem.startswith("01") else pytest.mark.slow)
            for path in sorted((FOLDER / "source").glob("[0-9]*.py"))]  # fmt: skip
+assert LESSONS, f"no lesson in {FOLDER}"
 
 
 def with_answer(found: re.Match) -> str:
