@@ -60,7 +60,8 @@ def aside(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     place, old = (path.with_name(f".{path.name}{tail}") for tail in (".part", ".old"))
     try:
-        remove(place), remove(old)
+        remove(place)
+        remove(old)
         path.parent.mkdir(parents=True, exist_ok=True)
         yield place
         flush(place)
@@ -69,7 +70,8 @@ def aside(path: str | Path) -> Iterator[Path]:
         try:
             os.replace(place, path)
         except OSError:
-            os.rename(old, path) if old.exists() else None
+            if old.exists():
+                os.rename(old, path)
             raise
         flush(path.parent, deep=False)
         remove(old)

@@ -246,6 +246,11 @@ class _Row:
         self.text = continuation_text(self.plan.tokenizer, self.prompt_ids, self.token_ids[:tokens])[:cut]
         self.piece = self._stream.finish(self.text) if self.plan.is_streaming else ""
 
+    def tell(self, on_text: Callable[[int, str], None] | None) -> None:
+        """Hands on the piece of text that has just been written, if there is one and somebody to hear it."""
+        if self.piece and on_text is not None:
+            on_text(self.number, self.piece)
+
     def completion(self) -> Completion:
         """The finished row as callers see it."""
         logprobs = self.logprobs if self.plan.with_logprobs else None
@@ -301,18 +306,16 @@ def generate(
     """
     rows = _plan_rows(model, tokenizer, prompts, max_new_tokens, params, stop, stop_token_ids, seed, batch_size,
                       num_generations, return_logprobs, on_text is not None)  # fmt: skip
-    hear = on_text or (lambda number, piece: None)
     with _bar(len(rows), progress) as advance:
         for row in _run(model, decoder, rows, batch_size):
-            if row.piece:
-                hear(row.number, row.piece)
+            row.tell(on_text)
             if row.finish_reason:
                 advance()
-            if should_stop and should_stop():
+            if should_stop is not None and should_stop():
                 break
     for row in (row for row in rows if not row.finish_reason):
         row.finish("cancelled")
-        hear(row.number, row.piece) if row.piece else None
+        row.tell(on_text)
     return [row.completion() for row in rows]
 
 
