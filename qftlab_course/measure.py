@@ -122,7 +122,7 @@ def evaluate_rows(
     params: SamplingParams = GREEDY,
     max_new_tokens: int | None = None,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 128,
 ) -> Evaluation:
     """Asks the model every row and scores its answers.
 
@@ -221,7 +221,7 @@ def compare(before: Evaluation, after: Evaluation) -> Comparison:
     return compare_marks(before.instruction_marks(), after.instruction_marks(), "instructions")
 
 
-def evaluate_kept(model, tokenizer, rows: Sequence[dict], *, batch_size: int = 64) -> Rate:
+def evaluate_kept(model, tokenizer, rows: Sequence[dict], *, batch_size: int = 128) -> Rate:
     """Share of rows whose plain form ("47 + 38 =") is continued with the right answer, greedily, without any chat.
 
     A polite ending is taken off, as everywhere in scoring.

@@ -775,7 +775,8 @@ for name, rows in {"sampled": eight, "beams": beams}.items():
     print(f"{name}, different ideas: {len(ideas[name])}", *texts, sep="\n    ")
 assert len(ideas["beams"]) < len(ideas["sampled"])
 
-tries = generate(model, tokenizer, [SUM], num_generations=512, **plain)
+many = {"num_generations": 512, "batch_size": 256, **plain}
+tries = generate(model, tokenizer, [SUM], **many)
 ends = Counter(row.text.split("The answer is")[-1].strip(" .") for row in tries)
 print("the most frequent of 512 answers:", ends.most_common(1)[0][0])
 print("5050 is among them:", ends["5050"] > 0, "· in one of ten:", ends["5050"] > 51)

@@ -204,8 +204,8 @@ assert ratio > 2 and good < bad
 
 # %%
 searched = beam_search(model, tokenizer, [prompt], num_beams=12, **turn)[0].text
-plain = {"params": SamplingParams(), **turn}
-drawn = generate(model, tokenizer, [prompt], num_generations=512, **plain)
+many = {"num_generations": 512, "batch_size": 256, **turn}
+drawn = generate(model, tokenizer, [prompt], params=SamplingParams(), **many)
 passed = [row.text for row in drawn if row.text == sum_steps(100)]
 print("12 beams are right:", searched == sum_steps(100))
 print("of 512 samples the checker passes:", len(passed))
