@@ -505,53 +505,11 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
-    """Answers one prompt, or every line of standard input.
+class AnswerConfig:
+    """What everything that lets a model write shares.
 
     Args:
         model: `tiny`, a run folder (runs/sft/latest), a model folder, or a name on the Hugging Face hub.
-        prompt: what to ask; without it, each line of standard input is a prompt.
-        raw: continue the text as it is, without a chat around it: the way to use a base model.
-        max_new_tokens: the most tokens an answer may have.
-        num_generations: answers to each prompt.
-        stop: texts that end an answer, as [first,second].
-        format: `text`, or `jsonl` with one object an answer.
-        seed: of the sampling.
-        batch_size: answers written at once.
-        dtype: of the weights; `auto` is the checkpoint's own.
-        device: `auto` is the GPU where there is one.
-        sampling: how tokens are chosen.
-
-    Raises:
-        ValueError: for a value out of range.
-    """
-
-    model: str = "tiny"
-    prompt: str = ""
-    raw: bool = False
-    max_new_tokens: int = 128
-    num_generations: int = 1
-    stop: tuple[str, ...] | str = ()
-    format: Literal["text", "jsonl"] = "text"
-    seed: int = 0
-    batch_size: int = 64
-    dtype: Dtype = "float32"
-    device: str = "auto"
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-
-    def __post_init__(self) -> None:
-        check_at_least(1, max_new_tokens=self.max_new_tokens, num_generations=self.num_generations)
-        check_at_least(1, batch_size=self.batch_size)
-        check_choice(("text", "jsonl"), format=self.format)
-
-
-@dataclass(frozen=True)
-class ChatConfig:
-    """A conversation; the model sees all of it. /new begins another, /quit ends (so does Ctrl-D).
-
-    Args:
-        model: `tiny`, a run folder (runs/sft/latest), a model folder, or a name on the Hugging Face hub.
-        system: instructions that stand before the conversation.
         max_new_tokens: the most tokens an answer may have.
         seed: of the sampling.
         dtype: of the weights; `auto` is the checkpoint's own.
@@ -563,7 +521,6 @@ class ChatConfig:
     """
 
     model: str = "tiny"
-    system: str = ""
     max_new_tokens: int = 128
     seed: int = 0
     dtype: Dtype = "float32"
@@ -572,6 +529,43 @@ class ChatConfig:
 
     def __post_init__(self) -> None:
         check_at_least(1, max_new_tokens=self.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class GenerateConfig(AnswerConfig):
+    """Answers one prompt, or every line of standard input.
+
+    Args:
+        prompt: what to ask; without it, each line of standard input is a prompt.
+        raw: continue the text as it is, without a chat around it: the way to use a base model.
+        num_generations: answers to each prompt.
+        stop: texts that end an answer, as [first,second].
+        format: `text`, or `jsonl` with one object an answer.
+        batch_size: answers written at once.
+    """
+
+    prompt: str = ""
+    raw: bool = False
+    num_generations: int = 1
+    stop: tuple[str, ...] | str = ()
+    format: Literal["text", "jsonl"] = "text"
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(1, num_generations=self.num_generations, batch_size=self.batch_size)
+        check_choice(("text", "jsonl"), format=self.format)
+
+
+@dataclass(frozen=True)
+class ChatConfig(AnswerConfig):
+    """A conversation; the model sees all of it. /new begins another, /quit ends (so does Ctrl-D).
+
+    Args:
+        system: instructions that stand before the conversation.
+    """
+
+    system: str = ""
 
 
 @dataclass(frozen=True)

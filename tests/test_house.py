@@ -107,7 +107,7 @@ def test_the_core_imports_the_rest_where_it_needs_it() -> None:
     """At their head, core files import core files and what is below it all: files, tokenizers, schemas, loading."""
     below = set(
         "files maths/verify rows/tokenizer rows/schemas rows/sources rows/countdown model/loading model/lora "
-        "train/distributed train/meter decoding/fuse decoding/layouts".split()
+        "train/distributed train/meter decoding/layouts".split()
     )
     known = {str(path.relative_to(ROOT / "qftlab").with_suffix("")): path for path in LIBRARY}
     for name in CORE:

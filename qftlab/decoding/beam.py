@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qftlab.decoding.decoder import Decoder
+from qftlab.decoding.decoder import Decoder, decoder_for
 from qftlab.decoding.engine import Prompt, check_prompts, continuation_text, default_stop_ids, encode_prompts, head_rows
-from qftlab.decoding.layouts import layout_for
 from qftlab.maths.sampling import RowParams, SamplingParams, penalise
 from qftlab.model.head import module_mode
 from qftlab.settings import check_at_least
@@ -223,10 +222,7 @@ def beam_search(
     """Finds likely completions of every prompt, going on with the `num_beams` likeliest at each token.
 
     Args:
-        model: a causal transformers model (Qwen2, Qwen3 or Llama; also one wrapped by peft); its `training` flags are
-            given back as found.
-        tokenizer: its tokenizer; ids past `len(tokenizer)` are never produced.
-        prompts: each a str (raw text, no template), a list of messages (rendered as a chat prompt) or a list of ids.
+        model, tokenizer, prompts: as in `generate`.
         num_beams: hypotheses kept a prompt; 1 is greedy decoding.
         max_new_tokens: the most tokens a completion may have.
         length_penalty: power of the length that a sum of log-probabilities is divided by: 0 is the plain sum, above 0
@@ -266,7 +262,7 @@ def beam_search(
     size = max(1, batch_size // num_beams)
     with module_mode(model, False):
         steps = max_new_tokens * -(-len(by_length) // size)
-        decoder = decoder or Decoder(model, layout=layout_for(model, steps))
+        decoder = decoder or decoder_for(model, steps)
         for start in range(0, len(by_length), size):
             _decode(decoder, by_length[start : start + size], plan)
     return [hypothesis for search in searches for hypothesis in search.hypotheses(tokenizer)]

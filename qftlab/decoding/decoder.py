@@ -7,7 +7,9 @@ only the last position reaches the head.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from qftlab.decoding.cache import KVCache, attend_shared
-from qftlab.decoding.fuse import Layout, Projections, is_plain_linear
 from qftlab.model.head import causal_model, weights_version
 
 FAMILIES = ("qwen2", "qwen3", "llama")
@@ -23,6 +24,22 @@ FAMILIES = ("qwen2", "qwen3", "llama")
 MOVING_ROPES = ("dynamic", "longrope")
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 PREFILL_TOKENS = 16_384  # read in one pass; more prompts than that take several
+PIN = "QFTLAB_LAYOUT"  # the environment variable that names the layout of every decoder
+LONG_ENOUGH = 64  # steps from which on a snapshot pays: it takes about as long to make as 10 to 30 of them save
+
+
+def decoder_for(model: nn.Module, steps: int) -> Decoder:
+    """A decoder in the layout that pays on this machine if it lives for so many steps; plain for a few.
+
+    Raises:
+        ValueError: as `Decoder`, or if `QFTLAB_LAYOUT` names no layout.
+    """
+    pin = os.environ.get(PIN)
+    if pin == "plain" or (not pin and steps < LONG_ENOUGH):
+        return Decoder(model)
+    from qftlab.decoding.layouts import layout_for
+
+    return Decoder(model, layout=layout_for(model))
 
 
 class Decoder:
@@ -30,9 +47,8 @@ class Decoder:
 
     Args:
         model: a causal transformers model of a family named in `FAMILIES`, or one wrapped by peft.
-        layout: of the products, as `Layout` or as the text that spells it; any but `plain` is a snapshot of
-            `snapshot_bytes`, adapters folded in, to be refreshed after every update of the weights. `choose_layout`
-            finds the fastest.
+        layout: of the products, as `layouts.py` writes it; any but `plain` is a snapshot of `snapshot_bytes`, adapters
+            folded in, to be refreshed after every update of the weights. `choose_layout` finds the fastest.
         recorder: turns a step that works on tensors at fixed places into what replays it; by default CUDA graphs on
             CUDA, and every step run as it is elsewhere.
 
@@ -40,18 +56,18 @@ class Decoder:
         ValueError: for another family, sharded weights, or a layout that the weights cannot take.
     """
 
-    def __init__(self, model: nn.Module, *, layout: Layout | str = "plain", recorder: Recorder | None = None) -> None:
+    def __init__(self, model: nn.Module, *, layout: str = "plain", recorder: Recorder | None = None) -> None:
         self.model = causal_model(model)
         self.config = self.model.config
         _check_supported(model, self.config)
         body = self.model.get_decoder()
         self.rotary, self.last_norm = body.rotary_emb, body.norm
-        self.layout = Layout.parse(layout) if isinstance(layout, str) else layout
-        self.layers = [DecoderLayer(layer, self.layout) for layer in body.layers]
+        self.layout = layout = "plain" if set(layout.split(",")) == {"plain"} else layout
+        self.layers = [DecoderLayer(layer, layout) for layer in body.layers]
         self.scale = body.layers[0].self_attn.scaling
         self.embed, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         self.vocabulary = head.weight.shape[0]
-        self.head = Projections((head,), self.layout if is_plain_linear(head) else Layout())
+        self.head = projections((head,), layout if is_plain_linear(head) else "plain")
         self.version = weights_version(model)
         self.recorder = CudaGraphs() if recorder is None and self.weight.device.type == "cuda" else recorder
         self.spare = None  # the tensors of the last batch, for the next one
@@ -221,7 +237,7 @@ class Decoder:
         Raises:
             RuntimeError: naming both versions.
         """
-        if not self.layout.is_plain and self.version != weights_version(self.model):
+        if self.layout != "plain" and self.version != weights_version(self.model):
             raise RuntimeError(
                 f"the snapshot must be as new as the weights, got version {self.version} of "
                 f"{weights_version(self.model)}: call refresh_() after each update"
@@ -244,7 +260,7 @@ class CudaGraphs:
 class DecoderLayer:
     """The parts of one decoder layer, with its products in a layout."""
 
-    def __init__(self, layer: nn.Module, layout: Layout) -> None:
+    def __init__(self, layer: nn.Module, layout: str) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.head_dim = attention.head_dim
@@ -252,7 +268,7 @@ class DecoderLayer:
         self.heads = attention.config.num_attention_heads
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.activation = mlp.act_fn
-        self.parts = [Projections(group, layout) for group in linear_groups(layer)]
+        self.parts = [projections(group, layout) for group in linear_groups(layer)]
         self.qkv, self.output, self.up, self.down = self.parts
 
     def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -268,6 +284,51 @@ class DecoderLayer:
         """(N, D) → (N, D)."""
         gate, up = self.up.each(x)
         return self.down(self.activation(gate).mul_(up))
+
+
+class Projections:
+    """Several linear modules of one input, of any kind, each called by itself: nothing is copied."""
+
+    num_bytes = 0  # of a snapshot
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = tuple(modules)
+        # A plain product needs no call of a module.
+        self._each = [partial(F.linear, weight=m.weight, bias=m.bias) if is_plain_linear(m) else m for m in modules]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, in) → (N, sum of all out)."""
+        return self._each[0](x) if len(self._each) == 1 else torch.cat([part(x) for part in self._each], dim=-1)
+
+    def each(self, x: Tensor) -> Sequence[Tensor]:
+        """(N, in) → (N, out) of each module."""
+        return [part(x) for part in self._each]
+
+    def refresh_(self) -> None:
+        """There is no snapshot that could grow old."""
+
+
+def projections(modules: Sequence[nn.Module], layout: str) -> Projections:
+    """Linear modules of one input, as they are or folded into a snapshot.
+
+    Raises:
+        ValueError: for an unknown layout, or modules that cannot be folded.
+    """
+    if layout == "plain":
+        return Projections(modules)
+    from qftlab.decoding.layouts import Folded
+
+    return Folded(modules, layout)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling the module is `F.linear` and nothing else."""
+    return type(module) is nn.Linear and not is_hooked(module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody looks at, or changes, what the module takes or gives."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def linear_groups(layer: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:

@@ -14,12 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from qftlab.decoding.batch import Batch, Settings
-from qftlab.decoding.decoder import Decoder
-from qftlab.decoding.layouts import layout_for
+from qftlab.decoding.decoder import Decoder, decoder_for
 from qftlab.maths.sampling import SamplingParams
 from qftlab.model.head import module_mode
 from qftlab.rows.chat import render_prompt
-from qftlab.settings import check_at_least
 
 END_OF_TURN = "<|im_end|>"
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
@@ -67,10 +65,11 @@ def check_prompts(encoded: Sequence[Sequence[int]], model, max_new_tokens: int |
     limits = [max_new_tokens] * len(encoded) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if len(limits) != len(encoded):
         raise ValueError(f"max_new_tokens must be one, or one for each of {len(encoded)} prompts, got {len(limits)}")
-    check_at_least(1, max_new_tokens=min(limits, default=1))
     context = getattr(model.config, "max_position_embeddings", None)
     rows = min(head_rows(model), model.get_input_embeddings().weight.shape[0])
     for i, (ids, limit) in enumerate(zip(encoded, limits, strict=True)):
+        if limit < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {limit} for prompts[{i}]")
         if min(ids) < 0 or max(ids) >= rows:
             worst = max(ids) if max(ids) >= rows else min(ids)
             raise ValueError(
@@ -291,7 +290,7 @@ def generate(
         num_generations: completions of each prompt; they share its prefill.
         return_logprobs: whether completions carry log-probabilities.
         decoder: a `Decoder` of the same model, to keep its snapshot and CUDA graphs from call to call; by default one
-            made anew, in the layout that pays on this machine (`layouts.layout_for`).
+            made anew, in the layout that pays on this machine (`decoder_for`).
         on_text: gets (completion's number, piece of text) as the text grows; the pieces joined are the text.
         should_stop: asked after every token; once true, what is not finished ends as "cancelled".
         progress: whether to draw a `tqdm.auto` bar of completions.
@@ -343,7 +342,9 @@ def _plan_rows(
     num_generations=1, return_logprobs=False, is_streaming=False,
 ) -> list[_Row]:  # fmt: skip
     """A row for every completion, in the order of the results, once everything has been checked."""
-    check_at_least(1, batch_size=batch_size, num_generations=num_generations)
+    for name, value in {"batch_size": batch_size, "num_generations": num_generations}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(s, str) for s in stop):
         raise TypeError(f"stop must be texts, got {stop!r:.60}: ids go to stop_token_ids")
@@ -353,7 +354,7 @@ def _plan_rows(
     limits = check_prompts(encoded, model, max_new_tokens)
     each = [params] * len(encoded) if isinstance(params, SamplingParams) else list(params)
     if not all(isinstance(p, SamplingParams) for p in each):
-        raise TypeError(f"params must be core.sampling.SamplingParams, one or one a prompt, got {params!r:.60}")
+        raise TypeError(f"params must be SamplingParams, one or one a prompt, got {params!r:.60}")
     if len(each) != len(encoded):
         raise ValueError(f"params must be one, or one for each of the {len(encoded)} prompts, got {len(each)}")
     stop_ids = default_stop_ids(model, tokenizer) if stop_token_ids is None else stop_token_ids
@@ -370,7 +371,7 @@ def _run(model, decoder: Decoder | None, rows: list[_Row], batch_size: int) -> I
     waiting = sorted(rows, key=lambda row: len(row.prompt_ids))
     with module_mode(model, False):
         steps = max((row.limit for row in rows), default=0) * -(-len(rows) // batch_size)
-        decoder = decoder or Decoder(model, layout=layout_for(model, steps))
+        decoder = decoder or decoder_for(model, steps)
         while waiting:
             batch = waiting[:batch_size]
             try:

@@ -305,8 +305,7 @@ def fit_pairs(
     """Trains `model` in place on preference rows: what a notebook calls.
 
     Args:
-        model: a causal transformers model, or one wrapped by peft; its trainable parameters move.
-        tokenizer: its tokenizer, with a chat template.
+        model, tokenizer: as in `fit_rows`.
         rows: "prompt", "chosen" and "rejected"; see `encode_pairs`.
         config: the settings of the loop; its batch sizes count pairs.
         loss: what is minimised, DPO with β 0.1 by default.

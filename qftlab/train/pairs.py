@@ -7,9 +7,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qftlab.decoding.decoder import Decoder
+from qftlab.decoding.decoder import decoder_for
 from qftlab.decoding.engine import Completion, generate
-from qftlab.decoding.layouts import layout_for
 from qftlab.maths.sampling import SamplingParams
 from qftlab.rows.batches import Example
 from qftlab.rows.chat import row_to_messages
@@ -84,14 +83,14 @@ def sample_pairs(
     check_at_least(2, num_generations=num_generations)  # a pair needs two answers
     prompts = [row_to_messages(row)[:-1] for row in rows]
     steps = max_new_tokens * -(-len(rows) * num_generations // batch_size)
-    decoder = decoder or Decoder(model, layout=layout_for(model, steps))
+    decoder = decoder or decoder_for(model, steps)
     answers = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size,
                        params=SamplingParams(temperature=temperature), num_generations=num_generations,
                        decoder=decoder)  # fmt: skip
     groups = [answers[i : i + num_generations] for i in range(0, len(answers), num_generations)]
     scored = [[(reward(prompt, c.token_ids, c.text, row), c) for c in group]
               for prompt, row, group in zip(prompts, rows, groups, strict=True)]  # fmt: skip
-    found = _paired(prompts, scored, right, seed, str(decoder.layout))
+    found = _paired(prompts, scored, right, seed, decoder.layout)
     log.info("%s", found.summary())
     return found
 

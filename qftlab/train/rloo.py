@@ -181,8 +181,7 @@ def fit_policy(
     """Trains `model` in place by RLOO: what a notebook calls.
 
     Args:
-        model: a causal transformers model, or one wrapped by peft; its trainable parameters move.
-        tokenizer: its tokenizer, with a chat template.
+        model, tokenizer: as in `fit_rows`.
         rows: whose prompts are answered; see `encode_prompts`.
         rewards: a function f(prompt, completion_ids, text, row) → number, or several by name; see
             `qftlab.train.rollouts.score`.
@@ -333,7 +332,7 @@ def keep_layout_(checkpoints: Checkpoints, model) -> str:
     if "layout" not in checkpoints.identity:
         last = checkpoints.last()
         recorded = read_state(last)["identity"].get("layout") if last else None
-        layouts = World.current().gather(recorded or str(choose_layout(model)))
+        layouts = World.current().gather(recorded or choose_layout(model))
         checkpoints.identity["layout"] = layouts[0]
     return checkpoints.identity["layout"]
 

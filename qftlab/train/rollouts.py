@@ -86,7 +86,7 @@ class ModelSampler:
     Args:
         model, tokenizer: as in `generate`.
         config: limits.
-        layout: of the decoder, as `Layout` spells it; by default the one that `choose_layout` finds.
+        layout: of the decoder, as `layouts.py` writes it; by default the one that `choose_layout` finds.
     """
 
     def __init__(self, model, tokenizer, config: PolicyConfig, layout: str | None = None) -> None:
@@ -104,11 +104,11 @@ class ModelSampler:
     def _fresh(self) -> Decoder:
         """The decoder, with the weights of now."""
         if self._decoder is None:
-            self.layout = self.layout or str(choose_layout(self.model))
+            self.layout = self.layout or choose_layout(self.model)
             self._decoder = Decoder(self.model, layout=self.layout)
             log.info("rollouts are decoded in the layout %s, a snapshot of %.0f MB", self.layout,
                      self._decoder.snapshot_bytes / 1e6)  # fmt: skip
-        elif not self._decoder.layout.is_plain:
+        elif self._decoder.layout != "plain":
             bump_weights_version_(self.model)
             self._decoder.refresh_()
         return self._decoder

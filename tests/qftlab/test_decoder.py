@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from qftlab.decoding.cache import KVCache, compact
 from qftlab.decoding.decoder import Decoder
 from qftlab.decoding.engine import generate, stream
-from qftlab.decoding.fuse import LAYOUTS
+from qftlab.decoding.layouts import LAYOUTS
 from qftlab.maths.sampling import SamplingParams
 from qftlab.model.head import bump_weights_version_
 

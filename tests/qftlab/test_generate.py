@@ -348,7 +348,7 @@ def test_the_real_llama_matches_transformers(real_data: Path) -> None:
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"params": {"temperature": 1.0}}, TypeError, "params must be core.sampling.SamplingParams"),
+        ({"params": {"temperature": 1.0}}, TypeError, "params must be SamplingParams"),
         ({"stop": [5]}, TypeError, r"stop must be texts, got \(5,\): ids go to stop_token_ids"),
         ({"stop_token_ids": ["<|im_end|>"]}, ValueError, "stop_token_ids must be ids from 0 to 299, got '<|im_end|>'"),
         ({"stop_token_ids": [10**7]}, ValueError, "stop_token_ids must be ids from 0 to 299, got 10000000"),
