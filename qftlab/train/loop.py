@@ -87,6 +87,7 @@ def train(
     checkpoints: Checkpoints | None = None,
     resume: bool = False,
     saves_on: tuple[type[Exception], ...] = (),
+    rate: Callable[[TrainConfig, int, int], float] = learning_rate,
 ) -> TrainResult:
     """Trains the trainable parameters of `step` in place.
 
@@ -110,6 +111,7 @@ def train(
             `save_every` is 0), and when the run is stopped: by Ctrl-C, SIGTERM, a loss that is no number, `saves_on`.
         resume: whether to go on from the last of `checkpoints`, if there is one.
         saves_on: what `source` raises in all processes at once; the steps before it are saved.
+        rate: gives the learning rate of a step, as `learning_rate` does from (config, step, all steps).
 
     Returns:
         Losses and counts. After Ctrl-C the result so far, with `interrupted` set. After an early stop with
@@ -125,7 +127,7 @@ def train(
     """
     with module_mode(step, True), torch.random.fork_rng(), prepared(step, config), _Signals() as signals:
         run = _Run(step, source, config, count, held_out, on_log, checkpoints, signals)
-        run.unit, run.take, run.headline = unit, take, headline
+        run.unit, run.take, run.headline, run.rate = unit, take, headline, rate
         try:
             run.restore(resume)
             with _bar(run.total, run.result.steps, progress and run.world.is_main) as advance:
@@ -150,6 +152,7 @@ class _Run:
     unit: str
     take: Callable[[], dict]
     headline: Callable[[dict], str]
+    rate: Callable[[TrainConfig, int, int], float]
 
     def __init__(self, step, source, config, count, held_out, on_log, checkpoints, signals) -> None:
         self.signals = signals
@@ -209,7 +212,7 @@ class _Run:
     def one_step(self, number: int) -> str:
         """Optimizer step `number`, counted from 0; returns what there is to say of it."""
         epoch, within = divmod(number, self.source.steps_per_epoch)
-        lr = learning_rate(self.config, number, self.total)
+        lr = self.rate(self.config, number, self.total)
         micro_batches = self.source(epoch, within)
         device = next(self.step.parameters()).device
         torch.manual_seed(_step_seed(self.config.seed, number, self.world.rank))

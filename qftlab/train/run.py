@@ -214,7 +214,8 @@ def draw_curves(
             curves = {name: [record[name] for record in found] for name in names}
             loss_curve([record["step"] for record in found], curves, ax=ax)
             values = [value for curve in curves.values() for value in curve]
-            ax.set_ylim(min(0.0, 1.05 * min(values)), max(0.0, 1.05 * max(values)))
+            if any(values):
+                ax.set_ylim(min(0.0, 1.05 * min(values)), max(0.0, 1.05 * max(values)))
             finish(ax, "optimizer step", ylabel, title)
             break
     else:

@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
-import time
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,14 +21,14 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from qftlab.files import remove
 from qftlab.model.attention import register_packed_attention
 from qftlab.rows.batches import Example, pack
-from qftlab.settings import check_at_least
-from qftlab.train.loop import MicroBatch, optimizer_step
+from qftlab.settings import TrainConfig, check_at_least
+from qftlab.train.checkpoint import Checkpoints
+from qftlab.train.loop import MicroBatch, TrainResult, train
 from qftlab.train.step import Step
 from qftlab_course.world.corpus import END, Document, documents, tokenizer_text
-
-log = logging.getLogger(__name__)
 
 # Qwen2's pre-tokenisation: contractions, words, single digits, punctuation, white space.
 SPLIT = (
@@ -49,12 +47,12 @@ class PretrainConfig:
     """The recipe of `tiny`.
 
     Args:
-        output: folder that receives tokenizer, weights, `pretraining.json` and, while running, `checkpoint.pt`.
+        output: folder that receives tokenizer, weights, `pretraining.json` and, while running, `checkpoints/`.
         steps: optimizer steps.
         documents_per_step: documents in a step, about 35 tokens each.
         lr: peak learning rate, reached after `warmup` steps and left `decay` of the run before its end.
         polish_steps: steps of the last, short phase of the corpus; its rate falls from `polish_lr` to zero.
-        weight_decay: on matrices only.
+        weight_decay: on matrices, not on the embedding (on which it also was when the shipped weights were made).
         vocab_size: tokenizer entries, special tokens included; `rows` embedding rows stand above them.
         save_every: steps between checkpoints.
         seed: of weights, corpus and order.
@@ -156,55 +154,49 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
     return config.lr * min(1.0, (step + 1) / config.warmup, falling)
 
 
-def make_optimizer(model: PreTrainedModel, config: PretrainConfig) -> torch.optim.Optimizer:
-    """Fused AdamW; decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
+class Corpus:
+    """The corpus as a source of `train`: step after step new documents, all in one epoch."""
+
+    def __init__(self, config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.steps_per_epoch = config.steps + config.polish_steps
+
+    def __call__(self, epoch: int, step: int) -> list[MicroBatch]:
+        """The documents of one optimizer step."""
+        docs = documents(self.config.seed, step, self.config.documents_per_step)
+        return [MicroBatch(pack(encode_documents(self.tokenizer, docs)))]
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Builds tokenizer and model, or resumes from `checkpoint.pt`; returns the folder, ready for `load_model`."""
+    """Builds tokenizer and model, or resumes from the last checkpoint; returns the folder, ready for `load_model`.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, with the steps so far saved; the same command goes on.
+    """
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(config.vocab_size, config.seed)
-    model = new_model(config, tokenizer)
-    optimizer = make_optimizer(model, config)
-    checkpoint = folder / "checkpoint.pt"
-    start, tokens, curve = 0, 0, []
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, tokens, curve = state["step"], state["tokens"], state["curve"]
-        log.info("resumed at step %d", start)
-    step, clock, recent = Step(model), time.process_time(), []
-    last = config.steps + config.polish_steps
-    for number in range(start, last):
-        examples = encode_documents(tokenizer, documents(config.seed, number, config.documents_per_step))
-        lr = learning_rate(config, number)
-        report = optimizer_step(step, optimizer, [MicroBatch(pack(examples))], lr, 1.0, number=number + 1)
-        recent.append(report.loss)
-        tokens += report.tokens
-        if (number + 1) % 50 == 0:
-            curve.append([number + 1, tokens, round(sum(recent) / len(recent), 4)])
-            log.info("step %d: loss %.4f, %d tokens, %.0f s", *curve[-1][::2], tokens, time.process_time() - clock)
-            recent = []
-        if (number + 1) % config.save_every == 0 or number + 1 == last:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": number + 1}
-            torch.save({**state, "tokens": tokens, "curve": curve}, checkpoint.with_suffix(".tmp"))
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
-    _finish(folder, config, model, tokenizer, tokens, curve)
-    checkpoint.unlink(missing_ok=True)
+    model, source = new_model(config, tokenizer), Corpus(config, tokenizer)
+    recipe = {name: value for name, value in asdict(config).items() if name != "output"}
+    checkpoints = Checkpoints(folder / "checkpoints", {**recipe, "save_every": None}, keep=1)
+    settings = TrainConfig(
+        lr=config.lr, max_steps=source.steps_per_epoch, weight_decay=config.weight_decay, beta2=0.98, max_grad_norm=1.0,
+        save_every=config.save_every, log_every=50, seed=config.seed,
+    )  # fmt: skip
+    result = train(Step(model), source, settings, checkpoints=checkpoints, resume=True,
+                   rate=lambda settings, step, total: learning_rate(config, step))  # fmt: skip
+    if result.interrupted:
+        raise KeyboardInterrupt(f"stopped after {result.steps} steps; the same command goes on")
+    _finish(folder, recipe, model, tokenizer, result)
+    remove(checkpoints.folder)
     return folder
 
 
-def _finish(folder: Path, config: PretrainConfig, model, tokenizer, tokens: int, curve: list) -> None:
-    """Stores bf16 weights, the tokenizer and the record of the run."""
+def _finish(folder: Path, recipe: dict, model, tokenizer, result: TrainResult) -> None:
+    """Stores bf16 weights, the tokenizer and the record of the run: its recipe, tokens, and losses by 50 steps."""
     model.config._attn_implementation = "sdpa"
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    recipe = {name: value for name, value in asdict(config).items() if name != "output"}
-    record = {"config": recipe, "tokens": tokens, "curve": curve}
-    (folder / "pretraining.json").write_text(json.dumps(record))
+    parts = {start + 50: result.losses[start : start + 50] for start in range(0, result.steps, 50)}
+    curve = [[min(end, result.steps), round(math.fsum(part) / len(part), 4)] for end, part in parts.items()]
+    (folder / "pretraining.json").write_text(json.dumps({"config": recipe, "tokens": result.tokens, "curve": curve}))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
+import time
 from dataclasses import replace
 
 import pytest
 import torch
+from random_signals import disturbed
 
 from qftlab.model.loading import load_model
 from qftlab.rows.tokenizer import load_tokenizer
@@ -56,9 +59,25 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     resumed = pretrain(config)
     a, b = load_model(whole).state_dict(), load_model(resumed).state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not (resumed / "checkpoint.pt").exists()
+    assert not (resumed / "checkpoints").exists()
     record = json.loads((resumed / "pretraining.json").read_text())
     assert record["config"]["steps"] == 2 and record["tokens"] > 100
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_random_signals_change_nothing(count: int, tmp_path):
+    """The same command goes on after each, to the same bytes."""
+    torch.set_num_threads(1)
+    config = PretrainConfig(steps=4, warmup=2, **SMALL | {"save_every": 1})
+    clock = time.perf_counter()
+    whole = pretrain(replace(config, output=str(tmp_path / "whole")))
+    seconds, chance = time.perf_counter() - clock, random.Random(count)
+    for number in range(count):
+        ours = replace(config, output=str(tmp_path / str(number)))
+        disturbed(pretrain, (ours,), tmp_path / str(number), chance, seconds)
+        folder = pretrain(ours)
+        for name in ("model.safetensors", "pretraining.json", "tokenizer.json"):
+            assert (folder / name).read_bytes() == (whole / name).read_bytes(), number
 
 
 def test_schedule_and_settings():

@@ -6,16 +6,14 @@ Ctrl-C once and twice, SIGTERM, and SIGKILL, also inside the writes of checkpoin
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import random
-import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from random_models import random_model
+from random_signals import disturbed
 
 from qftlab.files import bundled, sha256
 from qftlab.model.loading import save_model
@@ -29,7 +27,6 @@ from qftlab.train.rloo import fresh_problems, rloo
 from qftlab.train.sft import sft
 
 STAGES = {"sft": sft, "dpo": dpo, "rloo": rloo, "reward": reward}
-CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
 def config_of(stage: str, folder: Path, output: str, resume: str | None = None) -> RunConfig:
@@ -68,42 +65,10 @@ def whole(little) -> dict[str, Path]:
     return {stage: run(config_of(stage, little, f"whole-{stage}")) for stage, run in STAGES.items()}
 
 
-def child(stage: str, folder: str, output: str, pipe) -> None:
-    """Begins a run, or goes on with it if one has begun; ends with the code the command line would give."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    begun = any((Path(folder) / output).glob("*/metrics.jsonl"))
-    pipe.send(True)
-    try:
-        STAGES[stage](config_of(stage, Path(folder), output, "last" if begun else None))
-    except KeyboardInterrupt:
-        os._exit(130)
-
-
-def disturbed(stage: str, folder: Path, output: str, chance: random.Random, seconds: float) -> tuple[int, Path | None]:
-    """Sends a random signal at a random moment; returns the code it ended with and its last checkpoint."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=child, args=(stage, str(folder), output, theirs))
-    process.start()
-    assert ours.recv()
-    number = chance.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
-    if chance.random() < 0.5:  # inside the write of a checkpoint
-        deadline = time.monotonic() + 60
-        while process.is_alive() and not any((folder / output).glob("*/checkpoints/*/.step-*")):
-            assert time.monotonic() < deadline
-            time.sleep(1e-4)
-    else:
-        time.sleep(chance.uniform(0, seconds))
-    if process.is_alive():
-        os.kill(process.pid, number)
-        if number == signal.SIGINT and chance.random() < 0.5:
-            time.sleep(chance.uniform(0, 0.01))
-            os.kill(process.pid, number) if process.is_alive() else None
-    process.join(120)
-    found = [Checkpoints(path).last() for path in (folder / output).glob("*/checkpoints/*") if path.name == stage]
-    assert process.exitcode in (0, -signal.SIGTERM, *CODES.values())  # it may end before it listens
-    return process.exitcode, found[0] if found else None
+def begin_or_go_on(stage: str, folder: Path, output: str) -> Path:
+    """Begins a run, or goes on with it if one has begun."""
+    begun = any((folder / output).glob("*/metrics.jsonl"))
+    return STAGES[stage](config_of(stage, folder, output, "last" if begun else None))
 
 
 def signals(little: Path, whole: dict[str, Path], count: int, seed: int) -> None:
@@ -113,10 +78,11 @@ def signals(little: Path, whole: dict[str, Path], count: int, seed: int) -> None
     for number in range(count):
         stage = list(STAGES)[number % 4]
         output = f"{stage}-{seed}-{number}"
-        _, last = disturbed(stage, little, output, chance, seconds)
+        disturbed(begin_or_go_on, (stage, little, output), little / output, chance, seconds)
+        found = [Checkpoints(path).last() for path in (little / output).glob(f"*/checkpoints/{stage}")]
+        last = found[0] if found else None
         step = read_state(last)["result"]["steps"] if last else 0
-        begun = any((little / output).glob("*/metrics.jsonl"))
-        run = STAGES[stage](config_of(stage, little, output, "last" if begun else None))
+        run = begin_or_go_on(stage, little, output)
         assert step <= 8 and (step == 0 or Checkpoints(run / "checkpoints" / stage).last().name == "step-000008")
         ours, theirs = (sha256(path / "model" / "model.safetensors") for path in (run, whole[stage]))
         assert ours == theirs, output
