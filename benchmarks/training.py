@@ -17,7 +17,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.harness import Benchmark, MismatchError, Options, Side, compare, judge
 from benchmarks.models import bench_config, ceilings, half_billion_config, starting_model, word_tokenizer
-from qftlab.maths.logprobs import Term, chunk_tokens, linear_cross_entropy
+from qftlab.maths.logprobs import HeadTerm, chunk_tokens, linear_cross_entropy
 from qftlab.model.attention import register_packed_attention
 from qftlab.rows.batches import Example, batches, pad
 from qftlab.settings import TrainConfig
@@ -312,7 +312,7 @@ def head_losses() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     """Σ −log p(y) of hidden states x and a head's weight w, each competitor's way; those that are installed."""
     found = {
         # A chunk named by hand keeps to our own path where Liger is installed.
-        "qftlab": lambda x, w, y: linear_cross_entropy([Term(x, w)], y, chunk=chunk_tokens(len(w), x.device)),
+        "qftlab": lambda x, w, y: linear_cross_entropy([HeadTerm(x, w)], y, chunk=chunk_tokens(len(w), x.device)),
         "whole logits": lambda x, w, y: F.cross_entropy((x @ w.t()).float(), y, reduction="sum"),
     }
     with contextlib.suppress(ImportError):

@@ -1,4 +1,4 @@
-"""Runs that get a random signal at a random moment, half of them inside a write: Ctrl-C (also twice), SIGTERM, SIGKILL."""
+"""Runs that get a random signal at a random moment, half of them inside a write of a checkpoint."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ EVERY_SETTING = SamplingParams(0.5, 1, 0.5, 0.5, 2.0)
 
 
 @dataclass(frozen=True)
-class Settings:
+class BatchSettings:
     """What a batch needs to know to choose tokens.
 
     Args:
@@ -51,7 +51,7 @@ class Settings:
         return any(p.repetition_penalty != 1 for p in self.params)
 
 
-class Arena:
+class DecodeBuffers:
     """The tensors of a batch, at fixed places in memory, so that a recorded step finds them again.
 
     Args:
@@ -95,7 +95,7 @@ class Batch:
         settings: how tokens are chosen.
     """
 
-    def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], settings: Settings) -> None:
+    def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], settings: BatchSettings) -> None:
         self.decoder, self.settings, self.recorder = decoder, settings, decoder.recorder
         self.params, self.count, self.at = _joined(settings.params), len(prompts), 0
         self.firsts = [i for i, p in enumerate(prompts) if i == 0 or p is not prompts[i - 1]]
@@ -104,38 +104,38 @@ class Batch:
         longest = 0 if self.is_sharing else max(map(len, prompts))
         size = len(prompts), longest + settings.max_new_tokens, settings.max_new_tokens
         if decoder.spare is None or not decoder.spare.fits(*size):
-            decoder.spare = Arena(decoder, *size)
-        self.arena = decoder.spare
-        self.arena.is_busy = True
+            decoder.spare = DecodeBuffers(decoder, *size)
+        self.buffers = decoder.spare
+        self.buffers.is_busy = True
         self._fill(prompts)
         self._read(prompts)
 
     def _fill(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Writes what choosing needs into the arena's first rows."""
-        arena, settings, n = self.arena, self.settings, self.count
-        device = arena.tokens.device
-        arena.step.zero_()
-        arena.positions[:n] = torch.tensor([len(p) for p in prompts], device=device)
+        """Writes what choosing needs into the buffers' first rows."""
+        buffers, settings, n = self.buffers, self.settings, self.count
+        device = buffers.tokens.device
+        buffers.step.zero_()
+        buffers.positions[:n] = torch.tensor([len(p) for p in prompts], device=device)
         if not settings.is_greedy:
             row_ids, steps = torch.tensor(settings.row_ids, device=device), torch.arange(settings.max_new_tokens)
-            arena.u[:n, : settings.max_new_tokens] = uniform(settings.seed, row_ids, steps.to(device))
+            buffers.u[:n, : settings.max_new_tokens] = uniform(settings.seed, row_ids, steps.to(device))
         if self.recorder is not None:
             values = {k: v for k, v in vars(RowParams.of(self.params, n, device)).items() if v is not None}
             self.used = tuple(values)
             for name, value in values.items():
-                arena.params[name][:n] = value
+                buffers.params[name][:n] = value
         if settings.is_penalised:
             vocabulary = self.decoder.vocabulary
-            if arena.seen is None:
-                arena.seen = torch.zeros(len(arena.tokens), vocabulary, dtype=torch.bool, device=device)
-            arena.seen.zero_()
+            if buffers.seen is None:
+                buffers.seen = torch.zeros(len(buffers.tokens), vocabulary, dtype=torch.bool, device=device)
+            buffers.seen.zero_()
             for row, prompt in enumerate(prompts):
-                arena.seen[row, torch.tensor(prompt, device=device)] = True
+                buffers.seen[row, torch.tensor(prompt, device=device)] = True
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> None:
         """Prefills every prompt once for all its rows and chooses their first tokens."""
         unique = [prompts[i] for i in self.firsts]
-        cache = KVCache(self.arena.cache.store[:, :, : self.count], [0] * self.count)
+        cache = KVCache(self.buffers.cache.store[:, :, : self.count], [0] * self.count)
         if len(unique) == self.count:
             logits = self.decoder.prefill(unique, cache)
         else:
@@ -156,7 +156,7 @@ class Batch:
         Raises:
             ValueError: if a row's logits were no numbers.
         """
-        tokens = self.arena.tokens[: self.count].tolist()
+        tokens = self.buffers.tokens[: self.count].tolist()
         bad = [i for i, token in enumerate(tokens) if token < 0]
         if bad:
             raise ValueError(f"logits must be finite or -inf, with something finite in each row; rows {bad} are not")
@@ -166,18 +166,18 @@ class Batch:
     def logprobs(self) -> list[float] | list[None]:
         """Their log-probabilities (nats), None each if they are not kept."""
         kept = self.settings.with_logprobs
-        return self.arena.logprobs[: self.count].tolist() if kept else [None] * self.count
+        return self.buffers.logprobs[: self.count].tolist() if kept else [None] * self.count
 
     def advance(self) -> None:
         """One more token for every row."""
         self.at += 1
         if self.recorder is None:
-            self._choose_eagerly(self.decoder.step(self.arena.tokens[: self.count], self.cache))
+            self._choose_eagerly(self.decoder.step(self.buffers.tokens[: self.count], self.cache))
             return
-        arena, width = self.arena, max(self.cache.lengths) + 1
-        rows = min(next((b for b in ROW_BUCKETS if b >= self.count), self.count), len(arena.tokens))
-        width = min(-(-width // COLUMN_STEP) * COLUMN_STEP, arena.cache.capacity)
-        arena.step.fill_(self.at)
+        buffers, width = self.buffers, max(self.cache.lengths) + 1
+        rows = min(next((b for b in ROW_BUCKETS if b >= self.count), self.count), len(buffers.tokens))
+        width = min(-(-width // COLUMN_STEP) * COLUMN_STEP, buffers.cache.capacity)
+        buffers.step.fill_(self.at)
         self.decoder.check_version()
         self._recorded(rows, width)()
         self.cache.lengths = [n + 1 for n in self.cache.lengths]
@@ -190,79 +190,79 @@ class Batch:
             self.params = [self.params[i] for i in order]
         moved = [i for i, source in enumerate(order) if i != source]
         if moved:
-            arena = self.arena
-            target = torch.tensor(moved, device=arena.tokens.device)
-            source = torch.tensor([order[i] for i in moved], device=arena.tokens.device)
-            tensors = [arena.tokens, arena.positions, arena.u, arena.seen, *arena.params.values()]
+            buffers = self.buffers
+            target = torch.tensor(moved, device=buffers.tokens.device)
+            source = torch.tensor([order[i] for i in moved], device=buffers.tokens.device)
+            tensors = [buffers.tokens, buffers.positions, buffers.u, buffers.seen, *buffers.params.values()]
             for tensor in tensors:
                 if tensor is not None:
                     tensor[target] = tensor[source]
         return order
 
     def close(self, is_broken: bool = False) -> None:
-        """Gives the arena back; broken, it is dropped: even under a mask, a NaN in its cache would spoil others."""
-        self.arena.is_busy = False
-        if is_broken and self.decoder.spare is self.arena:
+        """Gives the buffers back, or drops broken ones: even under a mask, a NaN in the cache would spoil others."""
+        self.buffers.is_busy = False
+        if is_broken and self.decoder.spare is self.buffers:
             self.decoder.spare = None
 
     def _choose_eagerly(self, logits: Tensor) -> None:
-        arena, n = self.arena, self.count
-        seen = arena.seen[:n] if self.settings.is_penalised else None
+        buffers, n = self.buffers, self.count
+        seen = buffers.seen[:n] if self.settings.is_penalised else None
         limit = self.settings.vocab_limit
-        tokens = sample(logits, self.params, arena.u[:n, self.at], seen_ids=seen, vocab_limit=limit)
-        self._note(arena, logits, tokens, n)
+        tokens = sample(logits, self.params, buffers.u[:n, self.at], seen_ids=seen, vocab_limit=limit)
+        self._note(buffers, logits, tokens, n)
 
     def _choose_recorded(self, logits: Tensor, n: int) -> None:
-        arena, settings = self.arena, self.settings
-        seen = arena.seen[:n] if settings.is_penalised else None
-        u = arena.u[:n].index_select(1, arena.step).squeeze(1)
-        rows = RowParams(**{name: arena.params[name][:n] for name in self.used})
+        buffers, settings = self.buffers, self.settings
+        seen = buffers.seen[:n] if settings.is_penalised else None
+        u = buffers.u[:n].index_select(1, buffers.step).squeeze(1)
+        rows = RowParams(**{name: buffers.params[name][:n] for name in self.used})
         if settings.is_greedy and not settings.is_penalised:  # spares the weights of what is not drawn
             tokens = logits[:, : settings.vocab_limit].argmax(-1)
             peak = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
             tokens = tokens.masked_fill(~peak.isfinite(), -1)
         else:
             tokens = sample_rows(logits, rows, u, seen=seen, vocab_limit=settings.vocab_limit)
-        self._note(arena, logits, tokens, n)
+        self._note(buffers, logits, tokens, n)
 
-    def _note(self, arena: Arena, logits: Tensor, tokens: Tensor, n: int) -> None:
+    def _note(self, buffers: DecodeBuffers, logits: Tensor, tokens: Tensor, n: int) -> None:
         """Keeps the chosen tokens, in place."""
-        arena.tokens[:n] = tokens
+        buffers.tokens[:n] = tokens
         if self.settings.with_logprobs:
-            arena.logprobs[:n] = _logprobs(logits, tokens.clamp(min=0), self._temperatures(n))
+            buffers.logprobs[:n] = _logprobs(logits, tokens.clamp(min=0), self._temperatures(n))
         if self.settings.is_penalised:
-            arena.seen[:n].scatter_(1, tokens.clamp(min=0).unsqueeze(1), True)
+            buffers.seen[:n].scatter_(1, tokens.clamp(min=0).unsqueeze(1), True)
 
     def _temperatures(self, n: int) -> float | Tensor:
         if self.recorder is None:
             if isinstance(self.params, SamplingParams):
                 return self.params.temperature or 1.0
             values = [p.temperature or 1.0 for p in self.params]
-            return torch.tensor(values, device=self.arena.tokens.device)
-        temperature = self.arena.params["temperature"][:n]
+            return torch.tensor(values, device=self.buffers.tokens.device)
+        temperature = self.buffers.params["temperature"][:n]
         return torch.where(temperature == 0, 1.0, temperature)
 
     def _recorded(self, rows: int, width: int) -> Callable[[], None]:
         """The step of this many rows and columns, recorded when it is first needed."""
-        settings, arena = self.settings, self.arena
+        settings, buffers = self.settings, self.buffers
         key = (rows, width, self.used, settings.is_greedy, settings.with_logprobs, settings.vocab_limit)
-        if key not in arena.recorded:
-            cache = KVCache(arena.cache.store[:, :, :rows], [0] * rows)
+        if key not in buffers.recorded:
+            cache = KVCache(buffers.cache.store[:, :, :rows], [0] * rows)
 
             def step() -> None:
-                positions = arena.positions[:rows]
-                logits = self.decoder.step_at(arena.tokens[:rows].clamp(min=0), positions, cache, width)
+                positions = buffers.positions[:rows]
+                logits = self.decoder.step_at(buffers.tokens[:rows].clamp(min=0), positions, cache, width)
                 self._choose_recorded(logits, rows)
                 # Rows that have left still count on: they must stay inside the cache.
-                positions.add_(1).clamp_(max=arena.cache.capacity - 1)
+                positions.add_(1).clamp_(max=buffers.cache.capacity - 1)
 
-            before = [t.clone() for t in arena.changing()]
+            before = [t.clone() for t in buffers.changing()]
             step()  # once eagerly: what is loaded on first use cannot be recorded
-            for tensor, value in zip(arena.changing(), before, strict=True):
+            for tensor, value in zip(buffers.changing(), before, strict=True):
                 tensor.copy_(value)
-            arena.recorded[key] = self.recorder(step)
-            arena.angles.append(self.decoder.rope(arena.cache.capacity))
-        return arena.recorded[key]
+            buffers.recorded[key] = self.recorder(step)
+            buffers.angles.append(self.decoder.rope(buffers.cache.capacity))
+        return buffers.recorded[key]
 
 
 def _joined(params: Sequence[SamplingParams]) -> SamplingParams | list[SamplingParams]:

@@ -68,7 +68,7 @@ class BeamStep:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _BeamOptions:
     num_beams: int
     max_new_tokens: int
     length_penalty: float
@@ -124,7 +124,7 @@ class _Node:
 class _Search:
     """One prompt's beams. They stand in rows of its block of the cache, which are not in order of score."""
 
-    def __init__(self, prompt: int, prompt_ids: list[int], plan: _Plan) -> None:
+    def __init__(self, prompt: int, prompt_ids: list[int], plan: _BeamOptions) -> None:
         self.prompt, self.prompt_ids, self.plan = prompt, prompt_ids, plan
         self.nodes: list[_Node | None] = [None]  # per row: the beam's last token
         self.scores = [0.0]  # per row: sum of its log-probabilities
@@ -253,8 +253,9 @@ def beam_search(
     check_at_least(1, batch_size=batch_size)
     num_rows = head_rows(model)
     stop_ids = default_stop_ids(model, tokenizer) if stop_token_ids is None else stop_token_ids
-    plan = _Plan(num_beams, max_new_tokens, length_penalty, early_stopping, num_return_sequences, repetition_penalty,
-                 frozenset(stop_ids), min(len(tokenizer), num_rows), num_rows, on_step)  # fmt: skip
+    plan = _BeamOptions(num_beams, max_new_tokens, length_penalty, early_stopping, num_return_sequences,
+                        repetition_penalty, frozenset(stop_ids), min(len(tokenizer), num_rows), num_rows,
+                        on_step)  # fmt: skip
     encoded = encode_prompts(tokenizer, prompts)
     check_prompts(encoded, model, max_new_tokens)
     searches = [_Search(i, ids, plan) for i, ids in enumerate(encoded)]
@@ -268,7 +269,7 @@ def beam_search(
     return [hypothesis for search in searches for hypothesis in search.hypotheses(tokenizer)]
 
 
-def _decode(decoder: Decoder, running: list[_Search], plan: _Plan) -> None:
+def _decode(decoder: Decoder, running: list[_Search], plan: _BeamOptions) -> None:
     """Runs a batch of searches to their end."""
     cache = decoder.new_cache(len(running), max(len(s.prompt_ids) for s in running))
     logits = decoder.prefill([s.prompt_ids for s in running], cache)  # (P, V)
@@ -295,7 +296,7 @@ def _decode(decoder: Decoder, running: list[_Search], plan: _Plan) -> None:
         logits = decoder.step(tokens, cache)  # (P * num_beams, V)
 
 
-def _select(logits: Tensor, seen: Tensor | None, running: list[_Search], plan: _Plan, length: int) -> None:
+def _select(logits: Tensor, seen: Tensor | None, running: list[_Search], plan: _BeamOptions, length: int) -> None:
     """Scores all continuations and hands each search its best ones."""
     logits, is_greedy = logits.float(), plan.num_beams == 1
     if is_greedy and seen is not None:

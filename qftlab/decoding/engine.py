@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qftlab.decoding.batch import Batch, Settings
+from qftlab.decoding.batch import Batch, BatchSettings
 from qftlab.decoding.decoder import Decoder, decoder_for
 from qftlab.maths.sampling import SamplingParams
 from qftlab.model.head import module_mode
@@ -203,7 +203,7 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Request:
     tokenizer: object
     stop: tuple[str, ...]
     stop_ids: frozenset[int]
@@ -216,7 +216,7 @@ class _Plan:
 class _Row:
     """One completion, from its prompt to its end."""
 
-    def __init__(self, number: int, prompt_ids: list[int], params: SamplingParams, limit: int, plan: _Plan) -> None:
+    def __init__(self, number: int, prompt_ids: list[int], params: SamplingParams, limit: int, plan: _Request) -> None:
         self.number, self.prompt_ids, self.params, self.limit, self.plan = number, prompt_ids, params, limit, plan
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
@@ -361,7 +361,7 @@ def _plan_rows(
     limit = min(len(tokenizer), head_rows(model))
     if unfit := [i for i in stop_ids if not isinstance(i, int) or not 0 <= i < head_rows(model)]:
         raise ValueError(f"stop_token_ids must be ids from 0 to {head_rows(model) - 1}, got {unfit[0]!r}")
-    plan = _Plan(tokenizer, stop, frozenset(stop_ids), seed, limit, return_logprobs, is_streaming)
+    plan = _Request(tokenizer, stop, frozenset(stop_ids), seed, limit, return_logprobs, is_streaming)
     numbers = [(i, g) for i in range(len(encoded)) for g in range(num_generations)]
     return [_Row(i * num_generations + g, encoded[i], each[i], limits[i], plan) for i, g in numbers]
 
@@ -395,7 +395,7 @@ def _decode(decoder: Decoder, rows: list[_Row]) -> Iterator[_Row]:
     for row in rows:
         row.token_ids, row.logprobs = [], []
     plan = rows[0].plan
-    settings = Settings([r.params for r in rows], [r.number for r in rows], plan.seed, max(r.limit for r in rows),
+    settings = BatchSettings([r.params for r in rows], [r.number for r in rows], plan.seed, max(r.limit for r in rows),
                         plan.vocab_limit, plan.with_logprobs)  # fmt: skip
     batch = Batch(decoder, [row.prompt_ids for row in rows], settings)
     try:

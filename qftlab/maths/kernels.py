@@ -22,7 +22,7 @@ def _slopes_kernel(
     HAS_SLOPES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a token: its largest logit and sum of exponentials in one pass, its slopes in a second."""
+    """One program a token: its largest logit and sum of exponentials in one pass, its logits' gradient in a second."""
     row = tl.program_id(0).to(tl.int64)
     start, label = logits + row * stride, tl.load(labels + row)
     columns = tl.arange(0, BLOCK)
@@ -46,14 +46,14 @@ def _slopes_kernel(
             tl.store(start + at + columns, slope.to(logits.dtype.element_ty), mask=here)
 
 
-def slopes_(logits: Tensor, labels: Tensor, scales: Tensor | None, temperature: float) -> Tensor:
+def logit_grads_(logits: Tensor, labels: Tensor, scales: Tensor | None, temperature: float) -> Tensor:
     """log p of each label, (n,) fp32; turns `logits` (n, V), of any floating type, into scale · d(−log p) / d logits.
 
     Args:
         logits: rows contiguous; with no scales they are left as they are.
         labels: (n,) int64.
         scales: (n,) fp32, or None for the log-probabilities alone.
-        temperature: divides the logits, and so the slopes.
+        temperature: divides the logits, and so the gradients.
     """
     logprobs = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     if len(logits):

@@ -26,7 +26,7 @@ MIN_CHUNK = 128  # tokens: with fewer, reading the weight costs more than multip
 
 
 @dataclass(frozen=True)
-class Term:
+class HeadTerm:
     """A summand of the logits, x @ weight.T: on all columns, or on some of them.
 
     Args:
@@ -50,15 +50,15 @@ def chunk_tokens(vocab_size: int, device: torch.device) -> int:
 def _kernel() -> Callable | None:
     """Our own kernel for a chunk on CUDA; None without Triton."""
     try:
-        from qftlab.maths.kernels import slopes_
+        from qftlab.maths.kernels import logit_grads_
     except ImportError:
         log.info("no Triton: the loss of a chunk takes several passes over its logits in place of two")
         return None
-    return slopes_
+    return logit_grads_
 
 
 @dataclass(frozen=True)
-class Plan:
+class HeadWalk:
     """What is no tensor to differentiate: how the terms are laid out, and how they are walked over."""
 
     columns: tuple[Tensor | None, ...]
@@ -68,7 +68,7 @@ class Plan:
     has_gradient: bool = True
 
     @classmethod
-    def of(cls, terms: Sequence[Term], chunk: int | None, temperature: float = 1.0) -> Plan:
+    def of(cls, terms: Sequence[HeadTerm], chunk: int | None, temperature: float = 1.0) -> HeadWalk:
         """For these terms, here and now: under autocast or not, with gradients or without."""
         x = terms[0].x
         kind = x.device.type
@@ -77,19 +77,19 @@ class Plan:
         return cls(tuple(t.columns for t in terms), dtype, size, temperature, torch.is_grad_enabled())
 
     @staticmethod
-    def tensors(terms: Sequence[Term], bias: Tensor | None) -> list[Tensor | None]:
+    def tensors(terms: Sequence[HeadTerm], bias: Tensor | None) -> list[Tensor | None]:
         """What may need a gradient: all x, then all weights, then the bias."""
         return [*(t.x for t in terms), *(t.weight for t in terms), bias]
 
 
-class Walk:
+class ChunkedHead:
     """The logits of one chunk after another, and the gradients of all tensors, added up over chunks.
 
     Args:
         needs: which tensors of `Plan.tensors` want a gradient.
     """
 
-    def __init__(self, plan: Plan, tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> None:
+    def __init__(self, plan: HeadWalk, tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> None:
         self.plan, self.needs, self.count = plan, needs, len(plan.columns)
         self.bias = tensors[-1]
         # A low-rank term may be kept in fp32 beside a head in bf16: each term multiplies in its own dtype.
@@ -144,12 +144,12 @@ class Walk:
         logits = self.logits(rows).to(self.precise) / self.plan.temperature
         return torch.special.entr(logits.softmax(-1)).sum(-1)
 
-    def add(self, rows: slice, slopes: Tensor) -> None:
+    def add(self, rows: slice, logit_grads: Tensor) -> None:
         """Takes in d loss / d logits of a chunk, (n, V)."""
         if self.needs[-1]:
-            self.gradients[-1] += slopes.sum(0, dtype=self.precise)
+            self.gradients[-1] += logit_grads.sum(0, dtype=self.precise)
         for i, columns in enumerate(self.plan.columns):
-            part = (slopes if columns is None else slopes[:, columns]).to(self.weights[i].dtype)
+            part = (logit_grads if columns is None else logit_grads[:, columns]).to(self.weights[i].dtype)
             if self.needs[i]:
                 torch.mm(part, self.weights[i], out=self.gradients[i][rows])
             if self.needs[self.count + i]:
@@ -170,18 +170,18 @@ class SumNLL(torch.autograd.Function):
     """Σ −log p(label), its gradient formed in forward (as Liger's: Hsu et al. 2024, arXiv:2410.10989)."""
 
     @staticmethod
-    def forward(ctx, labels: Tensor, plan: Plan, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx, labels: Tensor, plan: HeadWalk, *tensors: Tensor | None) -> Tensor:
         """The sum, and every gradient of it, unscaled."""
         has_gradient = plan.has_gradient and any(ctx.needs_input_grad)
         needs = ctx.needs_input_grad[2:] if has_gradient else [False] * len(tensors)
         with torch.autocast(labels.device.type, enabled=False):
-            walk = Walk(plan, tensors, needs)
+            walk = ChunkedHead(plan, tensors, needs)
             logprobs = torch.empty(len(labels), dtype=walk.precise, device=labels.device)
             ones = torch.ones_like(logprobs) if has_gradient else None
             for rows in walk.chunks():
-                logprobs[rows], slopes = walk.logprobs(rows, labels[rows], None if ones is None else ones[rows])
+                logprobs[rows], logit_grads = walk.logprobs(rows, labels[rows], None if ones is None else ones[rows])
                 if has_gradient:
-                    walk.add(rows, slopes)
+                    walk.add(rows, logit_grads)
         ctx.gradients, ctx.dtypes = walk.gradients, [None if t is None else t.dtype for t in tensors]
         wide = torch.float64 if labels.device.type in ("cpu", "cuda") else walk.precise  # a long sum of small numbers
         return -logprobs.sum(dtype=wide).to(walk.precise)
@@ -201,10 +201,10 @@ class TokenLogprobs(torch.autograd.Function):
     """log p of each label, and entropies without gradient; chunks are computed again in backward."""
 
     @staticmethod
-    def forward(ctx, labels: Tensor, plan: Plan, with_entropy: bool, *tensors: Tensor | None):
+    def forward(ctx, labels: Tensor, plan: HeadWalk, with_entropy: bool, *tensors: Tensor | None):
         """Both (N,); the entropies hold nothing unless asked for."""
         with torch.autocast(labels.device.type, enabled=False):
-            walk = Walk(plan, tensors, [False] * len(tensors))
+            walk = ChunkedHead(plan, tensors, [False] * len(tensors))
             logprobs = torch.empty(len(labels), dtype=walk.precise, device=labels.device)
             entropies = torch.empty_like(logprobs)
             for rows in walk.chunks():
@@ -222,10 +222,10 @@ class TokenLogprobs(torch.autograd.Function):
         """Gradients for an upstream slope of each token, (N,)."""
         labels, *tensors = ctx.saved_tensors
         with torch.autocast(labels.device.type, enabled=False):
-            walk = Walk(ctx.plan, tensors, ctx.needs_input_grad[3:])
+            walk = ChunkedHead(ctx.plan, tensors, ctx.needs_input_grad[3:])
             for rows in walk.chunks():
-                _, slopes = walk.logprobs(rows, labels[rows], -upstream[rows])
-                walk.add(rows, slopes)
+                _, logit_grads = walk.logprobs(rows, labels[rows], -upstream[rows])
+                walk.add(rows, logit_grads)
         grads = (None if g is None else g.to(t.dtype) for g, t in zip(walk.gradients, tensors, strict=True))
         return None, None, None, *grads
 
@@ -258,12 +258,12 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def linear_cross_entropy(
-    terms: Sequence[Term], labels: Tensor, *, bias: Tensor | None = None, chunk: int | None = None
+    terms: Sequence[HeadTerm], labels: Tensor, *, bias: Tensor | None = None, chunk: int | None = None
 ) -> Tensor:
     """Σ −log p(label) of tokens whose logits are the sum of `terms`, without ever holding those logits.
 
     Args:
-        terms: the first covers all V columns; `[Term(hidden, weight)]` for a plain head.
+        terms: the first covers all V columns; `[HeadTerm(hidden, weight)]` for a plain head.
         labels: (N,) int64 in [0, V): trained positions only.
         bias: (V,).
         chunk: tokens at a time, by default what suits the device.
@@ -280,12 +280,12 @@ def linear_cross_entropy(
     is_plain = len(terms) == 1 and labels.is_cuda and chunk is None and labels.numel()
     if is_plain and (kernel := _liger()) is not None:
         return kernel(terms[0].weight, terms[0].x, labels, bias)
-    plan = Plan.of(terms, chunk)
+    plan = HeadWalk.of(terms, chunk)
     return SumNLL.apply(labels, plan, *plan.tensors(terms, bias))
 
 
 def linear_logprobs(
-    terms: Sequence[Term],
+    terms: Sequence[HeadTerm],
     labels: Tensor,
     *,
     bias: Tensor | None = None,
@@ -308,7 +308,7 @@ def linear_logprobs(
     _check(terms, labels, bias, chunk)
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    plan = Plan.of(terms, chunk, temperature)
+    plan = HeadWalk.of(terms, chunk, temperature)
     logprobs, entropies = TokenLogprobs.apply(labels, plan, with_entropy, *plan.tensors(terms, bias))
     return (logprobs, entropies) if with_entropy else logprobs
 
@@ -344,9 +344,9 @@ def module_logprobs(
     return (logprobs, entropies) if with_entropy else logprobs
 
 
-def _check(terms: Sequence[Term], labels: Tensor, bias: Tensor | None, chunk: int | None) -> None:
+def _check(terms: Sequence[HeadTerm], labels: Tensor, bias: Tensor | None, chunk: int | None) -> None:
     if not terms or terms[0].columns is not None:
-        raise ValueError("terms must start with one on all columns: Term(hidden, weight)")
+        raise ValueError("terms must start with one on all columns: HeadTerm(hidden, weight)")
     vocab = len(terms[0].weight)
     for term in terms:
         height = vocab if term.columns is None else len(term.columns)

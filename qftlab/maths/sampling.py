@@ -57,7 +57,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-def weigh(scores: Tensor) -> Tensor:
+def integer_weights(scores: Tensor) -> Tensor:
     """Unnormalised probabilities in whole numbers: exp(score − the row's greatest), in units of 2⁻⁴².
 
     Sums of whole numbers are exact, so they come out the same in any order: over a row or over its likeliest tokens,
@@ -217,10 +217,10 @@ def filter_logits(
     """
     possible = possible_logits(logits, vocab_limit)
     rows = RowParams.of(params, len(logits), logits.device)
-    refuse_hopeless(possible)
+    check_finite(possible)
     scores = scale(possible, rows, seen_ids)
     out = torch.full(logits.shape, -math.inf, device=logits.device)
-    out[:, : scores.shape[1]] = scores.masked_fill(~kept(scores, rows), -math.inf)
+    out[:, : scores.shape[1]] = scores.masked_fill(~keep_mask(scores, rows), -math.inf)
     return out
 
 
@@ -242,7 +242,7 @@ def possible_logits(logits: Tensor, vocab_limit: int | None) -> Tensor:
     return logits[:, :vocab_limit]
 
 
-def refuse_hopeless(possible: Tensor) -> None:
+def check_finite(possible: Tensor) -> None:
     """Raises ValueError naming the rows that hold nan or inf or nothing finite; a maximum tells all three."""
     finite = possible.amax(-1).isfinite()
     if not finite.all():
@@ -261,10 +261,10 @@ def check_seen(seen: Seen | None, scores: Tensor) -> None:
 
 def scale(possible: Tensor, rows: RowParams, seen: Seen | None) -> Tensor:
     """Scores (B, V') fp32 after penalty and temperature."""
-    return heat(penalise(possible, rows, seen), rows)
+    return apply_temperature(penalise(possible, rows, seen), rows)
 
 
-def heat(scores: Tensor, rows: RowParams) -> Tensor:
+def apply_temperature(scores: Tensor, rows: RowParams) -> Tensor:
     """Scores divided by each row's temperature, by 1 where it is 0."""
     return scores / rows.temperature.masked_fill(rows.temperature == 0, 1.0).unsqueeze(1)
 
@@ -291,7 +291,7 @@ def _mask(seen: Sequence[Tensor], scores: Tensor) -> Tensor:
     return mask
 
 
-def kept(scores: Tensor, rows: RowParams, others: Tensor | int = 0) -> Tensor:
+def keep_mask(scores: Tensor, rows: RowParams, others: Tensor | int = 0) -> Tensor:
     """Which of the scores the filters keep.
 
     Args:
@@ -310,13 +310,13 @@ def kept(scores: Tensor, rows: RowParams, others: Tensor | int = 0) -> Tensor:
         k = torch.where(rows.top_k == 0, size, rows.top_k.clamp(max=size))
         keep = scores >= ascending.gather(1, (size - k).unsqueeze(1))
     if rows.top_p is not None:
-        mass = weigh(scores).masked_fill_(~keep, 0).gather(1, order).cumsum(-1) + others
-        cut = mass <= spare_mass(mass[:, -1:], rows)
+        mass = integer_weights(scores).masked_fill_(~keep, 0).gather(1, order).cumsum(-1) + others
+        cut = mass <= removable_mass(mass[:, -1:], rows)
         keep = keep & ~torch.zeros_like(cut).scatter(1, order, cut)
-    return keep if rows.min_p is None else keep & (weigh(scores) >= least_weight(rows))
+    return keep if rows.min_p is None else keep & (integer_weights(scores) >= least_weight(rows))
 
 
-def spare_mass(total: Tensor, rows: RowParams) -> Tensor:
+def removable_mass(total: Tensor, rows: RowParams) -> Tensor:
     """The mass top-p may cut from each row, (B, 1), or −1 where it is off; never the whole."""
     spare = ((1 - rows.top_p.unsqueeze(1)) * total).long().minimum(total - 1)
     return spare.masked_fill(rows.top_p.unsqueeze(1) == 1, -1)
@@ -358,7 +358,7 @@ def sample(
         raise ValueError(f"u must be ({len(logits)},), one number for each row of logits, got {tuple(u.shape)}")
     settings, size = each_row(params, len(logits)), possible.shape[1]
     check_seen(seen_ids, possible)
-    refuse_hopeless(possible)
+    check_finite(possible)
     groups: dict[Callable, list[int]] = {}
     for row, setting in enumerate(settings):
         groups.setdefault(_sampler(setting, size), []).append(row)
@@ -401,7 +401,7 @@ def sample_rows(
 
 def _draw_kept(scores: Tensor, rows: RowParams, u: Tensor) -> Tensor:
     # In place, a product is several times faster than a masked fill.
-    return draw(weigh(scores).mul_(kept(scores, rows)), u)
+    return draw(integer_weights(scores).mul_(keep_mask(scores, rows)), u)
 
 
 def _sampler(setting: SamplingParams, size: int) -> Callable:
@@ -425,20 +425,20 @@ def _among_likeliest(possible: Tensor, rows: RowParams, u: Tensor, seen: Seen | 
     """Top-k first: the rest happens among the candidates, except in rows whose ties may reach past them."""
     scores, size = penalise(possible, rows, seen), possible.shape[1]
     values, ids = _largest(scores, min(int(rows.top_k.max()) + 16, size))
-    values = heat(values, rows)
+    values = apply_temperature(values, rows)
     tokens = _draw_candidate(values, ids, rows, u)
     if values.shape[1] < size:
         short = (values[:, -1:] == values.gather(1, rows.top_k.unsqueeze(1) - 1)).squeeze(1)
         if short.any():
             rows = rows.at(short)
-            tokens[short] = _draw_kept(heat(scores[short], rows), rows, u[short])
+            tokens[short] = _draw_kept(apply_temperature(scores[short], rows), rows, u[short])
     return tokens
 
 
 def _draw_candidate(values: Tensor, ids: Tensor, rows: RowParams, u: Tensor, others: Tensor | int = 0) -> Tensor:
     ids, order = ids.sort(dim=-1)
     values = values.gather(1, order)
-    return ids.gather(1, draw(weigh(values).mul_(kept(values, rows, others)), u).unsqueeze(1)).squeeze(1)
+    return ids.gather(1, draw(integer_weights(values).mul_(keep_mask(values, rows, others)), u).unsqueeze(1)).squeeze(1)
 
 
 def _largest(scores: Tensor, count: int, chunk: int = 32) -> tuple[Tensor, Tensor]:
@@ -456,7 +456,7 @@ def _largest(scores: Tensor, count: int, chunk: int = 32) -> tuple[Tensor, Tenso
 
 
 def _among_all(possible: Tensor, rows: RowParams, u: Tensor, seen: Seen | None) -> Tensor:
-    return _draw_likely(weigh(scale(possible, rows, seen)), rows, u)
+    return _draw_likely(integer_weights(scale(possible, rows, seen)), rows, u)
 
 
 def _draw_likely(weights: Tensor, rows: RowParams, u: Tensor) -> Tensor:
@@ -467,15 +467,15 @@ def _draw_likely(weights: Tensor, rows: RowParams, u: Tensor) -> Tensor:
 def _within_top_p(possible: Tensor, rows: RowParams, u: Tensor, seen: Seen | None) -> Tensor:
     """Among a few candidates if the mass of all others may be cut; else by a histogram."""
     scores = scale(possible, rows, seen)
-    weights = weigh(scores)
+    weights = integer_weights(scores)
     if scores.shape[1] >= 2**15:
         values, ids = _largest(scores, 256)
-        likely = weigh(values)
+        likely = integer_weights(values)
         total = weights.sum(-1, keepdim=True)
         others = total - likely.sum(-1, keepdim=True)
         # The least candidate may be one of a tie that reaches past them: it must be cut with the others.
         tied = likely.mul_(values == values[:, -1:]).sum(-1, keepdim=True)
-        if (others + tied <= spare_mass(total, rows)).all():
+        if (others + tied <= removable_mass(total, rows)).all():
             return _draw_candidate(values, ids, rows, u, others)
     return _draw_likely(weights.mul_(_nucleus(scores, weights, rows)), rows, u)
 
@@ -488,7 +488,7 @@ def _nucleus(scores: Tensor, weights: Tensor, rows: RowParams) -> Tensor:
     mass = weights.new_zeros(len(scores), 32 * width).scatter_add_(1, bins, weights)
     ends = mass.cumsum(-1)
     total = ends[:, -1:]
-    spare = spare_mass(total, rows)
+    spare = removable_mass(total, rows)
     # The least likely bin that, with all bins below it, is more than may be cut.
     edge = (total - ends + mass > spare).sum(-1, keepdim=True) - 1
     row, column = (bins == edge).nonzero(as_tuple=True)

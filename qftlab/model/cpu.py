@@ -52,15 +52,15 @@ class BlockedAttention(torch.autograd.Function):
         layout, heads, kept, found = ctx.layout, ctx.heads, iter(ctx.saved_tensors), []
         for (n, t), piece in zip(layout.shapes, layout.spread(upstream), strict=True):
             qs, ks, vs, out = (next(kept) for _ in range(4))
-            slopes = _folded(piece, heads)
+            score_grads = _folded(piece, heads)
             dq, dk, dv = torch.empty_like(qs), torch.zeros_like(ks), torch.zeros_like(vs)
-            means = (slopes * out).sum(-1, keepdim=True)
+            means = (score_grads * out).sum(-1, keepdim=True)
             for rows, end in _blocks(t, qs.shape[1] // t):
-                w, ds = next(kept), torch.bmm(slopes[:, rows], vs[:, :end].transpose(1, 2))
+                w, ds = next(kept), torch.bmm(score_grads[:, rows], vs[:, :end].transpose(1, 2))
                 ds.sub_(means[:, rows]).mul_(w).mul_(ctx.scale)
                 dq[:, rows] = torch.bmm(ds, ks[:, :end])
                 dk[:, :end].baddbmm_(ds.transpose(1, 2), qs[:, rows])
-                dv[:, :end].baddbmm_(w.transpose(1, 2), slopes[:, rows])
+                dv[:, :end].baddbmm_(w.transpose(1, 2), score_grads[:, rows])
             found.append([_unfolded(x, n, t, heads) for x in (dq, dk, dv)])
         dq, dk, dv = zip(*found, strict=True)
         return layout.joined(dq), layout.summed(dk), layout.summed(dv), None, None

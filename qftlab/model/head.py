@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qftlab.maths.logprobs import Term
+from qftlab.maths.logprobs import HeadTerm
 
 PLAIN = (Tensor, nn.Parameter)  # no shards, no quantised storage
 
@@ -64,7 +64,7 @@ def context_length(model) -> int | None:
     return getattr(causal_model(model).config, "max_position_embeddings", None)
 
 
-def head_terms(head: nn.Module, hidden: Tensor) -> tuple[list[Term], Tensor | None] | None:
+def head_terms(head: nn.Module, hidden: Tensor) -> tuple[list[HeadTerm], Tensor | None] | None:
     """Terms and bias whose sum is `head(hidden)`, in value and gradient.
 
     Args:
@@ -79,7 +79,7 @@ def head_terms(head: nn.Module, hidden: Tensor) -> tuple[list[Term], Tensor | No
     if _is_hooked(head):
         return None
     if type(head) is nn.Linear:
-        return ([Term(hidden, head.weight)], head.bias) if type(head.weight) in PLAIN else None
+        return ([HeadTerm(hidden, head.weight)], head.bias) if type(head.weight) in PLAIN else None
     # peft is optional: where nobody has imported it, no head can be one of its modules.
     lora, rows = sys.modules.get("peft.tuners.lora.layer"), sys.modules.get("peft.utils.other")
     if lora is not None and type(head) is lora.Linear:
@@ -94,7 +94,7 @@ def _is_hooked(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in hooks)
 
 
-def _lora_terms(head: nn.Module, hidden: Tensor) -> tuple[list[Term], Tensor | None] | None:
+def _lora_terms(head: nn.Module, hidden: Tensor) -> tuple[list[HeadTerm], Tensor | None] | None:
     """peft's `lora.Linear`: the base layer's terms, and one of rank r for each active adapter."""
     base = head_terms(head.base_layer, hidden)
     if base is None or head.disable_adapters or head.merged:
@@ -107,11 +107,11 @@ def _lora_terms(head: nn.Module, hidden: Tensor) -> tuple[list[Term], Tensor | N
         if name in head.lora_variant or up.bias is not None or any(map(_is_hooked, (down, up))):
             return None
         x = hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(down.weight.dtype)
-        terms.append(Term(down(head.lora_dropout[name](x)) * head.scaling[name], up.weight))
+        terms.append(HeadTerm(down(head.lora_dropout[name](x)) * head.scaling[name], up.weight))
     return terms, bias
 
 
-def _row_terms(adapter: nn.Module, hidden: Tensor) -> tuple[list[Term], Tensor | None] | None:
+def _row_terms(adapter: nn.Module, hidden: Tensor) -> tuple[list[HeadTerm], Tensor | None] | None:
     """peft's trainable token rows: the base layer's terms, and the change of each trained row on its column."""
     base = head_terms(adapter.base_layer, hidden)
     if base is None or adapter.disable_adapters or adapter.merged or not adapter.active_adapters:
@@ -123,5 +123,5 @@ def _row_terms(adapter: nn.Module, hidden: Tensor) -> tuple[list[Term], Tensor |
     for name in adapter.active_adapters:
         columns = torch.tensor(adapter.token_indices[name], device=hidden.device)
         change = adapter.trainable_tokens_delta[name].to(main.weight) - main.weight[columns]
-        terms.append(Term(hidden, change, columns))
+        terms.append(HeadTerm(hidden, change, columns))
     return terms, None

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from qftlab.files import aside, not_written, remove, sha256
 from qftlab.rows.batches import Example
 from qftlab.settings import TrainConfig
-from qftlab.train.distributed import World, like, whole
+from qftlab.train.distributed import Ranks, gathered, placed_like
 
 log = logging.getLogger(__name__)
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -90,7 +90,7 @@ class Checkpoints:
         self.lock.release()
 
     def save(self, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, result: Mapping[str, object],
-             world: World | None = None) -> Path:  # fmt: skip
+             world: Ranks | None = None) -> Path:  # fmt: skip
         """Writes a checkpoint and then removes the ones that are no longer kept.
 
         Args:
@@ -102,10 +102,10 @@ class Checkpoints:
         Raises:
             OSError: if it cannot be written (a full disk, a read-only folder); the checkpoints before it are intact.
         """
-        world = world or World.current()
+        world = world or Ranks.current()
         path, problem = self._path(result["steps"]), None
-        tensors = whole(weights, world.is_main)
-        moments = whole(optimizer_state(weights, optimizer), world.is_main)
+        tensors = gathered(weights, world.is_main)
+        moments = gathered(optimizer_state(weights, optimizer), world.is_main)
         if world.is_main:
             try:
                 with aside(path) as place:
@@ -174,7 +174,7 @@ class Checkpoints:
             refuse_difference(shapes, {name: tuple(w.shape) for name, w in weights.items()}, path)
             with torch.no_grad():
                 for name, weight in weights.items():
-                    weight.copy_(like(file.get_tensor(name), weight))
+                    weight.copy_(placed_like(file.get_tensor(name), weight))
         if optimizer is not None:
             _load_optimizer_(path / OPTIMIZER, weights, optimizer)
         return state["result"]
@@ -231,8 +231,8 @@ def _load_optimizer_(file: Path, weights: Mapping[str, Tensor], optimizer: torch
             kind, _, name = key.partition(":")
             weight, value = weights[name], stored.get_tensor(key)
             # AdamW's count of steps is a number; its moments lie as the weight does.
-            placed = like(value, weight) if value.shape == weight.shape and value.ndim else value.to(weight.device)
-            optimizer.state[weight][kind] = placed
+            is_moment = value.shape == weight.shape and value.ndim
+            optimizer.state[weight][kind] = placed_like(value, weight) if is_moment else value.to(weight.device)
 
 
 def refuse_difference(saved: Mapping, ours: Mapping, path: Path) -> None:

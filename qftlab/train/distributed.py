@@ -89,14 +89,14 @@ def _switch(model: nn.Module, word: str, *arguments) -> None:
 
 
 @dataclass(frozen=True)
-class World:
+class Ranks:
     """The processes of a run, and which of them this is."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
-    def current(cls) -> World:
+    def current(cls) -> Ranks:
         """Of the process group that torch has started; a world of one without it."""
         if distributed.is_available() and distributed.is_initialized():
             return cls(distributed.get_rank(), distributed.get_world_size())
@@ -127,7 +127,7 @@ class World:
 
 def per_process(config: TrainConfig) -> TrainConfig:
     """The settings of one of several processes: where nothing limits a micro-batch, they share a step's rows out."""
-    size = World.current().size
+    size = Ranks.current().size
     if size == 1 or config.micro_batch_size or config.tokens_per_micro_batch:
         return config
     return replace(config, micro_batch_size=-(-config.batch_size // size))
@@ -154,7 +154,7 @@ def processes(device: str) -> Iterator[str]:
     distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     ours = logging.getLogger("qftlab")
     level = ours.level
-    if not World.current().is_main:
+    if not Ranks.current().is_main:
         ours.setLevel(logging.WARNING)
     try:
         yield device
@@ -175,7 +175,7 @@ def wrap(step: nn.Module, sharding: str, precision: str = "weights") -> nn.Modul
     Raises:
         ImportError: for ddp without accelerate.
     """
-    if World.current().size == 1:
+    if Ranks.current().size == 1:
         return step
     if sharding == "fsdp":
         return _shard_(step, precision)
@@ -219,7 +219,7 @@ def reshard_(step: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
-class Share:
+class RankShare:
     """A source that gives one process its share of each step: every `size`-th micro-batch.
 
     All processes must run equally often, so one that has too few runs its last again (or the step's first), with
@@ -227,7 +227,7 @@ class Share:
     """
 
     source: Callable
-    world: World
+    world: Ranks
 
     @property
     def steps_per_epoch(self) -> int:
@@ -244,7 +244,7 @@ class Share:
         return mine + [replace((mine or every)[-1 if mine else 0], weight=0.0)] * missing
 
 
-def whole(named: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+def gathered(named: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
     """Tensors with all their parts, on the CPU; all processes must call, and those that do not keep get nothing."""
     kept = {}
     for name, tensor in named.items():
@@ -256,7 +256,7 @@ def whole(named: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
     return kept
 
 
-def like(whole: Tensor, pattern: Tensor) -> Tensor:
+def placed_like(whole: Tensor, pattern: Tensor) -> Tensor:
     """A whole tensor on the device of `pattern`, cut as it is where it is sharded."""
     whole = whole.to(pattern.device)
     if isinstance(pattern, DTensor):
@@ -273,8 +273,8 @@ def unsharded(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
     """
     if not any(isinstance(p, DTensor) for p in model.parameters()):
         return model
-    is_main = World.current().is_main
-    state = whole(model.state_dict(), is_main)
+    is_main = Ranks.current().is_main
+    state = gathered(model.state_dict(), is_main)
     if is_main:
         model = build()
         model.load_state_dict(state)

@@ -22,7 +22,7 @@ from qftlab.rows.batches import batches, pack, pad, split_step
 from qftlab.rows.examples import Pair, documents, encode_pairs, load_pairs
 from qftlab.settings import DPOConfig, PreferenceLoss, RunConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, fingerprint, training_identity
-from qftlab.train.distributed import World, autocast, per_process, wrap
+from qftlab.train.distributed import Ranks, autocast, per_process, wrap
 from qftlab.train.loop import MicroBatch, NonFiniteLoss, TrainResult, train
 from qftlab.train.run import RunFolder, Stage, load_extended, run_stage
 from qftlab.train.step import IGNORED, Step, to_device
@@ -66,7 +66,7 @@ class Reference:
         """
         if self.which == "none":
             return torch.zeros(len(pairs), 2)
-        world = World.current()
+        world = Ranks.current()
         key = f"{self.digest} {fingerprint(documents(pairs))}" if cache else ""
         found = world.gather(_read(cache, key) if world.is_main else None)[0]
         if found is None:
@@ -79,7 +79,7 @@ class Reference:
         return found
 
     @torch.no_grad()
-    def _share(self, pairs: Sequence[Pair], world: World) -> list[tuple[list[int], Tensor]]:
+    def _share(self, pairs: Sequence[Pair], world: Ranks) -> list[tuple[list[int], Tensor]]:
         """This process's part: every `size`-th group of pairs of like length."""
         step, device = Step(self.model), next(self.model.parameters()).device
         size = self.config.micro_batch_size or self.config.batch_size

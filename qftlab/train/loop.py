@@ -18,7 +18,7 @@ from torch import nn
 from qftlab.model.head import module_mode
 from qftlab.settings import TrainConfig
 from qftlab.train.checkpoint import Checkpoints, best_step
-from qftlab.train.distributed import Share, World, autocast, prepared, reshard_
+from qftlab.train.distributed import Ranks, RankShare, autocast, prepared, reshard_
 from qftlab.train.meter import Meter
 from qftlab.train.optimizer import (
     Batch,
@@ -156,8 +156,8 @@ class _Run:
 
     def __init__(self, step, source, config, count, held_out, on_log, checkpoints, signals) -> None:
         self.signals = signals
-        self.step, self.config, self.count, self.world = step, config, count, World.current()
-        self.source = Share(source, self.world)
+        self.step, self.config, self.count, self.world = step, config, count, Ranks.current()
+        self.source = RankShare(source, self.world)
         self.held_out, self.checkpoints = held_out, checkpoints
         self.on_log = on_log if self.world.is_main else None
         self.weights, self.master = named_trainable(step), None

@@ -9,7 +9,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from qftlab.train.distributed import World
+from qftlab.train.distributed import Ranks
 from qftlab.train.optimizer import TOKEN_ROWS
 
 # Dense bf16 peak of tensor cores, FLOP/s, from NVIDIA's data sheets; the first that a device's name contains counts.
@@ -48,7 +48,7 @@ class Meter:
             tokens_per_second of wall time; peak_gb; and mfu, operations of the step ÷ (seconds · peak · processes),
             where the device's peak is known and it computes in bf16.
         """
-        seconds, size = time.perf_counter() - self.clock, World.current().size
+        seconds, size = time.perf_counter() - self.clock, Ranks.current().size
         found = {"tokens_per_second": round(tokens / seconds, 1)}
         if (gigabytes := peak_gigabytes(self.device)) is not None:
             found["peak_gb"] = round(gigabytes, 3)

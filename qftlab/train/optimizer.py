@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from qftlab.model.head import bump_weights_version_
 from qftlab.settings import TrainConfig
-from qftlab.train.distributed import World, without_sync
+from qftlab.train.distributed import Ranks, without_sync
 from qftlab.train.step import Step, count_trained_tokens, to_device
 
 log = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ def optimizer_step(
         NonFiniteLoss: and the weights stay as they were.
         ValueError: if none of its tokens is trained.
     """
-    world = World.current()
+    world = Ranks.current()
     real = [m for m in micro_batches if m.weight]
     counts = [sum(count(m.tensors) for m in real), sum(count_real_tokens(m.tensors) for m in real)]
     num_tokens, tokens = map(int, world.sum(counts))
@@ -223,7 +223,7 @@ def optimizer_step(
     return StepReport(total, norm, tokens, num_tokens)
 
 
-def _non_finite(world: World, losses: list[float], norm: float, micro_batches: list, number: int) -> NonFiniteLoss:
+def _non_finite(world: Ranks, losses: list[float], norm: float, micro_batches: list, number: int) -> NonFiniteLoss:
     """The error that all processes raise, with the rows of all; collective."""
     bad = [(loss, m.rows) for m, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(loss)]
     bad = [pair for part in world.gather(bad) for pair in part]

@@ -23,7 +23,7 @@ from qftlab.rows.countdown import countdown_row, random_problem
 from qftlab.rows.sources import load
 from qftlab.settings import PolicyConfig, RLOOConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, read_state, training_identity
-from qftlab.train.distributed import World, per_process, wrap
+from qftlab.train.distributed import Ranks, per_process, wrap
 from qftlab.train.loop import TrainResult, train
 from qftlab.train.rollouts import (
     STOPS,
@@ -332,7 +332,7 @@ def keep_layout_(checkpoints: Checkpoints, model) -> str:
     if "layout" not in checkpoints.identity:
         last = checkpoints.last()
         recorded = read_state(last)["identity"].get("layout") if last else None
-        layouts = World.current().gather(recorded or choose_layout(model))
+        layouts = Ranks.current().gather(recorded or choose_layout(model))
         checkpoints.identity["layout"] = layouts[0]
     return checkpoints.identity["layout"]
 

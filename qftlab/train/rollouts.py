@@ -24,7 +24,7 @@ from qftlab.rows.batches import Example, batches, first_fit_decreasing, pack, pa
 from qftlab.rows.chat import render_prompt, row_to_messages
 from qftlab.rows.schemas import convert_row
 from qftlab.settings import PolicyConfig, TrainConfig
-from qftlab.train.distributed import World, autocast
+from qftlab.train.distributed import Ranks, autocast
 from qftlab.train.loop import MicroBatch
 from qftlab.train.step import IGNORED, Step, to_device
 
@@ -268,7 +268,7 @@ class RolloutSource:
     ) -> None:  # fmt: skip
         self.prompts, self.rewards, self.sampler, self.config, self.policy = prompts, rewards, sampler, config, policy
         self.step, self.reference = step, reference
-        self.world, self.updates = World.current(), policy.updates_per_rollout
+        self.world, self.updates = Ranks.current(), policy.updates_per_rollout
         self.steps_per_epoch = -(-len(prompts) // config.batch_size) * self.updates
         self.found: dict[str, float] = {}
         self.asked: list[Prompt] = []

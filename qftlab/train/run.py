@@ -22,7 +22,7 @@ from qftlab.model.lora import add_adapters
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
 from qftlab.settings import RunConfig
 from qftlab.train.checkpoint import Checkpoints, step_of
-from qftlab.train.distributed import World, processes, training_dtype, unsharded
+from qftlab.train.distributed import Ranks, processes, training_dtype, unsharded
 from qftlab.train.loop import TrainResult
 
 log = logging.getLogger(__name__)
@@ -323,7 +323,7 @@ def run_stage(name: str, config: RunConfig, prepare: Callable[[RunConfig], Stage
 
 def open_run(config: RunConfig) -> RunFolder:
     """The folder of a new run, or of the one to resume; all processes get the same, and the first writes."""
-    world, run = World.current(), None
+    world, run = Ranks.current(), None
     if world.is_main:
         run = RunFolder(config.output, config, [*config.data, *config.held_out], resume=config.resume)
     path = world.gather(run.path if run else None)[0]
@@ -344,7 +344,7 @@ def begin(run: RunFolder, checkpoints: Checkpoints, config: RunConfig, model, to
         ValueError: if the last checkpoint is damaged or of another run.
         OSError: if another process writes there.
     """
-    if World.current().is_main:
+    if Ranks.current().is_main:
         checkpoints.prepare()
     last = checkpoints.last()
     if last:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from qftlab.rows.batches import Example
 from qftlab.settings import SFTConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, training_identity
-from qftlab.train.distributed import World, processes, unsharded
+from qftlab.train.distributed import Ranks, processes, unsharded
 from qftlab.train.sft import fit_examples, sft
 
 STEPS, HALF = 20, 10
@@ -52,17 +52,17 @@ def fit(settings: TrainConfig, kind: str = "full", folder: Path | None = None, r
     saved = Checkpoints(folder, training_identity(model, settings, rows, held), settings.keep) if folder else None
     result = fit_examples(model, rows, settings, held_out=held, on_log=records.append, checkpoints=saved, resume=resume)
     is_sharded = [isinstance(p, DTensor) for p in model.parameters()]
-    assert all(is_sharded) if World.current().size > 1 and settings.sharding == "fsdp" else not any(is_sharded)
+    assert all(is_sharded) if Ranks.current().size > 1 and settings.sharding == "fsdp" else not any(is_sharded)
     whole = unsharded(model, lambda: model_of(kind))
     norms = [r["grad_norm"] for r in records if "loss" in r]
-    weights = {n: p.detach().clone() for n, p in whole.named_parameters()} if World.current().is_main else {}
+    weights = {n: p.detach().clone() for n, p in whole.named_parameters()} if Ranks.current().is_main else {}
     return {"losses": result.losses, "norms": norms, "held_out": [list(pair) for pair in result.held_out],
             "tokens": result.tokens, "weights": weights}  # fmt: skip
 
 
 def main(folder: Path) -> None:
     """Every case, one after the other; the first process writes what came out."""
-    assert World.current().size == 2
+    assert Ranks.current().size == 2
     for sharding, is_on in CASES:
         name, settings = f"{sharding}-{is_on}", config(sharding=sharding, gradient_checkpointing=is_on)
         keep(folder / f"{name}.pt", fit(settings, folder=folder / name))
@@ -88,13 +88,13 @@ def main(folder: Path) -> None:
         fit_examples(model, broken, config())
     except ArithmeticError as error:
         message = str(error)
-    messages = World.current().gather(message)
+    messages = Ranks.current().gather(message)
     keep(folder / "messages.pt", {"messages": messages})
 
 
 def keep(path: Path, content) -> None:
     """Written by the first process."""
-    if World.current().is_main:
+    if Ranks.current().is_main:
         torch.save(content, path)
 
 

@@ -212,7 +212,7 @@ def test_one_beam_is_greedy_decoding_under_a_penalty(penalty: float, tokenizer) 
 
 def test_one_beam_sees_what_a_long_sum_rounds_away(tokenizer) -> None:
     """Logits 1e-5 apart after 2,000 nats, where fp32 numbers are 1.2e-4 apart: the larger is taken."""
-    plan = beam._Plan(1, 8, 1.0, False, 1, 1.0, frozenset(), 4, 4, None)
+    plan = beam._BeamOptions(1, 8, 1.0, False, 1, 1.0, frozenset(), 4, 4, None)
     search = beam._Search(0, [1], plan)
     search.scores = [-2000.0]
     beam._select(torch.tensor([[0.1, 0.5, 0.50001, 0.2]]), None, [search], plan, 1)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from qftlab.maths import logprobs
 from qftlab.maths.logprobs import (
-    Term,
+    HeadTerm,
     chunk_tokens,
     entropy,
     linear_cross_entropy,
@@ -65,7 +65,7 @@ def test_cross_entropy_by_hand() -> None:
     """
     hidden = torch.eye(2, requires_grad=True)
     weight = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]], requires_grad=True)
-    loss = linear_cross_entropy([Term(hidden, weight)], torch.tensor([0, 1]), chunk=1)
+    loss = linear_cross_entropy([HeadTerm(hidden, weight)], torch.tensor([0, 1]), chunk=1)
     assert loss.item() == pytest.approx(-math.log(0.75) - math.log(0.5), abs=1e-6)
     loss.backward()
     torch.testing.assert_close(weight.grad, torch.tensor([[-0.25, 0.5], [0.25, -0.5]]))
@@ -75,7 +75,7 @@ def test_cross_entropy_by_hand() -> None:
 def test_temperature_and_entropy_by_hand() -> None:
     """Logits (2 ln 3, 0) at temperature 2 are (ln 3, 0): p = ¾, ¼; H = ¾ ln 4/3 + ¼ ln 4."""
     weight = torch.tensor([[2 * math.log(3)], [0.0]])
-    terms, target = [Term(torch.ones(1, 1), weight)], torch.tensor([1])
+    terms, target = [HeadTerm(torch.ones(1, 1), weight)], torch.tensor([1])
     logprob, spread = linear_logprobs(terms, target, temperature=2.0, with_entropy=True)
     assert logprob.item() == pytest.approx(math.log(0.25), abs=1e-6)
     assert spread.item() == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4), abs=1e-6)
@@ -94,14 +94,14 @@ def test_terms_equal_the_whole_head(chunk: int) -> None:
     inputs = tensors((N, D), (V, D), (V,), (N, 2), (V, 2), (3, D))
     x, w, bias, low, up, change = inputs
     columns, y = torch.tensor([7, 0, 39]), labels()
-    terms = [Term(x, w), Term(low, up), Term(x, change, columns)]
+    terms = [HeadTerm(x, w), HeadTerm(low, up), HeadTerm(x, change, columns)]
     logits = whole_logits(x, w, bias, low, up, change, columns)
     whole = F.cross_entropy(logits, y, reduction="sum")
     loss = linear_cross_entropy(terms, y, bias=bias, chunk=chunk)
     torch.testing.assert_close(loss, whole, rtol=1e-12, atol=1e-12)
     assert_all_close(grads(loss / 7, inputs), grads(whole / 7, inputs), rtol=1e-12, atol=1e-12)
 
-    weigh = torch.randn(N, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    integer_weights = torch.randn(N, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     for temperature in (1.0, 0.7):
         scaled = whole_logits(x, w, bias, low, up, change, columns) / temperature
         expected = scaled.log_softmax(-1).gather(1, y[:, None])[:, 0]
@@ -112,8 +112,8 @@ def test_terms_equal_the_whole_head(chunk: int) -> None:
             spread, torch.distributions.Categorical(logits=scaled).entropy(), rtol=1e-9, atol=1e-9
         )
         assert not spread.requires_grad
-        theirs = grads((expected * weigh).sum(), inputs)
-        assert_all_close(grads((found * weigh).sum(), inputs), theirs, rtol=1e-12, atol=1e-12)
+        theirs = grads((expected * integer_weights).sum(), inputs)
+        assert_all_close(grads((found * integer_weights).sum(), inputs), theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_log_probabilities_pass_gradcheck() -> None:
@@ -121,7 +121,7 @@ def test_log_probabilities_pass_gradcheck() -> None:
     x, w, bias = tensors((4, 3), (5, 3), (5,))
 
     def function(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
-        return linear_logprobs([Term(x, w)], labels(4, 5), bias=bias, temperature=1.3, chunk=3)
+        return linear_logprobs([HeadTerm(x, w)], labels(4, 5), bias=bias, temperature=1.3, chunk=3)
 
     assert torch.autograd.gradcheck(function, (x, w, bias))
 
@@ -131,7 +131,7 @@ def test_any_shape_and_scale_equals_torch(n: int, vocab: int, chunk: int, seed: 
     """Logits of hundreds, as an untrained temperature gives, overflow a softmax that does not shift."""
     x, w = tensors((n, D), (vocab, D), dtype=torch.float32, seed=seed)
     x, y = x * (300 if wild else 1), labels(n, vocab)
-    loss = linear_cross_entropy([Term(x, w)], y, chunk=chunk)
+    loss = linear_cross_entropy([HeadTerm(x, w)], y, chunk=chunk)
     whole = F.cross_entropy(x @ w.t(), y, reduction="sum")
     torch.testing.assert_close(loss, whole, rtol=1e-5, atol=1e-5)
     assert_all_close(grads(loss, [x, w]), grads(whole, [x, w]), rtol=1e-4, atol=1e-4 * (300 if wild else 1))
@@ -139,22 +139,22 @@ def test_any_shape_and_scale_equals_torch(n: int, vocab: int, chunk: int, seed: 
 
 def test_only_what_is_trained_gets_a_gradient() -> None:
     x, w = tensors((N, D), (V, D))
-    frozen = linear_cross_entropy([Term(x, w.detach())], labels())
+    frozen = linear_cross_entropy([HeadTerm(x, w.detach())], labels())
     assert_all_close(grads(frozen, [x]), grads(F.cross_entropy(x @ w.detach().t(), labels(), reduction="sum"), [x]))
     with torch.no_grad():
-        assert not linear_cross_entropy([Term(x, w)], labels()).requires_grad
+        assert not linear_cross_entropy([HeadTerm(x, w)], labels()).requires_grad
 
 
 def test_no_tokens_cost_nothing() -> None:
     x, w = tensors((0, D), (V, D))
-    loss = linear_cross_entropy([Term(x, w)], labels(0))
+    loss = linear_cross_entropy([HeadTerm(x, w)], labels(0))
     assert loss.item() == 0 and grads(loss, [w])[0].abs().sum() == 0
-    assert linear_logprobs([Term(x, w)], labels(0)).shape == (0,)
+    assert linear_logprobs([HeadTerm(x, w)], labels(0)).shape == (0,)
 
 
 def test_a_second_backward_says_so() -> None:
     x, w = tensors((N, D), (V, D))
-    loss = linear_cross_entropy([Term(x, w)], labels())
+    loss = linear_cross_entropy([HeadTerm(x, w)], labels())
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="gives its gradient once"):
         loss.backward()
@@ -163,15 +163,15 @@ def test_a_second_backward_says_so() -> None:
 def test_nonsense_is_refused() -> None:
     x, w, bias = tensors((N, D), (V, D), (V,))
     with pytest.raises(ValueError, match=r"a term must be x \(N, d\) and weight \(40, d\) with N = 22 labels"):
-        linear_cross_entropy([Term(x, w)], labels(22))
+        linear_cross_entropy([HeadTerm(x, w)], labels(22))
     with pytest.raises(ValueError, match="terms must start with one on all columns"):
-        linear_cross_entropy([Term(x, w[:2], torch.tensor([0, 1]))], labels())
+        linear_cross_entropy([HeadTerm(x, w[:2], torch.tensor([0, 1]))], labels())
     with pytest.raises(ValueError, match=r"bias must be \(40,\), got \(39,\)"):
-        linear_cross_entropy([Term(x, w)], labels(), bias=bias[1:])
+        linear_cross_entropy([HeadTerm(x, w)], labels(), bias=bias[1:])
     with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
-        linear_cross_entropy([Term(x, w)], labels(), chunk=0)
+        linear_cross_entropy([HeadTerm(x, w)], labels(), chunk=0)
     with pytest.raises(ValueError, match="temperature must be above 0, got 0"):
-        linear_logprobs([Term(x, w)], labels(), temperature=0)
+        linear_logprobs([HeadTerm(x, w)], labels(), temperature=0)
 
 
 # --- precision --------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_the_head_gradient_of_bf16_is_summed_in_fp32() -> None:
     n = 2048
     x, w = torch.ones(n, 2, dtype=torch.bfloat16), torch.zeros(4, 2, dtype=torch.bfloat16, requires_grad=True)
     y = torch.zeros(n, dtype=torch.int64)
-    linear_cross_entropy([Term(x, w)], y, chunk=1).backward()
+    linear_cross_entropy([HeadTerm(x, w)], y, chunk=1).backward()
     assert w.grad.dtype == torch.bfloat16
     exact = torch.tensor([-0.75, 0.25, 0.25, 0.25], dtype=torch.float64)[:, None].expand(4, 2) * n
     torch.testing.assert_close(w.grad.double(), exact, rtol=2**-7, atol=0)
@@ -202,7 +202,7 @@ def test_bf16_is_as_near_to_fp64_as_the_whole_head(kind: str) -> None:
     y = labels(200, 300)
     exact = grads(F.cross_entropy(x @ w.t(), y, reduction="sum"), [x, w])
     halves = [t.detach().bfloat16().requires_grad_() for t in (x, w)]
-    terms = [Term(*halves)]
+    terms = [HeadTerm(*halves)]
     ours = linear_cross_entropy(terms, y, chunk=16) if kind == "loss" else -linear_logprobs(terms, y, chunk=16).sum()
     whole = F.cross_entropy((halves[0] @ halves[1].t()).float(), y, reduction="sum")
     for a, b, c in zip(grads(ours, halves), grads(whole, halves), exact, strict=True):
@@ -214,9 +214,9 @@ def test_autocast_multiplies_in_bf16_and_keeps_fp32_gradients() -> None:
     x, w = tensors((50, 16), (30, 16), dtype=torch.float32)
     y = labels(50, 30)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = linear_cross_entropy([Term(x, w)], y)
+        ours = linear_cross_entropy([HeadTerm(x, w)], y)
         theirs = F.cross_entropy(F.linear(x, w).float(), y, reduction="sum")
-        lps = linear_logprobs([Term(x, w)], y)
+        lps = linear_logprobs([HeadTerm(x, w)], y)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(-lps.sum(), theirs, rtol=1e-5, atol=1e-5)
     found, expected = grads(ours, [x, w]), grads(theirs, [x, w])
@@ -363,7 +363,7 @@ PEAK = """
 import resource, sys, torch
 from pathlib import Path
 from torch.nn import functional as F
-from qftlab.maths.logprobs import Term
+from qftlab.maths.logprobs import HeadTerm
 from qftlab.maths.logprobs import linear_cross_entropy, linear_logprobs
 kind, n, vocab, width = sys.argv[1], *map(int, sys.argv[2:])
 x, w = (torch.empty(rows, width).normal_().requires_grad_() for rows in (n, vocab))
@@ -378,7 +378,7 @@ def peak():
 def run(x, w, y):
     if kind == "whole":
         return F.cross_entropy((x @ w.t()).float(), y, reduction="sum")
-    return linear_cross_entropy([Term(x, w)], y) if kind == "loss" else -linear_logprobs([Term(x, w)], y).sum()
+    return linear_cross_entropy([HeadTerm(x, w)], y) if kind == "loss" else -linear_logprobs([HeadTerm(x, w)], y).sum()
 small = [torch.randn(4, 8).requires_grad_(), torch.randn(16, 8).requires_grad_()]
 torch.autograd.grad(run(*small, torch.zeros(4, dtype=torch.int64)), small)  # libraries are loaded
 before = peak()
@@ -457,9 +457,9 @@ def test_on_cuda_in_bf16(way: str, monkeypatch) -> None:
     y = labels(700, 5000).cuda()
     exact = [t.detach().double().requires_grad_() for t in (x, w)]
     whole = F.cross_entropy(exact[0] @ exact[1].t(), y, reduction="sum")
-    losses = [linear_cross_entropy([Term(x, w)], y, chunk=None if way == "liger" else 128)]
+    losses = [linear_cross_entropy([HeadTerm(x, w)], y, chunk=None if way == "liger" else 128)]
     if way != "liger":
-        losses.append(-linear_logprobs([Term(x, w)], y, chunk=128).sum())
+        losses.append(-linear_logprobs([HeadTerm(x, w)], y, chunk=128).sum())
     for loss in losses:
         assert loss.item() == pytest.approx(whole.item(), rel=1e-3)
         for a, b in zip(grads(loss / 700, [x, w]), grads(whole / 700, exact, keep=True), strict=True):

@@ -18,7 +18,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from qftlab.maths.sampling import RowParams, SamplingParams, draw, filter_logits, sample, sample_rows, uniform, weigh
+from qftlab.maths.sampling import (
+    RowParams,
+    SamplingParams,
+    draw,
+    filter_logits,
+    integer_weights,
+    sample,
+    sample_rows,
+    uniform,
+)
 
 GREEDY = SamplingParams(temperature=0.0)
 any_params = st.builds(
@@ -48,7 +57,7 @@ def by_the_book(logits: Tensor, params: SamplingParams, u: Tensor, **options) ->
         plain = SamplingParams(temperature=0.0, repetition_penalty=params.repetition_penalty)
         return filter_logits(logits, plain, **options).argmax(-1)
     scores = filter_logits(logits, params, **options)
-    ends = weigh(scores).cumsum(-1)
+    ends = integer_weights(scores).cumsum(-1)
     target = (u.unsqueeze(1) * ends[:, -1:]).long()
     return torch.searchsorted(ends, target, right=True).squeeze(1)
 
