@@ -8,9 +8,9 @@ whole conversation's ids, and special-token text that somebody typed stays text.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,15 +20,10 @@ ROLES = ("system", "user", "assistant", "tool")
 EMPTY_THINKING = "<think>\n\n</think>\n\n"
 
 
-class Message(TypedDict):
-    """One turn of a chat: `role` is "system", "user", "assistant" or "tool".
-
-    An assistant turn may also hold `tool_calls`, in the form of the OpenAI protocol, and then no content, and Qwen3's
-    `reasoning_content`; they are trained as the template writes them.
-    """
-
-    role: str
-    content: str
+# One turn of a chat: `role` ("system", "user", "assistant" or "tool") and `content`. An assistant turn may also hold
+# `tool_calls`, in the form of the OpenAI protocol, and then no content, and Qwen3's `reasoning_content`; they are
+# trained as the template writes them.
+Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,7 @@ class Rendered:
         return sum(self.loss_mask)
 
 
-def row_to_messages(row: dict) -> list[Message]:
+def row_to_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """An alpaca row (instruction, input, output) as a user and an assistant turn; a row of messages as it is.
 
     Raises:
