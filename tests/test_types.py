@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-RIGHT = '''
+RIGHT = """
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ for run in (qftlab.sft(SFTConfig(data="rows.jsonl", train=train, lora=LoRAConfig
     folder: Path = run
 loss: torch.Tensor = qftlab.masked_cross_entropy(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.int64))
 low, high = qftlab.wilson_interval(3, 10)
-'''
+"""
 WRONG = {
     'qftlab.generate(model, tokenizer, ["2"], max_new_tokens="3")': 'expected "int | Sequence[int]"',
     'qftlab.generate(model, tokenizer, ["2"], temperature=1.0)': 'Unexpected keyword argument "temperature"',

@@ -152,6 +152,23 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
     return (rewards.unsqueeze(-1) - rewards.unsqueeze(-2)).sum(-1) / (size - 1)
 
 
+def penalised_advantages(rewards: Tensor, kl: Tensor | float, beta: float, size: int) -> Tensor:
+    """Leave-one-out advantages of R − β·KL, the KL penalty counted as a part of each answer's reward.
+
+    Args:
+        rewards: (N,) of groups of `size` answers side by side.
+        kl: (N,) log π_old − log π_ref of each answer, in nats; any number where β is 0.
+        beta: weight of the penalty.
+        size: answers to a prompt.
+
+    Returns:
+        (N,).
+
+    Source: Ahmadian et al. 2024, eq. 1 with eq. 4; the placement TRL's RLOOTrainer has too.
+    """
+    return leave_one_out_advantages((rewards - beta * kl).view(-1, size)).flatten()
+
+
 def clipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, epsilon: float = 0.2) -> Tensor:
     """The clipped policy gradient of whole answers: −min(ρA, clip(ρ, 1 − ε, 1 + ε)·A), ρ = exp(log π − log π_old).
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from qftlab.train.checkpoint import Checkpoints, fingerprint, training_identity
 from qftlab.train.distributed import Ranks, autocast, per_process, wrap
 from qftlab.train.loop import MicroBatch, NonFiniteLoss, TrainResult, train
 from qftlab.train.run import RunFolder, Stage, load_extended, run_stage
-from qftlab.train.step import IGNORED, Step, to_device
+from qftlab.train.step import IGNORED, Frozen, Step, to_device
 
 REFERENCE = "reference.safetensors"
 
@@ -43,9 +42,8 @@ class Reference:
     """
 
     def __init__(self, model: nn.Module, which: str, config: TrainConfig) -> None:
-        if which == "base" and not hasattr(model, "disable_adapter"):
-            raise ValueError("loss.reference must be start or none without adapters, got base: add some (lora.rank 16)")
         self.model, self.which, self.config = model, which, config
+        self.frozen = Frozen(Step(model), which, moves=False)
 
     @cached_property
     def digest(self) -> str:
@@ -78,24 +76,20 @@ class Reference:
                 _write(cache, key, found)
         return found
 
-    @torch.no_grad()
     def _share(self, pairs: Sequence[Pair], world: Ranks) -> list[tuple[list[int], Tensor]]:
         """This process's part: every `size`-th group of pairs of like length."""
-        step, device = Step(self.model), next(self.model.parameters()).device
+        device = next(self.model.parameters()).device
         size = self.config.micro_batch_size or self.config.batch_size
         order = sorted(range(len(pairs)), key=lambda i: pairs[i].length)
         groups = [order[i : i + size] for i in range(0, len(order), size)][world.rank :: world.size]
         share = []
-        with module_mode(self.model, False), self._adapters_off(), autocast(self.config, device):
+        with autocast(self.config, device):
             for group in groups:
                 examples = documents([pairs[i] for i in group])
                 batch = to_device(pack(examples) if self.config.packing else pad(examples, 0), device)
-                logprobs = step(**batch, want="logprobs")
+                logprobs = self.frozen(batch)
                 share.append((group, sum_by_document(logprobs, batch.get("cu_seq_lens_q")).view(-1, 2).float().cpu()))
         return share
-
-    def _adapters_off(self) -> AbstractContextManager:
-        return self.model.disable_adapter() if self.which == "base" else nullcontext()
 
 
 def _read(path: Path | None, key: str) -> Tensor | None:

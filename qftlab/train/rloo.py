@@ -7,7 +7,6 @@ import logging
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from qftlab.decoding.layouts import choose_layout
-from qftlab.maths.losses import clipped_policy_loss, is_clipped, kl_estimate, leave_one_out_advantages, sum_by_document
-from qftlab.model.head import context_length, module_mode
+from qftlab.maths.losses import clipped_policy_loss, is_clipped, kl_estimate, penalised_advantages, sum_by_document
+from qftlab.model.head import context_length
 from qftlab.rows.batches import Example
 from qftlab.rows.countdown import countdown_row, random_problem
 from qftlab.rows.sources import load
@@ -38,7 +37,7 @@ from qftlab.train.rollouts import (
     statistics_of,
 )
 from qftlab.train.run import RunFolder, Stage, load_extended, run_stage
-from qftlab.train.step import IGNORED, Step
+from qftlab.train.step import IGNORED, Frozen, Step
 
 
 class PolicyStep(nn.Module):
@@ -91,8 +90,7 @@ class PolicyStep(nn.Module):
         old = logprobs.detach() if old_logprobs is None else old_logprobs
         if advantages is None:
             kl = old - sum_by_document(ref_logprobs, bounds) if self.config.beta else 0.0
-            groups = (rewards - self.config.beta * kl).view(-1, self.config.num_generations)
-            advantages = leave_one_out_advantages(groups).flatten()
+            advantages = penalised_advantages(rewards, kl, self.config.beta, self.config.num_generations)
         losses = clipped_policy_loss(logprobs, old, advantages, epsilon=self.config.epsilon)
         clipped = is_clipped(logprobs.detach(), old, advantages, epsilon=self.config.epsilon)
         self._note(tokens.detach(), labels[:, 1:] != IGNORED, entropy, ref_logprobs, sampler_logprobs, clipped)
@@ -125,37 +123,6 @@ class PolicyStep(nn.Module):
         if self.config.beta:
             found |= {"kl": k1 / count, "kl_k3": k3 / count}
         return {name: round(value, 9) for name, value in found.items()}
-
-
-class PolicyReference:
-    """What the KL penalty holds the policy to: its trainable weights as they were, or the model without adapters.
-
-    Only trained weights are copied, so that adapters need no second model.
-
-    Args:
-        step: of the policy, before its first update.
-        which: "start" or "base".
-
-    Raises:
-        ValueError: for "base" without adapters.
-    """
-
-    def __init__(self, step: Step, which: str) -> None:
-        if which == "base" and not hasattr(step.model, "disable_adapter"):
-            raise ValueError("policy.reference must be start without adapters, got base: add some (lora.rank 16)")
-        self.step, self.which = step, which
-        named = step.named_parameters() if which == "start" else ()
-        self.frozen = {name: p.detach().clone() for name, p in named if p.requires_grad}
-
-    @torch.no_grad()
-    def __call__(self, batch: Mapping[str, Tensor], temperature: float) -> Tensor:
-        """Log-probabilities of the labels, (B, T − 1) fp32 nats, 0 where there is none."""
-        arguments = {**batch, "want": "logprobs", "temperature": temperature}
-        is_base = self.which == "base"
-        with module_mode(self.step, False), self.step.model.disable_adapter() if is_base else nullcontext():
-            if is_base:
-                return self.step(**arguments)
-            return torch.func.functional_call(self.step, self.frozen, (), arguments)
 
 
 def count_answers(batch: Mapping[str, Tensor]) -> int:
@@ -237,7 +204,7 @@ def fit_prompts(
     """Trains `model` in place on prompts that are tokens already. Arguments as in `fit_policy`; raises what it does."""
     _check(config, policy, rewards, checkpoints is not None, bool(held_out))
     bare = PolicyStep(model, policy)
-    reference = PolicyReference(bare.step, policy.reference) if policy.beta else None
+    reference = Frozen(bare.step, policy.reference) if policy.beta else None
     if isinstance(checkpoints, str | Path):
         identity = policy_identity(model, config, policy, prompts, held_out, rewards)
         checkpoints = Checkpoints(checkpoints, identity, config.keep)

@@ -16,7 +16,7 @@ from torch import Tensor
 from qftlab.decoding.decoder import Decoder
 from qftlab.decoding.engine import Completion, generate
 from qftlab.decoding.layouts import choose_layout
-from qftlab.maths.losses import leave_one_out_advantages, sum_by_document
+from qftlab.maths.losses import penalised_advantages, sum_by_document
 from qftlab.maths.sampling import SamplingParams
 from qftlab.maths.verify import is_finite
 from qftlab.model.head import bump_weights_version_, module_mode
@@ -329,10 +329,9 @@ class RolloutSource:
         for n in mine if self.reference or needs_old else ():
             every[n] |= self._scored(every[n], needs_old)
         rewards = torch.tensor([r.reward for r in kept])
-        if needs_old and not is_plain:
-            rewards -= policy.beta * self._kl(every, parts, mine, len(kept))
         if needs_old or is_plain:
-            known = "advantages", leave_one_out_advantages(rewards.view(-1, size)).flatten()
+            kl = 0.0 if is_plain else self._kl(every, parts, mine, len(kept))
+            known = "advantages", penalised_advantages(rewards, kl, policy.beta, size)
         else:
             known = "rewards", rewards
         for batch, part in zip(every, parts, strict=True):

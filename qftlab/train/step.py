@@ -7,8 +7,8 @@ Only `Step` is prepared, wrapped or sharded, and only it is called: losses and l
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import cache
 
 import torch
@@ -118,6 +118,37 @@ class Step(nn.Module):
             self._said_called = True
         size = chunk_tokens(causal_model(self.model).config.vocab_size, x.device)
         return module_logprobs(head, x, y, chunk=size, **options)
+
+
+class Frozen:
+    """A policy as it is now, whatever becomes of its weights: what DPO and RLOO hold the policy to.
+
+    Only trained weights are copied, so that adapters need no second model.
+
+    Args:
+        step: of the policy before its first update.
+        which: "start" (as it is) or "base" (its adapters off).
+        moves: whether the weights move before the last time that it is asked; if not, nothing is copied.
+
+    Raises:
+        ValueError: for "base" without adapters.
+    """
+
+    def __init__(self, step: Step, which: str, *, moves: bool = True) -> None:
+        if which == "base" and not hasattr(step.model, "disable_adapter"):
+            raise ValueError("reference must be start without adapters, got base: take start, or add some (lora.rank 16)")
+        self.step, self.is_base = step, which == "base"
+        named = step.named_parameters() if moves and not self.is_base else ()
+        self.weights = {name: p.detach().clone() for name, p in named if p.requires_grad}
+
+    @torch.no_grad()
+    def __call__(self, batch: Mapping[str, Tensor], temperature: float = 1.0) -> Tensor:
+        """Log-probabilities of the labels, (B, T − 1) fp32 nats, 0 where there is none."""
+        arguments = {**batch, "want": "logprobs", "temperature": temperature}
+        with module_mode(self.step, False), self.step.model.disable_adapter() if self.is_base else nullcontext():
+            if not self.weights:
+                return self.step(**arguments)
+            return torch.func.functional_call(self.step, self.weights, (), arguments)
 
 
 @contextmanager

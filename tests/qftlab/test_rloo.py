@@ -24,8 +24,9 @@ from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.settings import REWARDS, LoRAConfig, PolicyConfig, RLOOConfig, TrainConfig
 from qftlab.train import rloo as module
 from qftlab.train.reward import WANTED, named_rewards
-from qftlab.train.rloo import PolicyReference, PolicyStep, fit_policy, fresh_problems, rloo
+from qftlab.train.rloo import PolicyStep, fit_policy, fresh_problems, rloo
 from qftlab.train.rollouts import ModelSampler, RewardError, RolloutSource, encode_prompts
+from qftlab.train.step import Frozen
 
 CONSTANT = {"warmup_ratio": 0, "schedule": "constant", "weight_decay": 0.0}
 
@@ -159,7 +160,7 @@ def micro_batches(policy: PolicyConfig, model=None, **config) -> tuple[PolicySte
     """The step and the parts of one rollout of 3 x 4 fixed answers."""
     model = model or random_model()
     step = PolicyStep(model, policy)
-    reference = PolicyReference(PolicyStep(random_model(initializer_range=0.19), policy).step, "start")
+    reference = Frozen(PolicyStep(random_model(initializer_range=0.19), policy).step, "start")
     prompts = encode_prompts(load_tokenizer("tiny"), questions("one two three"))
     source = RolloutSource(prompts, {"parity": parity_reward}, Fixed(), TrainConfig(batch_size=3, **config), policy,
                            step.step, reference if policy.beta else None)  # fmt: skip
@@ -288,7 +289,7 @@ def test_leaving_equal_groups_out_changes_nothing_without_kl() -> None:
         step = PolicyStep(random_model(), policy)
         prompts = encode_prompts(load_tokenizer("tiny"), questions("one two three"))
         source = RolloutSource(prompts, {"r": some_equal}, Fixed(), TrainConfig(batch_size=3), policy, step.step,
-                               PolicyReference(step.step, "start") if beta else None)  # fmt: skip
+                               Frozen(step.step, "start") if beta else None)  # fmt: skip
         [part] = source(0, 0)
         step(**part.tensors, num_tokens=12).backward()
         found.append((len(part.rows), int(part.tensors["stands_for"]), [p.grad.clone() for p in step.parameters()]))
@@ -352,14 +353,14 @@ def test_adapters_need_no_second_model(tokenizer) -> None:
         frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
         policy = PolicyConfig(num_generations=4, max_new_tokens=6, beta=0.5, reference=which, updates_per_rollout=2)
         step = PolicyStep(model, policy)
-        copied = sum(p.numel() for p in PolicyReference(step.step, which).frozen.values())
+        copied = sum(p.numel() for p in Frozen(step.step, which).weights.values())
         assert copied == (sum(p.numel() for p in model.parameters() if p.requires_grad) if which == "start" else 0)
         result = fit_policy(model, tokenizer, questions(), parity_reward,
                             TrainConfig(lr=1e-2, max_steps=6, batch_size=6, **CONSTANT), policy)  # fmt: skip
         losses.append(result.losses)
         assert all(torch.equal(frozen[n], p) for n, p in model.named_parameters() if n in frozen)
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and max(map(abs, losses[0])) > 1e-3
-    with pytest.raises(ValueError, match="policy.reference must be start without adapters"):
+    with pytest.raises(ValueError, match="reference must be start without adapters, got base"):
         fit_policy(random_model(), tokenizer, questions(), parity_reward, TrainConfig(max_steps=1),
                    PolicyConfig(beta=0.1, reference="base"))  # fmt: skip
 
