@@ -17,6 +17,7 @@ from pathlib import Path
 import jupytext
 
 from benchmarks.harness import machine
+from qftlab.files import aside
 from qftlab_course.lessons.preferences import by_length
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,10 +97,8 @@ def make(name: str) -> Path:
         environment = os.environ | {"QFTLAB_LAYOUT": "plain", "OMP_NUM_THREADS": "1"} | NUMERICS[numerics]
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         record["runs"].append({"seed": seed, "numerics": numerics, **json.loads(done.stdout.splitlines()[-1])})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        with aside(path) as place:
+            place.write_text(json.dumps(record) + "\n", encoding="utf-8")
     return path
 
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from qftlab.files import bundled, resolve, sha256
+from qftlab.files import aside, bundled, resolve, sha256
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import adapter_base, is_adapted, load_adapters
 from qftlab.rows.tokenizer import load_tokenizer
@@ -156,29 +154,22 @@ def _load(folder: str | Path, wanted: Recipe, is_trainable: bool = False) -> tup
 
 
 def _trained(name: str, wanted: Recipe, start: Path, path: Path, say: Say) -> Path:
-    """Trains a stage aside and renames it into place: what has its final name is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=path.parent))
-    try:
-        model, tokenizer = prepared(name, wanted, *_load(start, wanted, is_trainable=True))
-        metrics: list[dict] = []
-        if name in WORKS:
-            work = WORKS[name](wanted, model, tokenizer)
-            tell(say, f"training stage {name} of {wanted.preset.name} on {work.what}")
-            metrics, note = noting(say, work.headline, every=10 if name == "rloo" else 50)
-            if work.fit(note).interrupted:
-                raise KeyboardInterrupt("interrupted: an unfinished stage is not kept")
-        if not is_adapted(model) and wanted.preset.name == "tiny":
-            model.to(torch.bfloat16)  # what ships, and what the next stage starts from
-        save_model(model, tokenizer, aside)
-        digests = {file.name: sha256(file) for file in sorted(aside.iterdir())}
+    """Trains a stage and saves it, record and all, at once."""
+    model, tokenizer = prepared(name, wanted, *_load(start, wanted, is_trainable=True))
+    metrics: list[dict] = []
+    if name in WORKS:
+        work = WORKS[name](wanted, model, tokenizer)
+        tell(say, f"training stage {name} of {wanted.preset.name} on {work.what}")
+        metrics, note = noting(say, work.headline, every=10 if name == "rloo" else 50)
+        if work.fit(note).interrupted:
+            raise KeyboardInterrupt("interrupted: an unfinished stage is not kept")
+    if not is_adapted(model) and wanted.preset.name == "tiny":
+        model.to(torch.bfloat16)  # what ships, and what the next stage starts from
+    with aside(path) as place:
+        save_model(model, tokenizer, place)
+        digests = {file.name: sha256(file) for file in sorted(place.iterdir())}
         record = {"stage": name, "made of": made_of(name, wanted, start), "sha256": digests, "metrics": metrics}
-        (aside / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
-        aside.chmod(0o755)
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(aside, path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        (place / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
     return path
 
 

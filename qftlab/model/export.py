@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from qftlab.files import aside
 from qftlab.model.head import row_layers
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import is_adapted, merge_adapters, trained_token_ids
@@ -119,20 +117,13 @@ def export_model(
     kept = [layer.weight.detach().to("cpu", copy=True) for layer in layers]
     device = layers[0].weight.device
     plain = merge_adapters(model, in_place=in_place) if is_adapted(model) else model
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _write(plain, tokenizer, aside)
+    with aside(folder) as place:
+        _write(plain, tokenizer, place)
         del plain  # the copy read back needs its room
-        again = load_model(aside, dtype="auto", device=str(device))
+        again = load_model(place, dtype="auto", device=str(device))
         positions, largest, tolerance = _checked_(again, wanted, kept, new)
         report = ExportReport(folder, positions, largest, tolerance, rows, is_tied)
-        (aside / "README.md").write_text(card_text(folder.name, card or Card(), report, tokenizer), encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()  # empty; Windows renames onto nothing
-        os.replace(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        (place / "README.md").write_text(card_text(folder.name, card or Card(), report, tokenizer), encoding="utf-8")
     log.info("exported to %s, %d greedy tokens checked", folder, report.positions)
     return report
 

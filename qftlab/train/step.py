@@ -136,7 +136,7 @@ class Frozen:
 
     def __init__(self, step: Step, which: str, *, moves: bool = True) -> None:
         if which == "base" and not hasattr(step.model, "disable_adapter"):
-            raise ValueError("reference must be start without adapters, got base: take start, or add some (lora.rank 16)")
+            raise ValueError("reference must be start without adapters, got base: add some (lora.rank 16)")
         self.step, self.is_base = step, which == "base"
         named = step.named_parameters() if moves and not self.is_base else ()
         self.weights = {name: p.detach().clone() for name, p in named if p.requires_grad}
