@@ -1,16 +1,13 @@
 """The guard of a self-checking exercise: a time limit on a student's call, and a spy on what it calls.
 
-Delegation is looked for twice. Before running: the names a function's code mentions, through imports, aliases,
-partials, wrappers, defaults and the student's own helpers. While running: a profile hook that knows forbidden Python
-functions by their code object, under whatever name, and a torch function mode that sees every torch call. Neither
-patches anything.
+Delegation is seen while it runs: a profile hook knows forbidden Python functions by their code object, under whatever
+name, and a torch function mode sees every torch call. Neither patches anything.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import dis
 import functools
 import importlib
 import inspect
@@ -27,9 +24,6 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-_NOTHING = object()
-_NAME_LOADS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_GLOBALS"}
-_TRANSPARENT = {"PUSH_NULL", "CACHE", "SWAP", "COPY", "ROT_TWO", "ROT_THREE", "EXTENDED_ARG", "POP_TOP", "NOP"}
 _AGAIN = 0.05  # seconds between two rings, for code that swallows the first
 _PATIENCE = 3  # rings after which a bare `except:` is no longer let off
 _GRACE = 1.0  # seconds a worker thread gets to die before it is left behind
@@ -84,16 +78,12 @@ def unwrap(thing: Any) -> Any:
 
 
 class Forbidden:
-    """The callables an answer may not use, by name and by identity."""
+    """The callables an answer may not use: their names by identity, and by code object where they are Python's."""
 
     def __init__(self, named: dict[str, Any]) -> None:
         self.by_id = {id(unwrap(thing)): name for name, thing in named.items()}
         self.kept = [unwrap(thing) for thing in named.values()]  # keeps the ids above alive
         self.codes = {code: name for name, thing in named.items() for code in _codes(unwrap(thing))}
-
-    def name(self, thing: Any) -> str | None:
-        """The name under which `thing` (or the class it is an instance of) is forbidden, or None."""
-        return self.by_id.get(id(unwrap(thing))) or self.by_id.get(id(type(thing)))
 
 
 def _codes(thing: Any) -> Iterator[types.CodeType]:
@@ -102,87 +92,6 @@ def _codes(thing: Any) -> Iterator[types.CodeType]:
     elif isinstance(thing, type):
         own = (vars(thing).get(name) for name in ("__init__", "__call__", "forward"))
         yield from (method.__code__ for method in own if isinstance(method, types.FunctionType))
-
-
-def mentioned(answer: Any, forbidden: Forbidden) -> str | None:
-    """The first forbidden callable that an answer is, wraps or mentions in its code; None if there is none.
-
-    Helpers defined in the same namespace are followed; library code is not.
-    """
-    home = getattr(unwrap(answer), "__globals__", None)
-    queue, seen = [answer], set()
-    while queue:
-        thing = queue.pop(0)
-        if name := forbidden.name(thing):
-            return name
-        thing = unwrap(thing)
-        if not isinstance(thing, types.FunctionType):
-            call = inspect.getattr_static(type(thing), "__call__", None)
-            thing = call if isinstance(call, types.FunctionType) else None
-        if thing is None or id(thing) in seen:
-            continue
-        seen.add(id(thing))
-        for other in _references(thing):
-            if name := forbidden.name(other):
-                return name
-            where = getattr(unwrap(other), "__globals__", _NOTHING)
-            if where is home or where is thing.__globals__:
-                queue.append(other)
-    return None
-
-
-def _references(function: types.FunctionType) -> Iterator[Any]:
-    """Objects that a function's code loads by name, through attributes, closures, defaults and inner functions."""
-    yield from function.__defaults__ or ()
-    yield from (function.__kwdefaults__ or {}).values()
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
-    closure = {}
-    for name, cell in cells:
-        with contextlib.suppress(ValueError):  # a cell that is still empty
-            closure[name] = cell.cell_contents
-    names = {**function.__globals__, **closure}
-    codes = [function.__code__]
-    while codes:
-        code = codes.pop()
-        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-        yield from _loaded(code, names)
-
-
-def _loaded(code: types.CodeType, names: dict[str, Any]) -> Iterator[Any]:
-    local: dict[str, Any] = {}
-    current = module = _NOTHING
-    for step in dis.get_instructions(code):
-        op, arg = step.opname, step.argval
-        if op == "IMPORT_NAME":
-            current = module = _imported(arg)
-        elif op == "IMPORT_FROM":
-            current = getattr(module, arg, module)
-        elif op in _NAME_LOADS:
-            current = names.get(arg, local.get(arg, _NOTHING))
-        elif op.startswith("LOAD_FAST"):
-            current = local.get(arg, _NOTHING)
-        elif op in ("LOAD_ATTR", "LOAD_METHOD"):
-            current = _attribute(current, arg)
-        elif op in ("STORE_FAST", "STORE_DEREF", "STORE_NAME"):
-            local[arg], current = current, _NOTHING
-        elif op not in _TRANSPARENT:
-            current = _NOTHING
-        if current is not _NOTHING:
-            yield current
-
-
-def _imported(name: str) -> Any:
-    try:
-        return sys.modules.get(name) or importlib.import_module(name)
-    except Exception:  # a student's import may fail in any way; the run itself will show it
-        return _NOTHING
-
-
-def _attribute(owner: Any, name: str) -> Any:
-    if owner is _NOTHING:
-        return owner
-    look = getattr if isinstance(owner, types.ModuleType | type) else inspect.getattr_static
-    return look(owner, name, _NOTHING)
 
 
 class _TorchSpy(TorchFunctionMode):

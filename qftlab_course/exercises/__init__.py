@@ -1,7 +1,7 @@
 """The exercises of the notebooks, as data: one module `nbNN.py` per notebook, each with a tuple `EXERCISES`.
 
-To add one: write an `Exercise` in its notebook's module, and in tests/exercise_answers.py a stub, two right answers and
-two plausible wrong ones with the words that the message must say. The tests run over all of them.
+To add one: write an `Exercise` in its notebook's module, and in tests/course/exercise_answers.py a stub and two right
+answers. The tests run over all of them, and over each suspect's own mistake, which must get that suspect's message.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Suspect:
 
     Args:
         message: one sentence to the student, naming the likely cause.
-        like: a wrong implementation; the mistake is suspected if the answer agrees with it on every input tried.
+        like: a wrong implementation that does not call the reference; suspected if the answer agrees with it on every
+            input tried.
         when: or a predicate `(args, got, wanted) -> bool` on the smallest failing input.
     """
 

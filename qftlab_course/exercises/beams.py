@@ -43,12 +43,13 @@ def _beam_step_with(candidates=2, ending=1, start=True, stops=True):
 
 def _own_score_only(scores, logprobs, eos_id):
     """Ranked by the sums, but told with the last token's log-probability."""
-    return tuple([(i, t, float(logprobs[i, t])) for i, t, _ in part] for part in beam_step(scores, logprobs, eos_id))
+    chosen = _beam_step_with()(scores, logprobs, eos_id)
+    return tuple([(i, t, float(logprobs[i, t])) for i, t, _ in part] for part in chosen)
 
 
 def _added_too_late(scores, logprobs, eos_id):
     """Ranked by the last token alone; the beams' scores are added to what was chosen."""
-    chosen = beam_step(scores * 0, logprobs, eos_id)
+    chosen = _beam_step_with(start=False)(scores, logprobs, eos_id)
     return tuple([(i, t, float(scores[i] + logprobs[i, t])) for i, t, _ in part] for part in chosen)
 
 

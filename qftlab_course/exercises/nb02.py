@@ -63,7 +63,7 @@ def _draw_targets(rng: random.Random, size: int) -> tuple:
     ids = torch.tensor(rng.sample(range(10, 60), size + 1))
     mask = torch.tensor([rng.random() < 0.5 for _ in range(size + 1)])
     mask[-1] = True
-    mask[0] = size % 2 == 0
+    mask[0] = size % 2 == 1  # at size 1 a mask that is not shifted does no harm, which sets it apart
     return ids, mask
 
 
@@ -93,8 +93,7 @@ def _draw_rows(rng: random.Random, size: int) -> tuple:
 
 def packed_mask(lengths: list[int]) -> Tensor:
     """Who may look at whom in one packed row, (T, T) bool: [query, key], causal, and within a document only."""
-    document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    return (document[:, None] == document[None, :]).tril()
+    return _same_document(lengths).tril()
 
 
 def _same_document(lengths):
@@ -202,10 +201,11 @@ EXERCISES = (
             Suspect("documents see each other: a later one may not look into an earlier one", like=_causal),
             Suspect("tokens see the future: a query looks at itself and at what came before", like=_same_document),
             Suspect(
-                "rows are keys here; the first index is the query, which looks back", like=lambda n: packed_mask(n).T
+                "rows are keys here; the first index is the query, which looks back",
+                like=lambda n: _same_document(n).triu(),
             ),
-            Suspect("a token must see itself: keep the diagonal", like=lambda n: packed_mask(n).tril(-1)),
-            Suspect("True means may look; this is the opposite", like=lambda n: ~packed_mask(n)),
+            Suspect("a token must see itself: keep the diagonal", like=lambda n: _same_document(n).tril(-1)),
+            Suspect("True means may look; this is the opposite", like=lambda n: ~_same_document(n).tril()),
         ),
     ),
 )

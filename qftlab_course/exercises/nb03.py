@@ -36,11 +36,11 @@ def _mean_of_rows(logits, labels):
 
 
 def _draw_loss(rng: random.Random, size: int) -> tuple:
-    rows, width, vocabulary = 1 + size // 3, 2 + size // 2, 3 + size // 2
+    rows, width, vocabulary = 1 + size // 3, 3 + size // 2, 4 + size // 2
     logits = tensor(rng, rows, width, vocabulary, scale=200.0 if size % 4 == 0 else 1.0)
     labels = torch.tensor([integers(rng, width, 0, vocabulary - 1) for _ in range(rows)])
     for row in range(rows):
-        keep = rng.randrange(1, width)
+        keep = rng.randrange(1, width - 1)  # not the last: a shift backwards must find it too
         for column in range(width):
             if column == 0 or (column != keep and rng.random() < 0.5):
                 labels[row, column] = -100
@@ -66,37 +66,12 @@ def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
     return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
-def _no_warmup(step, total, warmup, peak):
-    return peak * (1 + math.cos(math.pi * step / total)) / 2
+def _cosine(share: float) -> float:
+    return (1 + math.cos(math.pi * share)) / 2
 
 
-def _cosine_from_zero(step, total, warmup, peak):
-    return peak * (step + 1) / warmup if step < warmup else _no_warmup(step, total, warmup, peak)
-
-
-def _cosine_by_step_count(step, total, warmup, peak):
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (1 + math.cos(math.pi * (step - warmup) / total)) / 2
-
-
-def _linear_decay(step, total, warmup, peak):
-    return peak * (step + 1) / warmup if step < warmup else peak * (1 - (step - warmup) / (total - warmup))
-
-
-def _starts_at_zero(step, total, warmup, peak):
-    return peak * step / warmup if step < warmup else learning_rate(step, total, warmup, peak)
-
-
-def _whole_cosine(step, total, warmup, peak):
-    rate = learning_rate(step, total, warmup, peak)
-    return rate if step < warmup else 2 * rate - peak
-
-
-def _in_degrees(step, total, warmup, peak):
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (1 + math.cos(180 * (step - warmup) / (total - warmup))) / 2
+def _schedule(fall, rise=lambda step, warmup: (step + 1) / warmup):
+    return lambda step, total, warmup, peak: peak * (rise(step, warmup) if step < warmup else fall(step, total, warmup))
 
 
 def _draw_schedule(rng: random.Random, size: int) -> tuple:
@@ -135,8 +110,14 @@ def _draw_prompts(rng: random.Random, size: int) -> tuple:
     test = [prompt() for _ in range(1 + size // 3)]
     seen = "sort " + rng.choice(train)
     train.append(seen)
-    changes = (str, str.upper, lambda p: f" {p}\n", lambda p: p.replace(" ", "  "), lambda p: p.title() + " ")
-    test.insert(rng.randrange(len(test) + 1), changes[size % 5](seen))
+    # Two changes at a time, because which of the two is found tells what is not evened out.
+    copies = ([seen, f"\t{seen}"], [seen.upper(), f" {seen}\n"], [seen.title() + " ", seen.replace(" ", "  ")])
+    for copy in copies[size % 3]:
+        test.insert(rng.randrange(len(test) + 1), copy)
+    if size > 2:  # one inside the other, which is no leak
+        nested = ["count to 2", "count to 20"]
+        train.append(nested[size % 2])
+        test.append(nested[1 - size % 2])
     return train, test
 
 
@@ -251,13 +232,31 @@ EXERCISES = (
         atol=1e-9,
         rtol=1e-6,
         suspects=(
-            Suspect("the first step has rate 0 and is lost: use (step + 1) / warmup", like=_starts_at_zero),
-            Suspect("there is no warm-up", like=_no_warmup),
-            Suspect("the cosine starts at step 0; it must start where the warm-up ends", like=_cosine_from_zero),
-            Suspect("the cosine does not reach 0: it is total − warmup steps long", like=_cosine_by_step_count),
-            Suspect("this falls in a straight line, not along a cosine", like=_linear_decay),
-            Suspect("math.cos takes radians: half a turn is math.pi there, not 180", like=_in_degrees),
-            Suspect("the cosine falls below 0; (1 + cos) / 2 stays between 0 and 1", like=_whole_cosine),
+            Suspect(
+                "the first step has rate 0 and is lost: use (step + 1) / warmup",
+                like=_schedule(lambda s, t, w: _cosine((s - w) / (t - w)), rise=lambda s, w: s / w),
+            ),
+            Suspect("there is no warm-up", like=lambda s, t, w, peak: peak * _cosine(s / t)),
+            Suspect(
+                "the cosine starts at step 0; it must start where the warm-up ends",
+                like=_schedule(lambda s, t, w: _cosine(s / t)),
+            ),
+            Suspect(
+                "the cosine does not reach 0: it is total − warmup steps long",
+                like=_schedule(lambda s, t, w: _cosine((s - w) / t)),
+            ),
+            Suspect(
+                "this falls in a straight line, not along a cosine",
+                like=_schedule(lambda s, t, w: 1 - (s - w) / (t - w)),
+            ),
+            Suspect(
+                "math.cos takes radians: half a turn is math.pi there, not 180",
+                like=_schedule(lambda s, t, w: _cosine(180 / math.pi * (s - w) / (t - w))),
+            ),
+            Suspect(
+                "the cosine falls below 0; (1 + cos) / 2 stays between 0 and 1",
+                like=_schedule(lambda s, t, w: math.cos(math.pi * (s - w) / (t - w))),
+            ),
             Suspect(
                 "warmup may be 0: test step < warmup before you divide by it",
                 when=lambda a, g, w: isinstance(g, ZeroDivisionError),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -16,7 +17,11 @@ STOPS = ("\nUser:", "##", "<end>")
 
 def entropy(logits: Tensor, temperature: float) -> Tensor:
     """Entropy in nats of softmax(logits / temperature); logits (V,). A token of probability 0 adds nothing."""
-    return torch.special.entr((logits / temperature).softmax(-1)).sum()
+    return _nats(logits / temperature)
+
+
+def _nats(logits: Tensor) -> Tensor:
+    return torch.special.entr(logits.softmax(-1)).sum()
 
 
 def _draw_entropy(rng: random.Random, size: int) -> tuple:
@@ -30,22 +35,17 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     """Logits (V,), −inf wherever the token is not in the smallest set of likeliest tokens whose mass reaches p."""
     probs, order = logits.softmax(-1).sort(descending=True)
     kept = order[probs.cumsum(-1) - probs < p]
-    return _only(logits, kept)
+    return torch.full_like(logits, -math.inf).index_copy(0, kept, logits[kept])
 
 
-def _only(logits: Tensor, kept: Tensor) -> Tensor:
-    cut = torch.full_like(logits, -math.inf)
-    cut[kept] = logits[kept]
-    return cut
+def _top_p_with(crossing=True, descending=True, cut=-math.inf):
+    def wrong(logits, p):
+        probs, order = logits.softmax(-1).sort(descending=descending)
+        mass = probs.cumsum(-1)
+        kept = order[mass - probs < p if crossing else mass <= p]
+        return torch.full_like(logits, cut).index_copy(0, kept, logits[kept])
 
-
-def _top_p_by(logits, p, keep, descending=True):
-    probs, order = logits.softmax(-1).sort(descending=descending)
-    return _only(logits, order[keep(probs, probs.cumsum(-1), p)])
-
-
-def _without_crossing(logits, p):
-    return _top_p_by(logits, p, lambda probs, mass, p: mass <= p)
+    return wrong
 
 
 def _unsorted(logits, p):
@@ -131,34 +131,44 @@ def _stop_is_a_piece(pieces, stops):
     return "".join(pieces), len(pieces)
 
 
+def _read_to_stop(pieces, stops, is_stopped=lambda text, stop: stop in text):
+    """The text read until it has a stop, or all of it; where the first stop in it begins; and the number of pieces."""
+    read = list(itertools.accumulate(pieces))
+    text = next((text for text in read if any(is_stopped(text, stop) for stop in stops)), read[-1])
+    found = [text.find(stop) for stop in stops if is_stopped(text, stop)]
+    return text, min(found, default=len(text)), read.index(text) + 1
+
+
 def _stop_at_the_end(pieces, stops):
-    text = "".join(pieces)
-    for count in range(1, len(pieces) + 1):
-        said = "".join(pieces[:count])
-        if any(said.endswith(stop) for stop in stops):
-            return said[: min(at for at in map(said.find, stops) if at >= 0)], count
-    return text, len(pieces)
+    text, at, count = _read_to_stop(pieces, stops, is_stopped=str.endswith)
+    return text[:at], count
 
 
 def _stop_kept(pieces, stops):
-    text, count = until_stop(pieces, stops)
-    rest = "".join(pieces)[len(text) :]
-    return text + next((stop for stop in stops if rest.startswith(stop)), ""), count
+    text, at, count = _read_to_stop(pieces, stops)
+    return text[:at] + next((stop for stop in stops if text.startswith(stop, at)), ""), count
 
 
 def _stop_by_list_order(pieces, stops):
-    text, count = until_stop(pieces, stops)
-    read = "".join(pieces[:count])
-    return next((read[: read.find(stop)] for stop in stops if stop in read), text), count
+    text, _, count = _read_to_stop(pieces, stops)
+    return next((text[: text.find(stop)] for stop in stops if stop in text), text), count
 
 
 def _stop_by_whole_pieces(pieces, stops):
-    text, count = until_stop(pieces, stops)
-    return (text if text == "".join(pieces) else "".join(pieces[: count - 1])), count
+    text, at, count = _read_to_stop(pieces, stops)
+    return (text if at == len(text) else "".join(pieces[: count - 1])), count
+
+
+def _stop_reading_on(pieces, stops):
+    text, at, _ = _read_to_stop(pieces, stops)
+    return text[:at], len(pieces)
 
 
 def _draw_pieces(rng: random.Random, size: int) -> tuple:
-    """Each kind at its own size: across a border, two stops in one piece, none, an end inside a piece, one early."""
+    """Each kind at its own size: within a piece, across a border, two in one piece, none, an end inside one, one early.
+
+    In this order no two mistakes begin to go wrong in the same way.
+    """
 
     def words(low: int, high: int) -> str:
         return "".join(rng.choice("abc ") for _ in range(rng.randint(low, high)))
@@ -171,8 +181,9 @@ def _draw_pieces(rng: random.Random, size: int) -> tuple:
     if size in (3, 6):  # one piece completes two, and the later one stands first in the list
         return [words(1, 2), words(1, 2) + stop + words(1, 2) + stops[0] + words(0, 1), words(1, 2)], stops
     cut = rng.randrange(1, len(stop))
-    after = words(1, 2) if size % 2 == 0 else ""
-    pieces = [words(1, 2) + stop[:cut], stop[cut:] + after]
+    pieces = [words(1, 2) + stop[:cut], stop[cut:] + words(1, 2) * (size == 5)]
+    if size == 1:
+        pieces = [words(1, 2) + stop]
     if size >= 7:  # whole in one piece, and a second one later on
         pieces = [words(1, 2), words(1, 2) + stop + words(1, 2), words(1, 2), stop]
     return [words(1, 2) for _ in range(size // 2)] + pieces + [words(1, 2)], stops
@@ -194,10 +205,10 @@ EXERCISES = (
                 "NaN: where p is 0, log p is minus infinity and their product NaN; such a token must add 0",
                 when=lambda a, g, w: bool(torch.as_tensor(g).isnan().any()),
             ),
-            Suspect("these are bits, not nats; take the natural log", like=lambda x, t: entropy(x, t) / math.log(2)),
-            Suspect("the temperature is not used", like=lambda x, t: entropy(x, 1.0)),
-            Suspect("the logits are multiplied by the temperature; divide", like=lambda x, t: entropy(x, 1 / t)),
-            Suspect("the sign is flipped: entropy is never negative", like=lambda x, t: -entropy(x, t)),
+            Suspect("these are bits, not nats; take the natural log", like=lambda x, t: _nats(x / t) / math.log(2)),
+            Suspect("the temperature is not used", like=lambda x, t: _nats(x)),
+            Suspect("the logits are multiplied by the temperature; divide", like=lambda x, t: _nats(x * t)),
+            Suspect("the sign is flipped: entropy is never negative", like=lambda x, t: -_nats(x / t)),
         ),
     ),
     Exercise(
@@ -210,18 +221,12 @@ EXERCISES = (
         instead="sort the probabilities, add them up, and put what you keep back in its place",
         forbidden=("qftlab.maths.sampling.filter_logits", "transformers.TopPLogitsWarper"),
         suspects=(
-            Suspect("the token that crosses p is cut; it belongs to the set", like=_without_crossing),
+            Suspect("the token that crosses p is cut; it belongs to the set", like=_top_p_with(crossing=False)),
             Suspect("decided in sorted order, applied to unsorted logits; put it back in its place", like=_unsorted),
             Suspect("the mass is added up in the vocabulary's order; sort first", like=_never_sorted),
-            Suspect(
-                "the least likely tokens are kept: sort with descending=True",
-                like=lambda x, p: _top_p_by(x, p, lambda q, mass, p: mass - q < p, descending=False),
-            ),
-            Suspect(
-                "cut tokens must be -inf: a logit of 0 is a likely token",
-                like=lambda x, p: top_p(x, p).masked_fill(top_p(x, p).isinf(), 0.0),
-            ),
-            Suspect("return logits, not probabilities", like=lambda x, p: top_p(x, p).softmax(-1)),
+            Suspect("the least likely tokens are kept: sort with descending=True", like=_top_p_with(descending=False)),
+            Suspect("cut tokens must be -inf: a logit of 0 is a likely token", like=_top_p_with(cut=0.0)),
+            Suspect("return logits, not probabilities", like=lambda x, p: _top_p_with()(x, p).softmax(-1)),
         ),
     ),
     Exercise(
@@ -261,10 +266,7 @@ EXERCISES = (
             Suspect("the text need not end with the stop: the last piece may go on behind it", like=_stop_at_the_end),
             Suspect("the stop string itself is still in the text", like=_stop_kept),
             Suspect("of two stops take the one that is first in the text, not in the list", like=_stop_by_list_order),
-            Suspect(
-                "all pieces are read; stop reading as soon as a stop string is whole",
-                like=lambda pieces, stops: (until_stop(pieces, stops)[0], len(pieces)),
-            ),
+            Suspect("all pieces are read; stop reading as soon as a stop string is whole", like=_stop_reading_on),
             Suspect("the last piece is dropped whole; keep what stands before the stop", like=_stop_by_whole_pieces),
             Suspect("return both, the text and the count", when=lambda a, g, w: isinstance(g, str)),
         ),

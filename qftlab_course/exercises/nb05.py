@@ -143,11 +143,11 @@ EXERCISES = (
             Suspect("every row moves; only those in ids may", like=lambda t, g, ids, lr: t - lr * g),
             Suspect(
                 "the rows move up the gradient; subtract",
-                like=lambda t, g, ids, lr: t + (t - move_rows(t, g, ids, lr)),
+                like=lambda t, g, ids, lr: t.index_add(0, torch.tensor(ids), lr * g[ids]),
             ),
             Suspect(
                 "the other rows move, and those in ids stay: the mask is inverted",
-                like=lambda t, g, ids, lr: t - lr * g + (t - move_rows(t, g, ids, lr)),
+                like=lambda t, g, ids, lr: t - lr * g.index_fill(0, torch.tensor(ids), 0.0),
             ),
             Suspect("nothing has moved", when=_is_changed),
         ),

@@ -65,8 +65,9 @@ def accuracy(margins: Tensor) -> float:
 
 def _draw_margins(rng: random.Random, size: int) -> tuple:
     margins = tensor(rng, size)
-    margins[::2] = 0.0  # before the first step all pairs tie
-    return (margins,)
+    margins[margins == 0] = 1.0
+    margins[1::2] = 0.0
+    return (margins * (size != 4),)  # before the first step all pairs tie
 
 
 def reward(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float) -> Tensor:
@@ -95,13 +96,13 @@ def _in_order(scores: list[float], values: list[float], n: int) -> float:
 
 def _by_score(scores: list[float], values: list[float], n: int) -> float:
     table = dict(zip(scores, values, strict=True))
-    return best_of(list(table), list(table.values()), n)
+    return _in_order(scores, [table[score] for score in sorted(table)], n)
 
 
 def _draw_answers(rng: random.Random, size: int) -> tuple:
     """At sizes 3 and 6 an answer that was drawn twice; at size 8 too many choices to go through, and not yet so many
     that listing them fills the memory."""
-    count, n = (24, 12) if size == 8 else (1 + size, 1 + (size // 2) % (1 + size))
+    count, n = ((3, 2), (4, 1), (4, 2), (5, 5), (6, 3), (7, 4), (8, 4), (24, 12))[size - 1]
     scores = [float(x) for x in rng.sample(range(-20, 21), count)]
     values = [float(rng.randint(0, 9)) for _ in range(count)]
     if size in (3, 6):
@@ -137,7 +138,10 @@ EXERCISES = (
                 "beta divides; it multiplies",
                 like=_loss_of(lambda c, r, rc, rr, beta: ((c - rc) - (r - rr)) / beta),
             ),
-            Suspect("the sign: a loss is minus the log", like=lambda *args: -loss(*args)),
+            Suspect(
+                "the sign: a loss is minus the log",
+                like=lambda c, r, rc, rr, beta: F.logsigmoid(beta * ((c - rc) - (r - rr))),
+            ),
             Suspect(
                 "the reference's margin is added; subtract it",
                 like=_loss_of(lambda c, r, rc, rr, beta: beta * ((c - r) + (rc - rr))),
@@ -159,7 +163,7 @@ EXERCISES = (
             Suspect("the labels are not smoothed: this is plain DPO", like=lambda s, e: -F.logsigmoid(s)),
             Suspect(
                 "the weights are the wrong way round: the label as given has 1 − epsilon",
-                like=lambda s, e: smoothed(s, 1 - e),
+                like=lambda s, e: -e * F.logsigmoid(s) - (1 - e) * F.logsigmoid(-s),
             ),
             Suspect(
                 "the flipped label's loss is −log σ(−score), of the opposite score",
@@ -208,7 +212,7 @@ EXERCISES = (
             Suspect("the reference is missing", like=lambda p, r, m, b: b * (p * m).sum(1)),
             Suspect(
                 "the reference comes first; the gain is policy minus reference",
-                like=lambda p, r, m, b: reward(r, p, m, b),
+                like=lambda p, r, m, b: b * ((r - p) * m).sum(1),
             ),
             Suspect("one number for each answer (B,): add up over tokens only", when=_is_scalar),
         ),
@@ -233,7 +237,7 @@ EXERCISES = (
             ),
             Suspect(
                 "this takes the highest values; the *score* chooses, and the value is what one gets",
-                like=lambda scores, values, n: best_of([v + i * 1e-9 for i, v in enumerate(values)], values, n),
+                like=lambda scores, values, n: _in_order(scores, sorted(values), n),
             ),
             Suspect(
                 "this is the mean over the n best; only the best-scored of each choice counts",

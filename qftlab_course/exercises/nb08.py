@@ -27,10 +27,6 @@ def _draw_rewards(rng: random.Random, size: int) -> tuple:
     return (torch.tensor(rows),)
 
 
-def _is_misfit(args: tuple, got, wanted) -> bool:
-    return isinstance(got, RuntimeError) and "must match" in str(got)
-
-
 def clipped(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, epsilon: float) -> Tensor:
     """The clipped loss of each answer (N,): -min(ratio · A, clipped ratio · A)."""
     ratio = torch.exp(logprobs - old_logprobs)
@@ -38,9 +34,9 @@ def clipped(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, epsilon:
 
 
 def _draw_ratios(rng: random.Random, size: int) -> tuple:
-    # Every side of the clip with every sign of the advantage, from the second size on.
-    shifts = torch.tensor([0.0, 0.5, -0.5, 0.5, -0.5, 0.05, -0.05, 0.0, 1.0][: 1 + size])
-    signs = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, 1.0, -1.0, -1.0, -1.0][: 1 + size])
+    # Every side of the clip with every sign of the advantage, from the third size on.
+    shifts = torch.tensor([0.5, -0.5, 0.5, -0.5, 0.0, 0.05, -0.05, 0.0, 1.0][: 1 + size])
+    signs = torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0, 1.0, -1.0, -1.0, -1.0][: 1 + size])
     old = tensor(rng, 1 + size).abs().neg() - 1
     advantages = signs * (tensor(rng, 1 + size).abs() + 0.1)
     return old + shifts, old, advantages, (0.2, 0.1)[size % 2]
@@ -73,8 +69,9 @@ def select(prompts: list[str], answers: list[list[str]], rewards: list[list[floa
     return kept
 
 
-def _select_by(is_right, unique: bool = True, per_prompt: bool = True):
+def _select_by(is_right=lambda mark: mark == 1, unique: bool = True, per_prompt: bool = True, limited: bool = True):
     def chosen(prompts, answers, rewards, limit):
+        limit = limit if limited else None
         kept = []
         for prompt, texts, marks in zip(prompts, answers, rewards, strict=True):
             good = [text for text, mark in zip(texts, marks, strict=True) if is_right(mark)]
@@ -144,6 +141,8 @@ def _draw_answer(rng: random.Random, size: int) -> tuple:
     said, numbers, wanted = (
         (f"{target}", given, target),  # the shortcut
         (right, given, target),
+        (f"{a} + {c}", given, a + c),  # one number left out
+        (f"{right} + {target} - {target}", given, target),  # the given numbers, and what they should have made
         (f"{b} * {c} + {a} + {c} - {c}", given, target),  # a number three times
         (f"{b * c} + {a}", given, target),  # joined beforehand
         (f"{a} + {b} + {c}", given, target),  # a wrong value
@@ -151,8 +150,6 @@ def _draw_answer(rng: random.Random, size: int) -> tuple:
         (f"{b} ** {c}", [b, c], b**c),  # a power
         (f"{right}</answer> <answer>{right}", given, target),  # two answers
         (f"{a} / ({b} - {b}) + {c}", given, target),  # a division by zero
-        (f"{target} + {a} + {b} - {a} - {b}", given, target),  # the given numbers, and what they should have made
-        (f"{a} + {c}", given, a + c),  # one number left out
         (f"-({b}) + {a} + {c}", given, a + c - b),  # a sign
         (f"{a} + {a} + {b}", [a, a, b], 2 * a + b),  # given twice, used twice
         (f"{a} + {b}", [a, b, b], a + b),  # given twice, used once
@@ -197,7 +194,6 @@ EXERCISES = (
                 "means of rows (P,) are laid along the answers: keep their axis with keepdim=True",
                 like=lambda r: r - r.mean(-1),
             ),
-            Suspect("sums (P,) do not line up with rewards (P, G): keep their axis with keepdim=True", when=_is_misfit),
             Suspect(
                 "divided by the number of prompts; the others in a row are G - 1, and G is shape[1]",
                 like=lambda r: r - (r.sum(-1, keepdim=True) - r) / (r.shape[0] - 1),
@@ -249,7 +245,7 @@ EXERCISES = (
             ),
             Suspect(
                 "the mean over the batch is taken; return a loss for each answer",
-                like=lambda p, old, a, e: clipped(p, old, a, e).mean(),
+                like=_ratio_loss(lambda ratio, cut, a: -torch.minimum(ratio * a, cut * a).mean()),
             ),
         ),
     ),
@@ -263,11 +259,14 @@ EXERCISES = (
         instead="compute exp(r) - 1 - r with r = reference minus policy",
         forbidden=("qftlab.maths.losses.kl_estimate", "torch.nn.functional.kl_div"),
         suspects=(
-            Suspect("r is turned round: reference minus policy", like=lambda p, ref: k3(ref, p)),
+            Suspect("r is turned round: reference minus policy", like=lambda p, ref: (p - ref).exp() - 1 - p + ref),
             Suspect("this is k1, which may be negative", like=lambda p, ref: p - ref),
             Suspect("this is k2, half the square", like=lambda p, ref: (p - ref) ** 2 / 2),
             Suspect("the 1 is missing: two equal models must give 0", like=lambda p, ref: (ref - p).exp() - ref + p),
-            Suspect("the mean is taken; return an estimate for each token", like=lambda p, ref: k3(p, ref).mean()),
+            Suspect(
+                "the mean is taken; return an estimate for each token",
+                like=lambda p, ref: ((ref - p).exp() - 1 - ref + p).mean(),
+            ),
         ),
     ),
     Exercise(
@@ -280,13 +279,13 @@ EXERCISES = (
         instead="walk over the prompts and keep what earned 1",
         suspects=(
             Suspect("answers that earned 0.1 are kept: they are wrong", like=_select_by(lambda mark: mark > 0)),
-            Suspect("an answer is kept twice for one prompt", like=_select_by(lambda mark: mark == 1, unique=False)),
-            Suspect("the limit holds for each prompt", like=_select_by(lambda mark: mark == 1, per_prompt=False)),
+            Suspect("an answer is kept twice for one prompt", like=_select_by(unique=False)),
+            Suspect("the limit holds for each prompt", like=_select_by(per_prompt=False)),
             Suspect(
                 "an answer is dropped because another prompt had it too: only within a prompt it counts as double",
                 like=_select_unique_answers,
             ),
-            Suspect("`limit` is not kept to", like=lambda p, a, r, limit: select(p, a, r, 10**6)),
+            Suspect("`limit` is not kept to", like=_select_by(limited=False)),
             Suspect("right answers are missing: is anything kept at all?", when=lambda args, got, wanted: got == []),
         ),
     ),
@@ -327,7 +326,7 @@ EXERCISES = (
             ),
             Suspect(
                 "no answer earns 1: the numbers of an expression are a tuple, which no list is equal to; sort both",
-                like=_uses(lambda used, given: False),
+                like=_uses(lambda used, given: used == given),
             ),
             Suspect("an answer that parses but is wrong earns 0.1", like=_all_or_nothing),
             Suspect("eval pays for what the rules do not allow; parse_expression does not", like=_evaluated),
