@@ -74,7 +74,7 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
-            self.prune()
+            self._prune()
         except Timeout:
             raise OSError(f"{self.folder} must be written by one run, got another process that has it: wait for that "
                           "run to end, or start a new one") from None  # fmt: skip
@@ -127,7 +127,17 @@ class Checkpoints:
         (place / STATE).write_text(json.dumps(record | {"digest": _digest(record)}), encoding="utf-8")
 
     def prune(self) -> None:
-        """Removes what is no longer kept, and what processes that were killed have left half done."""
+        """Removes what is no longer kept, and what processes that were killed have left half done.
+
+        Raises:
+            OSError: in one sentence, if it cannot be removed.
+        """
+        try:
+            self._prune()
+        except OSError as error:
+            raise not_written(self.folder, error) from error
+
+    def _prune(self) -> None:
         for left in self.folder.glob(".step-*"):
             remove(left)
         kept = {*self.all()[-self.keep :], self.best()}

@@ -204,6 +204,20 @@ def assert_intact(folder: Path) -> None:
     assert Checkpoints(folder).load_(Checkpoints(folder).last(), weights, optimizer)["steps"] == 2
 
 
+def test_an_old_one_that_cannot_be_removed_is_a_clear_error(tmp_path, monkeypatch) -> None:
+    weights, optimizer = moved()
+    saved = Checkpoints(tmp_path / "c", keep=1)
+    saved.save(weights, optimizer, {"steps": 1, "held_out": []})
+
+    def refuse(*paths) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint.os, "rename", refuse)
+    with pytest.raises(OSError, match="c must be written, got: Permission denied; free some space"):
+        saved.save(weights, optimizer, {"steps": 2, "held_out": []})
+    assert saved.last().name == "step-000002"
+
+
 def test_a_file_that_may_not_grow_is_a_clear_error(tmp_path) -> None:
     """Writing stops in the middle of a file, as on a full disk; this needs no rights to mount one."""
     assert try_to_save(tmp_path / "c", 2) == "saved"
