@@ -8,12 +8,33 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CODES = (0, -signal.SIGKILL, 143, 130, -signal.SIGTERM)  # the last where it comes before the run listens
+
+
+def killed(run: Callable, arguments: tuple, folder: Path, pattern: str) -> None:
+    """Runs `run(*arguments)` in a process of its own and kills it as soon as `pattern` is found in `folder`."""
+    process, deadline = started(run, arguments), time.monotonic() + 120
+    while not any(folder.glob(pattern)):
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+
+
+def started(run: Callable, arguments: tuple) -> BaseProcess:
+    """A process that has just begun `run(*arguments)`, and ends with the code of the command line."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(run, arguments, theirs))
+    process.start()
+    assert ours.recv()
+    return process
 
 
 def disturbed(run: Callable, arguments: tuple, folder: Path, chance: random.Random, seconds: float) -> int:
@@ -29,11 +50,7 @@ def disturbed(run: Callable, arguments: tuple, folder: Path, chance: random.Rand
     Returns:
         The code it ended with: as the command line's.
     """
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(run, arguments, theirs))
-    process.start()
-    assert ours.recv()
+    process = started(run, arguments)
     number = chance.choice(SIGNALS)
     if chance.random() < 0.5:  # inside the write of a checkpoint
         deadline = time.monotonic() + 60

@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from random_models import random_model
+from random_signals import killed
 from torch.testing import assert_close
 
 from benchmarks import harness, preference
@@ -337,28 +336,11 @@ def test_a_run_hashes_the_weights_of_its_reference_once(little, monkeypatch) -> 
     assert hashed == ["start"]
 
 
-def run_child(folder: str, output: str, pipe) -> None:
-    """Begins or resumes a run in a process of its own."""
-    torch.set_num_threads(1)
-    begun = any((Path(folder) / output).glob("*/metrics.jsonl"))
-    pipe.send(True)
-    dpo(little_run(Path(folder), output, resume="last" if begun else None))
-
-
 def test_killed_and_resumed_ends_with_the_same_bytes(little, whole) -> None:
     """Killed once a checkpoint is there, at another moment each time; weights, metrics and reference are the same."""
-    context = multiprocessing.get_context("fork")
     for number, steps in enumerate((2, 5)):
         output = f"killed-{number}"
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=run_child, args=(str(little), output, theirs))
-        process.start()
-        deadline = time.monotonic() + 120
-        while not any((little / output).glob(f"*/checkpoints/dpo/step-{steps:06}")):
-            assert process.is_alive() and time.monotonic() < deadline
-            time.sleep(0.002)
-        process.kill()
-        process.join()
+        killed(dpo, (little_run(little, output),), little / output, f"*/checkpoints/dpo/step-{steps:06}")
         [run] = [p for p in (little / output).iterdir() if not p.is_symlink()]
         assert not (run / "model").exists(), "killed before its end"
         if number:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import multiprocessing
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from random_models import random_model
+from random_signals import killed
 from torch.testing import assert_close
 
 from qftlab.decoding.engine import Completion
@@ -537,27 +536,11 @@ def test_held_out_answers_are_written_as_rollouts_are() -> None:
     assert found[0] == found[1] > 0
 
 
-def run_child(folder: str, output: str, pipe) -> None:
-    """Begins or resumes a run in a process of its own."""
-    torch.set_num_threads(1)
-    pipe.send(True)
-    rloo(little_run(Path(folder), output))
-
-
 def test_killed_and_resumed_ends_with_the_same_bytes(little, whole) -> None:
     """Killed once a checkpoint is there, at two moments; weights, metrics and samples are the same."""
-    context = multiprocessing.get_context("fork")
     for number, steps in enumerate((2, 6)):
         output = f"killed-{number}"
-        _, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=run_child, args=(str(little), output, theirs))
-        process.start()
-        deadline = time.monotonic() + 120
-        while not any((little / output).glob(f"*/checkpoints/rloo/step-{steps:06}")):
-            assert process.is_alive() and time.monotonic() < deadline
-            time.sleep(0.002)
-        process.kill()
-        process.join()
+        killed(rloo, (little_run(little, output),), little / output, f"*/checkpoints/rloo/step-{steps:06}")
         [run] = [p for p in (little / output).iterdir() if not p.is_symlink()]
         assert not (run / "model").exists(), "killed before its end"
         assert rloo(little_run(little, output, resume="last")) == run
