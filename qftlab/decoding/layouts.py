@@ -202,14 +202,14 @@ def pinned_layout() -> str | None:
 
 
 def choose_layout(model: nn.Module) -> str:
-    """The layout a decoder of this model should have here; what `QFTLAB_LAYOUT` names where it is set.
+    """The layout a decoder of this model should have here, however long it lives; `layout_for` is for one text.
 
     Args:
         model: as `Decoder` takes it.
 
     Returns:
-        Plain for weights that cannot be folded (quantised, hooked, DoRA), with one log line; `joined` on a GPU; on the
-        CPU the fastest one measured, which is remembered.
+        Plain for weights that cannot be folded (quantised, hooked, DoRA), with one log line; else what `QFTLAB_LAYOUT`
+        names, where it is set; else `joined` on a GPU, and on the CPU the fastest one measured, which is remembered.
 
     Raises:
         ValueError: if `QFTLAB_LAYOUT` names no layout, or one that these weights cannot have.

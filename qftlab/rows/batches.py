@@ -169,7 +169,10 @@ def split_step(
 
 
 def batches(count: int, *, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The order of an epoch over `count` examples: index lists, each example once; a pure function."""
+    """The order of an epoch over `count` examples: index lists, each example once.
+
+    Of its arguments alone: a resumed run asks for it again, and nothing about it is saved.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     order = list(range(count))
