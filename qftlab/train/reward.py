@@ -1,8 +1,7 @@
 """Rewards: models with a scalar head that learn which of two answers is better, and all rewards that have a name.
 
 A reward model is trained on pairs (Bradley and Terry) by `fit_reward` and `reward`. `named_rewards` has what `rloo
---rewards` can name; a new name is added there, to `WANTED` (the
-columns that it reads) and to `qftlab.settings.REWARDS`.
+--rewards` can name; a new name is added there, to `WANTED` (the columns that it reads) and to `settings.REWARDS`.
 """
 
 from __future__ import annotations
