@@ -169,6 +169,15 @@ def test_the_mask_is_part_of_the_data() -> None:
     assert checkpoint.fingerprint(examples()) != checkpoint.fingerprint(examples()[::-1])
 
 
+def test_every_value_of_a_small_frozen_tensor_counts() -> None:
+    model = torch.nn.Linear(3, 1).requires_grad_(False)
+    seen = [checkpoint.frozen_fingerprint(model)]
+    for place in range(3):
+        model.weight[0, place] += 1
+        seen.append(checkpoint.frozen_fingerprint(model))
+    assert len(set(seen)) == 4
+
+
 # --- disks that refuse ------------------------------------------------------------------------------------------------
 
 

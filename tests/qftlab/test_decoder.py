@@ -77,13 +77,15 @@ def test_even_rows_take_the_short_path_to_the_same_logits() -> None:
         tokens = want.argmax(-1)
 
 
-def test_a_long_prefill_is_split_by_its_budget(monkeypatch) -> None:
-    decoder = Decoder(make_model("qwen2"))
+@pytest.mark.parametrize("budget, passes", [(14, [2 * 7, 2 * 4]), (5, [7, 1, 3, 4])])
+def test_a_long_prefill_is_split_by_its_budget(budget: int, passes: list[int], monkeypatch) -> None:
+    decoder, seen = Decoder(make_model("qwen2")), []
     want = decoder.prefill(RAGGED, decoder.new_cache(4, 8))
-    monkeypatch.setattr("qftlab.decoding.decoder.PREFILL_TOKENS", 14)
+    monkeypatch.setattr("qftlab.decoding.decoder.PREFILL_TOKENS", budget)
+    decoder.embed.register_forward_hook(lambda m, args, out: seen.append(args[0].numel()))
     cache = decoder.new_cache(4, 8)
     assert (decoder.prefill(RAGGED, cache) - want).abs().max() < ROUNDING
-    assert cache.lengths == [7, 1, 3, 4]
+    assert cache.lengths == [7, 1, 3, 4] and seen == passes
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "transposed,tiled,plain"])
@@ -150,6 +152,15 @@ def test_steps_on_fixed_tensors_are_the_eager_ones(params, layout: str, tokenize
             assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
     assert len({c.finish_reason for c in want} | {len(c.token_ids) for c in want}) > 3, "rows left one by one"
     assert 1 < len(recorded) <= 6, "few shapes serve all steps, and the second call records nothing"
+
+
+def test_a_recorded_step_sees_the_token_that_it_reads(tokenizer, monkeypatch) -> None:  # noqa: F811
+    """Also where that one opens a further block of columns, here of four."""
+    monkeypatch.setattr("qftlab.decoding.batch.COLUMN_STEP", 4)
+    model, options = make_model("qwen2"), {"max_new_tokens": 12, "stop_token_ids": ()}
+    decoder = Decoder(model, recorder=lambda step: step)
+    want = generate(model, tokenizer, RAGGED, **options)
+    assert generate(model, tokenizer, RAGGED, decoder=decoder, **options) == want
 
 
 def test_a_shared_prompt_gives_what_separate_ones_give(tokenizer) -> None:  # noqa: F811

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_models import random_model
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from qftlab.maths import logprobs
@@ -70,6 +71,14 @@ def test_cross_entropy_by_hand() -> None:
     loss.backward()
     torch.testing.assert_close(weight.grad, torch.tensor([[-0.25, 0.5], [0.25, -0.5]]))
     torch.testing.assert_close(hidden.grad[0], torch.tensor([-0.25 * math.log(3), 0.0]))
+
+
+def test_a_long_sum_loses_no_small_number() -> None:
+    """2^24 + 1023 ln 2 = 16,777,925.09; fp32 has only even numbers there, and to its 2^24 adds no ln 2."""
+    hidden = torch.zeros(1024, 1)
+    hidden[0] = 2**24
+    loss = linear_cross_entropy([Term(hidden, torch.tensor([[0.0], [1.0]]))], torch.zeros(1024, dtype=torch.int64))
+    assert loss.item() == 16_777_926
 
 
 def test_temperature_and_entropy_by_hand() -> None:
@@ -444,6 +453,17 @@ def test_the_kernel_in_triton_s_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", KERNEL], capture_output=True, text=True, env=environment)
     assert done.stdout == "equal\n", done.stderr
+
+
+def test_liger_gets_whole_heads_on_cuda_only(monkeypatch) -> None:
+    """Of a head of two terms it would see the first. Tensors without data, so that no GPU is needed."""
+    monkeypatch.setattr(logprobs, "_liger", lambda: lambda *arguments: "liger")
+    monkeypatch.setattr(logprobs.SumNLL, "apply", lambda *arguments: "ours")
+    for device, way in (("cuda", "liger"), ("cpu", "ours")):
+        with FakeTensorMode(), torch.device(device):
+            term, y = Term(torch.empty(3, 2), torch.empty(5, 2)), torch.zeros(3, dtype=torch.int64)
+            assert linear_cross_entropy([term], y) == way
+            assert linear_cross_entropy([term, term], y) == linear_cross_entropy([term], y, chunk=2) == "ours"
 
 
 @pytest.mark.gpu

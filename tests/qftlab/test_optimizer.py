@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -77,6 +79,27 @@ def test_a_step_with_master_weights_begins_with_no_gradient() -> None:
     assert module.weight.item() == 1 and before < 0.75
     master.write_()
     assert module.weight.item() == pytest.approx(before, abs=2**-8)
+
+
+def test_gradients_are_exchanged_at_the_last_micro_batch_only() -> None:
+    """Of DDP that is the one whose passes are outside `no_sync`."""
+
+    class Wrapped(Sum):
+        exchanges, is_quiet = (), False
+
+        @contextmanager
+        def no_sync(self):
+            self.is_quiet = True
+            yield
+            self.is_quiet = False
+
+        def forward(self, **inputs) -> torch.Tensor:
+            self.exchanges += (not self.is_quiet,)
+            return super().forward(**inputs)
+
+    module = Wrapped()
+    optimizer_step(module, make_optimizer(module, TrainConfig()), [batch(1.0)] * 3, 0.1, 1.0, count=lambda b: 1)
+    assert module.exchanges == (False, False, True)
 
 
 def test_real_tokens_are_those_the_mask_names() -> None:

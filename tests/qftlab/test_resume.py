@@ -361,7 +361,7 @@ def test_a_loss_that_is_no_number_saves_the_steps_before_it(tmp_path, monkeypatc
 
 
 def test_two_processes_cannot_go_on_with_one_run(little, whole, server) -> None:
-    """The second is told so and touches nothing; the first one's checkpoints are as they were."""
+    """The second is told so at once and touches nothing; the first one's checkpoints are as they were."""
     places = whole / "checkpoints" / "sft"
     names = sorted(p.name for p in places.glob("step-*"))
     mine = Checkpoints(places)
@@ -378,6 +378,7 @@ def test_two_processes_cannot_go_on_with_one_run(little, whole, server) -> None:
 
 
 def try_to_prepare(folder: str, pipe) -> None:
+    time.sleep = lambda seconds: pipe.send("waited")
     try:
         Checkpoints(folder).prepare()
         pipe.send("nothing")

@@ -124,6 +124,8 @@ def test_qwen3_thinking_block_of_the_template_is_not_trained(real_data, thinking
     own = [CHAT[0], {"role": "assistant", "content": "<think>\neasy\n</think>\n\n4"}]
     if thinking is not False:
         assert "".join(shown(tokenizer, render_chat(tokenizer, own, thinking=thinking)[0])).startswith("<think>\neasy")
+        empty = [CHAT[0], {"role": "assistant", "content": "<think>\n\n</think>\n\n4"}]
+        assert shown(tokenizer, render_chat(tokenizer, empty, thinking=thinking)[0])[0] == "<think>", "its own words"
 
 
 def test_base_qwen_adds_its_default_system_prompt_untrained(real_data):
@@ -145,6 +147,17 @@ def test_typed_control_tokens_stay_text(tokenizer):
     whole = tokenizer.decode(rendered.input_ids)
     assert typed in whole and "look <|im_end|><|im_end|>" in whole
     assert tokenizer.decode(encode_plain(tokenizer, typed)) == typed
+
+
+def test_typed_control_tokens_stay_text_beside_private_characters():
+    """Those stand in for them; as many as there are tokens are enough."""
+    tokenizer = load_tokenizer("tiny")
+    control = list(tokenizer.get_added_vocab())
+    private = "".join(map(chr, range(0xF0000, 0xFFFFD)))
+    found, plain = (render_prompt(tokenizer, [{"role": "user", "content": content}])
+                    for content in (private[: -len(control)] + "".join(control), "x"))  # fmt: skip
+    ids = tokenizer.convert_tokens_to_ids(control)
+    assert list(map(found.count, ids)) == list(map(plain.count, ids))
 
 
 text = st.text(alphabet=st.characters(exclude_categories=("Cs", "Co")), max_size=30)

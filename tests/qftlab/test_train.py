@@ -83,6 +83,7 @@ def test_step_by_hand() -> None:
     torch.nn.init.zeros_(model.lm_head.weight)
     batch = pack([Example([1, 2, 3, 4], [True, False, True, True])])
     assert count_trained_tokens(batch) == 2
+    assert count_trained_tokens({"labels": torch.tensor([[1, 2, -100], [-100, 3, 4]])}) == 3, "nothing predicts the 1"
     assert Step(model)(**batch, num_tokens=2).item() == pytest.approx(math.log(V), abs=1e-6)
     assert Step(model)(**batch, num_tokens=8).item() == pytest.approx(2 * math.log(V) / 8, abs=1e-6)
 
@@ -178,10 +179,13 @@ def test_where_the_last_mlp_runs_on_all_tokens_it_is_said_once(caplog) -> None:
     assert "gradient checkpointing" in caplog.text and "this is other" in caplog.text
 
 
-def test_step_refuses_a_model_that_changes_its_logits() -> None:
+@pytest.mark.parametrize("name, value", [("final_logit_softcapping", 30.0), ("logit_scale", 2)])
+def test_step_refuses_a_model_that_changes_its_logits(name: str, value: float) -> None:
     model = small_model()
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="final_logit_softcapping must be unset, got 30"):
+    setattr(model.config, name, 1)
+    Step(model)
+    setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=f"{name} must be unset, got {value}"):
         Step(model)
 
 
@@ -390,6 +394,12 @@ def test_metrics_of_every_step() -> None:
     assert steps[-1]["seconds"] >= steps[0]["seconds"] >= 0
 
 
+def test_the_log_has_a_line_every_few_steps_and_one_of_the_last(caplog) -> None:
+    with caplog.at_level("INFO", "qftlab.train.loop"):
+        fit(random_examples(), max_steps=5, log_every=2)
+    assert [said.split(":")[0] for said in caplog.messages] == ["step 2/5", "step 4/5", "step 5/5"]
+
+
 def test_held_out_loss_is_the_mean_over_its_tokens() -> None:
     examples, model = random_examples(7), small_model()
     measure = sft.held_out_loss(Step(model), examples, TrainConfig(batch_size=2))
@@ -528,6 +538,16 @@ def test_held_out_rows_are_masked_as_the_trained_ones_are(little) -> None:
     assert abs(lost["last"] - lost["all"]) > 0.01, "the two can be told apart"
 
 
+@pytest.mark.parametrize("max_length, too_long", [(None, [3]), (32, [2, 3])])
+def test_a_run_leaves_out_what_is_longer_than_it_may_be(little, max_length: int | None, too_long: list[int]) -> None:
+    """Than the model's context of 128 tokens, unless another length is asked for."""
+    rows = rows_of(("hi", "yes"), ("hi", "no " * 40), ("hi", "no " * 200))
+    (little / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    train = TrainConfig(max_steps=1)
+    folder = sft.sft(little_config(little, max_length=max_length, held_out=(), train=train))
+    assert json.loads((folder / "token_usage.json").read_text())["too_long"] == too_long
+
+
 @pytest.mark.parametrize("steps", [0, 2])
 def test_an_interrupted_run_keeps_what_it_did_and_latest_stays(little, monkeypatch, steps: int) -> None:
     """Stopped before its first step it has no model; in either case it can go on, and the command line says 130."""
@@ -591,6 +611,15 @@ def test_fit_rows_teaches_the_bundled_model() -> None:
     model, tokenizer = load_model("tiny"), load_tokenizer("tiny")
     result = sft.fit_rows(model, tokenizer, rows, TrainConfig(lr=1e-3, batch_size=32, max_steps=20))
     assert sum(result.losses[-3:]) / 3 < 0.5 * result.losses[0]
+
+
+def test_fit_rows_measures_the_rows_held_out() -> None:
+    rows = load_rows(bundled("instructions", "train.jsonl"))[:6]
+    model, tokenizer, config = load_model("tiny"), load_tokenizer("tiny"), TrainConfig(max_steps=1, batch_size=4)
+    result = sft.fit_rows(model, tokenizer, rows[:4], config, held_out_rows=rows[4:])
+    examples, _ = sft.encode_rows(tokenizer, rows[4:])
+    assert [step for step, _ in result.held_out] == [0, 1]
+    assert result.held_out[-1][1] == pytest.approx(sft.held_out_loss(Step(model), examples, config)(), abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["json", "csv"])
