@@ -77,7 +77,7 @@ def test_a_long_sum_loses_no_small_number() -> None:
     """2^24 + 1023 ln 2 = 16,777,925.09; fp32 has only even numbers there, and to its 2^24 adds no ln 2."""
     hidden = torch.zeros(1024, 1)
     hidden[0] = 2**24
-    loss = linear_cross_entropy([Term(hidden, torch.tensor([[0.0], [1.0]]))], torch.zeros(1024, dtype=torch.int64))
+    loss = linear_cross_entropy([HeadTerm(hidden, torch.tensor([[0.0], [1.0]]))], torch.zeros(1024, dtype=torch.int64))
     assert loss.item() == 16_777_926
 
 
@@ -461,7 +461,7 @@ def test_liger_gets_whole_heads_on_cuda_only(monkeypatch) -> None:
     monkeypatch.setattr(logprobs.SumNLL, "apply", lambda *arguments: "ours")
     for device, way in (("cuda", "liger"), ("cpu", "ours")):
         with FakeTensorMode(), torch.device(device):
-            term, y = Term(torch.empty(3, 2), torch.empty(5, 2)), torch.zeros(3, dtype=torch.int64)
+            term, y = HeadTerm(torch.empty(3, 2), torch.empty(5, 2)), torch.zeros(3, dtype=torch.int64)
             assert linear_cross_entropy([term], y) == way
             assert linear_cross_entropy([term, term], y) == linear_cross_entropy([term], y, chunk=2) == "ours"
 
