@@ -17,6 +17,14 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CODES = (0, -signal.SIGKILL, 143, 130, -signal.SIGTERM)  # the last where it comes before the run listens
 
 
+def is_writing(folder: Path) -> bool:
+    """Whether a checkpoint is half written somewhere below."""
+    try:
+        return any(folder.rglob(".step-*"))
+    except FileNotFoundError:  # a folder was renamed while it was looked into
+        return False
+
+
 def killed(run: Callable, arguments: tuple, folder: Path, pattern: str) -> None:
     """Runs `run(*arguments)` in a process of its own and kills it as soon as `pattern` is found in `folder`."""
     process, deadline = started(run, arguments), time.monotonic() + 120
@@ -54,7 +62,7 @@ def disturbed(run: Callable, arguments: tuple, folder: Path, chance: random.Rand
     number = chance.choice(SIGNALS)
     if chance.random() < 0.5:  # inside the write of a checkpoint
         deadline = time.monotonic() + 60
-        while process.is_alive() and not any(folder.rglob(".step-*")):
+        while process.is_alive() and not is_writing(folder):
             assert time.monotonic() < deadline
             time.sleep(1e-4)
     else:
