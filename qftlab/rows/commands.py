@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from qftlab.rows.sources import DataError, LoadReport, load, stream
-from qftlab.settings import check_at_least, check_choice
+from qftlab.settings import check_at_least, check_choice, make_tuples
 
 Names = tuple[str, ...] | str
 
@@ -124,9 +124,7 @@ class SplitConfig:
 
 def _names(config: object, *fields: str) -> None:
     """Makes one name a tuple; at least one must be in the first field."""
-    for name in fields:
-        value = getattr(config, name)
-        object.__setattr__(config, name, ((value,) if value else ()) if isinstance(value, str) else tuple(value))
+    make_tuples(config, *fields)
     if not getattr(config, fields[0]):
         raise ValueError("data must name at least one file of rows, got none: --data rows.jsonl")
 

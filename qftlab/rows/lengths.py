@@ -12,12 +12,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 
 from qftlab.rows.batches import Example, count_trained
-from qftlab.rows.chat import render_chat, row_to_messages
+from qftlab.rows.chat import render_prompt, row_to_messages
+from qftlab.rows.examples import REFUSED, encoded, pair_side, prompt_row
+from qftlab.rows.schemas import KNOWN, PICTURES, kind_of, remarks
 from qftlab.settings import check_at_least, check_choice
 
+NOT_PLAIN = {*KNOWN, *PICTURES, "label", "kto_tag"} - {"instruction", "input", "output"}
 FIRST = 10  # affected rows that are named
 QUESTION, ANSWER = "qftlabquestionmark", "qftlabanswermark"
 POLICIES = ("truncate", "skip", "error")
@@ -107,20 +110,12 @@ class LengthStats:
         return self.count
 
 
-def length_stats(tokenizer, rows: Iterable[dict], *, batch_size: int = 1000) -> LengthStats:
-    """Statistics over the documents of rows; arguments and errors are those of `row_lengths`."""
-    stats = LengthStats()
-    for batch in row_lengths(tokenizer, rows, batch_size=batch_size):
-        stats.add(chain.from_iterable(batch))
-    return stats
-
-
 def row_lengths(tokenizer, rows: Iterable[dict], *, batch_size: int = 1000) -> Iterator[list[list[int]]]:
     """Token counts of rows as `render_chat` renders them, a batch at a time.
 
     Args:
         tokenizer: a fast one with a chat template.
-        rows: alpaca rows or rows of messages; may be a generator, read one batch ahead at most.
+        rows: of any layout; may be a generator, read one batch ahead at most.
         batch_size: rows tokenised at once; changes speed, not results.
 
     Yields:
@@ -139,29 +134,29 @@ def row_lengths(tokenizer, rows: Iterable[dict], *, batch_size: int = 1000) -> I
         )
         counted = iter(fast)
         yield [
-            [len(next(counted))] if text is not None else _slow(tokenizer, row, done + i)
-            for i, (row, text) in enumerate(zip(batch, texts, strict=True), start=1)
+            [len(next(counted))] if text is not None else [len(e.input_ids) for e in row_examples(tokenizer, row, i)]
+            for i, (row, text) in enumerate(zip(batch, texts, strict=True), start=done + 1)
         ]
         done += len(batch)
 
 
-def _slow(tokenizer, row: dict, number: int) -> list[int]:
-    return [len(example.input_ids) for example in row_examples(tokenizer, row, number)]
-
-
 def row_examples(tokenizer, row: dict, number: int) -> list[Example]:
-    """A row's documents by the loss-mask contract; none where the assistant says nothing.
+    """A row's documents by the loss-mask contract: a pair's two, a problem's prompt; none where nothing is trained.
 
     Raises:
         ValueError: if the row cannot be rendered, naming its number.
     """
-    try:
-        messages = row_to_messages(row)
-        if not any(m["role"] == "assistant" and m.get("content") for m in messages):
-            return []
-        return [Example(r.input_ids, r.loss_mask) for r in render_chat(tokenizer, messages)]
-    except ValueError as error:
-        raise ValueError(f"row {number}: {error}") from error
+    where = f"row {number}"
+    row = prompt_row(row, where)
+    kind = kind_of(row)
+    if set(REFUSED[kind]).intersection(remarks(row)):
+        return []
+    if kind == "sft":
+        return encoded(tokenizer, row_to_messages(row), where)
+    if kind == "preference":
+        return [pair_side(tokenizer, row, side, where) for side in ("chosen", "rejected")]
+    ids = render_prompt(tokenizer, row_to_messages(row)[:-1])
+    return [Example(ids, [False] * len(ids))]
 
 
 def _template(tokenizer) -> Callable[[dict], str | None]:
@@ -183,7 +178,7 @@ def _template(tokenizer) -> Callable[[dict], str | None]:
 
     def fill(row: dict) -> str | None:
         question, answer = row.get("instruction"), row.get("output")
-        if "messages" in row or not question or not answer:
+        if not question or not answer or not row.keys().isdisjoint(NOT_PLAIN):
             return None
         if row.get("input"):
             question = f"{question}\n{row['input']}"

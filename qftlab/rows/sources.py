@@ -12,13 +12,13 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from qftlab.files import OWN_FOLDERS
-from qftlab.rows.schemas import SCHEMAS, DataError, convert_row, remarks
+from qftlab.rows.schemas import SCHEMAS, DataError, convert_row, remarks, unrendered
 from qftlab.settings import check_at_least, check_choice
 
 MAX_JSON_BYTES = 256 * 2**20  # a .json file is read whole; Python objects take several times its size
@@ -26,12 +26,11 @@ MAX_LINE_BYTES = 64 * 2**20
 BATCH_ROWS = 256
 
 
-def read_file(path: Path, columns: tuple[str, ...] = ()) -> Iterator[tuple[str, object]]:
+def read_file(path: Path) -> Iterator[tuple[str, object]]:
     """What a file holds, each with its place in it ("line 3", "row 3"); see the module for errors in place of rows.
 
     Args:
         path: a regular file whose ending says its format.
-        columns: names of which a CSV's first line must have one; none: any will do.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -45,8 +44,7 @@ def read_file(path: Path, columns: tuple[str, ...] = ()) -> Iterator[tuple[str, 
     readers = {".json": _json, ".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
         raise DataError(f"{path} must end in {', '.join(readers)}: rename or convert it")
-    reader = readers[path.suffix.lower()]
-    yield from _csv(path, columns) if reader is _csv else reader(path)
+    yield from readers[path.suffix.lower()](path)
 
 
 def _json(path: Path) -> Iterator[tuple[str, object]]:
@@ -115,7 +113,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
             yield f"line {number}", row
 
 
-def _csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, object]]:
+def _csv(path: Path) -> Iterator[tuple[str, object]]:
+    csv.field_size_limit(MAX_LINE_BYTES)  # Python's own limit, of its whole process, is 128 KiB a cell
     with path.open("rb") as file:
         lines = (_decoded(line, f"{path}, line {number}") for number, line in _lines(file, path))
         reader = csv.DictReader(lines, strict=True)
@@ -123,8 +122,8 @@ def _csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, object]]:
             names = reader.fieldnames
             if names and len(set(names)) != len(names):
                 raise DataError(f"{path}, line 1 must name each column once, got {names!r:.200}")
-            if not names or (columns and not {*names} & {*columns}):
-                raise DataError(f"{path}, line 1 must name the columns instruction, input, output; got {names!r:.200}")
+            if not names:
+                raise DataError(f"{path}, line 1 must name the columns instruction, input, output; got none")
             for row in reader:
                 if None in row or None in row.values():
                     where = f"{path}, line {reader.line_num}"
@@ -233,6 +232,7 @@ class LoadReport:
         problems: the first ten reasons, each naming file and row.
         missing: sources that do not exist.
         remarks: name → number of rows, for what is loaded but should be looked at ("equal pair", "score tie", …).
+        unrendered: field → number of rows in which it holds something that no template shows.
         places: name → the first ten places of each remark.
     """
 
@@ -242,6 +242,7 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     remarks: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
+    unrendered: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -251,6 +252,8 @@ class LoadReport:
     def note(self, row: dict, source: str, where: str) -> list[str]:
         """Counts a good row and what there is to remark on it, which is returned."""
         self.counts[source] = self.counts.get(source, 0) + 1
+        for name in unrendered(row):
+            self.unrendered[name] = self.unrendered.get(name, 0) + 1
         found = remarks(row)
         for name in found:
             self.remarks[name] = self.remarks.get(name, 0) + 1
@@ -277,6 +280,7 @@ class LoadReport:
             if len(self.counts) == 1:
                 places = [place.removeprefix(f"{next(iter(self.counts))}, ") for place in places]
             lines.append(f"{count:>8,} x {name}: {', '.join(places)}{more}")
+        lines += [f"{count:>8,} x a field that no template shows: {name}" for name, count in self.unrendered.items()]
         return "\n".join(lines)
 
 
@@ -302,20 +306,7 @@ def load_rows(paths: str | Path | Sequence[str | Path]) -> list[dict]:
         DataError: naming the file and the row or line (counted from 1) for anything that is not such a row.
         FileNotFoundError: for a path that does not exist.
     """
-    rows = []
-    for path in map(str, [paths] if isinstance(paths, str | Path) else paths):
-        if not path.strip():
-            raise DataError("paths must be files or names, got an empty one")
-        schema = HUB[path].schema if path in HUB else "auto"
-        found = read_hub(path) if _is_hub(path) else read_file(Path(path), columns=("instruction", "prompt"))
-        for place, row in found:
-            if isinstance(row, DataError):
-                raise row
-            row = convert_row(row, f"{path}, {place}", schema)
-            if "messages" not in row and "output" not in row:
-                raise DataError(f"{path}, {place} must have an answer to train on; it has {', '.join(row)}: use load()")
-            rows.append(row)
-    return rows
+    return load([paths] if isinstance(paths, str | Path) else paths, wanted="sft").rows
 
 
 def load(sources: str | Path | Sequence[str | Path], **options) -> Loaded:
@@ -340,6 +331,8 @@ def stream(
     skip: Iterable[str] = (),
     split: str | None = None,
     limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    wanted: str = "",
     report: LoadReport | None = None,
 ) -> Iterator[dict]:
     """Rows of one source or several, one at a time; memory does not grow with the files (a .json is read whole).
@@ -353,6 +346,8 @@ def stream(
             counts them as it counts those that stay.
         split: of folders and hub names; each has its default.
         limit: the most rows.
+        columns: the fields' own names, as {"prompt": "q", "output": "a"}; see `convert_row`.
+        wanted: "sft" or "preference": rows of other kinds are refused.
         report: is filled as rows are read.
 
     Raises:
@@ -373,7 +368,7 @@ def stream(
                 if isinstance(row, DataError):
                     raise row
                 known = HUB.get(str(source)) if schema == "auto" else None
-                row = convert_row(row, where, known.schema if known else schema)
+                row = convert_row(row, where, known.schema if known else schema, columns, wanted)
             except (DataError, RecursionError) as error:
                 refuse(error if isinstance(error, DataError) else DataError(f"{where} is nested too deep"))
                 continue

@@ -16,9 +16,17 @@ from hypothesis import strategies as st
 from qftlab import cli
 from qftlab.files import bundled
 from qftlab.rows.batches import Example, count_trained
-from qftlab.rows.lengths import LengthStats, _template, length_stats, limit_lengths, row_examples, row_lengths
+from qftlab.rows.lengths import LengthStats, _template, limit_lengths, row_examples, row_lengths
 from qftlab.rows.sources import load, load_rows, stream
 from qftlab.rows.tokenizer import load_tokenizer
+
+
+def length_stats(tokenizer, rows, *, batch_size: int = 1000) -> LengthStats:
+    """Statistics over the documents of rows, as the command `lengths` takes them."""
+    stats = LengthStats()
+    for batch in row_lengths(tokenizer, rows, batch_size=batch_size):
+        stats.add(chain.from_iterable(batch))
+    return stats
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +90,9 @@ def test_counts_are_those_of_training(name, request):
 
 
 def test_rows_that_cannot_be_rendered_are_named(tiny):
-    rows = [*WILD[:2], {"prompt": "x"}]
+    rows = [*WILD[:2], {"text": "x"}]
     for size in (1, 2, 10):
-        with pytest.raises(ValueError, match="row 3: "):
+        with pytest.raises(ValueError, match="row 3 must have"):
             list(row_lengths(tiny, rows, batch_size=size))
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         next(row_lengths(tiny, rows, batch_size=0))
