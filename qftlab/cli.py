@@ -106,13 +106,28 @@ def parse(name: str, arguments: Sequence[str]) -> object:
 
 def with_own_settings(config_class: type, arguments: Sequence[str]) -> list[str]:
     """The arguments of a run to resume, behind the settings it began with: what is given besides must equal them."""
-    resume, arguments = option(arguments, "resume"), list(arguments)
+    resume, arguments = option(arguments, "resume"), gathered(arguments)
     if not resume or resume == "null" or option(arguments, "config") or not hasattr(config_class, "resume"):
         return arguments
     from qftlab.train.run import find_run, own_settings
 
     run = find_run(resume, Path(option(arguments, "output") or config_class.output))
     return ["--config", json.dumps(own_settings(run)), *arguments]
+
+
+def gathered(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with sources that are given one by one (--data A --data B) as one list."""
+    rest = list(arguments)
+    for flag in ("--data", "--held_out", "--against"):
+        split = [part for one in rest for part in (one.split("=", 1) if one.startswith(f"{flag}=") else [one])]
+        places = [i for i, one in enumerate(split[:-1]) if one == flag]
+        if len(places) > 1:
+            values = [split[i + 1] for i in places]
+            inner = [value[1:-1] if value[:1] == "[" else json.dumps(value) for value in values]
+            split[places[-1] + 1] = f"[{', '.join(inner)}]"
+            earlier = {j for i in places[:-1] for j in (i, i + 1)}
+            rest = [one for j, one in enumerate(split) if j not in earlier]
+    return rest
 
 
 def option(arguments: Sequence[str], name: str) -> str:

@@ -32,6 +32,7 @@ PART_FORMS = {"text": "{}", "reasoning": "<think>\n{}\n</think>\n\n", "tool_call
 }  # as Qwen's template writes them  # fmt: skip
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "complex_cot", "message_thinking")
 MASKS = ("weight", "train", "loss_weight")  # of a turn; 0 or false: it is not trained
+IGNORED = -100  # transformers' label for "not trained"
 EMPTY_THINKING = "<think>\n\n</think>\n\n"
 
 
@@ -46,8 +47,8 @@ Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """A conversation as the model sees it.
+class Example:
+    """One document as the model sees it.
 
     Args:
         input_ids: token ids, (T,).
@@ -56,6 +57,15 @@ class Rendered:
 
     input_ids: list[int]
     loss_mask: list[bool]
+
+    def __post_init__(self) -> None:
+        if len(self.input_ids) != len(self.loss_mask):
+            raise ValueError(f"loss_mask must have {len(self.input_ids)} entries, got {len(self.loss_mask)}")
+
+    def labels(self) -> list[int]:
+        """Ids where trained, −100 elsewhere; always −100 at the first token, which nothing predicts."""
+        pairs = zip(self.input_ids, self.loss_mask, strict=True)
+        return [token if kept and i else IGNORED for i, (token, kept) in enumerate(pairs)]
 
     @property
     def num_trained(self) -> int:
@@ -77,6 +87,12 @@ def row_to_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     question = f"{row['instruction']}\n{row['input']}" if row.get("input") else row.get("instruction")
     asked = row.get("prompt") or [{"role": "user", "content": question}]
     return [*asked, {"role": "assistant", "content": row.get("chosen") or row.get("output", "")}]
+
+
+def row_to_prompt(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The turns that a row's answer replies to; raises as `row_to_messages`."""
+    messages = row_to_messages(row)
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
 def render_prompt(
@@ -107,7 +123,7 @@ def render_chat(
     train_on: str = "all",
     thinking: bool | None = None,
     allowed: Sequence[str] | None = None,
-) -> list[Rendered]:
+) -> list[Example]:
     """A conversation as ids and loss mask, by the contract of this lab.
 
     Trained: the assistant's content and the `<|im_end|>` after it. Not trained: headers, other roles, the newline after
@@ -122,7 +138,7 @@ def render_chat(
         allowed: control tokens the assistant may say, `ASSISTANT_TOKENS` by default.
 
     Returns:
-        One `Rendered`; or, where the template rewrites earlier turns (Qwen3 drops their thinking) and all turns are
+        One `Example`; or, where the template rewrites earlier turns (Qwen3 drops their thinking) and all turns are
         trained, one for each assistant turn, rendered as the last, so that each is seen as it will be at inference.
 
     Raises:
@@ -364,7 +380,7 @@ class _Renderer:
             start += len(EMPTY_THINKING)
         return start, len(whole.rstrip("\n"))
 
-    def whole(self, turn: int, spans: list[tuple[int, int]]) -> Rendered:
+    def whole(self, turn: int, spans: list[tuple[int, int]]) -> Example:
         """Ids and mask of the conversation up to a turn.
 
         The text is cut where a trained span begins: a prompt's ids are then a prefix of the whole's by construction,
@@ -372,7 +388,7 @@ class _Renderer:
         """
         text, head = self.text(turn + 1), len(self.text(turn, prompt=True))
         is_last_cut = any(start >= head for start, _ in spans)
-        return Rendered(*self._parts(text, self._starts(text, turn + (not is_last_cut)), spans))
+        return Example(*self._parts(text, self._starts(text, turn + (not is_last_cut)), spans))
 
     def _starts(self, text: str, turns: int) -> list[int]:
         """Where the assistant began to speak in earlier turns."""

@@ -126,10 +126,9 @@ def encoded(tokenizer, messages: Sequence[Message], where: str, train_on: str = 
     if not any(map(is_trained, answers[-1:] if train_on == "last" else answers)):
         return []
     try:
-        found = render_chat(tokenizer, messages, train_on=train_on)
+        return render_chat(tokenizer, messages, train_on=train_on)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {error}") from error
-    return [Example(document.input_ids, document.loss_mask) for document in found]
 
 
 def encode_rows(

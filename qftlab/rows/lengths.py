@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from qftlab.rows.batches import Example, count_trained
-from qftlab.rows.chat import render_prompt, row_to_messages
+from qftlab.rows.chat import render_prompt, row_to_messages, row_to_prompt
 from qftlab.rows.examples import REFUSED, encoded, pair_side, prompt_row
 from qftlab.rows.schemas import KNOWN, PICTURES, kind_of, remarks
 from qftlab.settings import check_at_least, check_choice
@@ -155,7 +155,7 @@ def row_examples(tokenizer, row: dict, number: int) -> list[Example]:
         return encoded(tokenizer, row_to_messages(row), where)
     if kind == "preference":
         return [pair_side(tokenizer, row, side, where) for side in ("chosen", "rejected")]
-    ids = render_prompt(tokenizer, row_to_messages(row)[:-1])
+    ids = render_prompt(tokenizer, row_to_prompt(row))
     return [Example(ids, [False] * len(ids))]
 
 

@@ -42,6 +42,7 @@ RENDERED = set(
     "tests func_name reference skill".split()
 )
 IN_TURNS = {"role", "content", "tool_calls", "reasoning_content", "tool_call_id", "tools", "name", *MASKS}
+EMPTY = (None, "", [], {})
 PICTURES = ("images", "image", "videos", "video", "audios", "audio")
 BEGINS = re.compile(r"\s*(<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|begin_of_text\|>|(<s>)?\s*\[INST\])")
 ENDS = re.compile(r"(<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\|endoftext\|>|</s>)\s*$")
@@ -101,6 +102,19 @@ def convert_row(
     return made
 
 
+def rows_in(found: dict) -> object:
+    """Rows of a file that is one object: {"data": [rows]}, pandas' columns or its "split", or one conversation."""
+    cells = list(found.values())
+    lists = [value for value in cells if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if found.keys() & {*NAMES["messages"]}:
+        return [found]
+    if isinstance(found.get("columns"), list) and isinstance(found.get("data"), list):
+        return [dict(zip(found["columns"], row, strict=False)) for row in found["data"] if isinstance(row, list)]
+    if cells and all(isinstance(column, dict) and column.keys() == cells[0].keys() for column in cells):
+        return [{name: column[key] for name, column in found.items()} for key in cells[0]]
+    return lists[0] if len(lists) == 1 else found
+
+
 def kind_of(row: Mapping) -> str:
     """What a converted row is: "sft", "preference" or "problem"."""
     return "preference" if "chosen" in row else "sft" if row.keys() & {"messages", "output"} else "problem"
@@ -113,6 +127,8 @@ def _named(row: dict, where: str, columns: Mapping[str, str]) -> dict:
     """
     made: dict = {}
     for meaning, name in columns.items():
+        if meaning not in KNOWN | RENDERED:
+            raise DataError(f"columns must name fields among {', '.join(sorted(KNOWN | RENDERED))}, got {meaning!r}")
         if row.get(name) is None:
             raise DataError(f"{where} must have {name!r}, which columns give as {meaning}; it has {sorted(row)!r:.200}")
         made[meaning] = row[name]
@@ -160,26 +176,16 @@ def remarks(row: Mapping) -> list[str]:
 def unrendered(row: Mapping) -> set[str]:
     """Fields of a converted row, and of its turns ("messages.id"), that hold something and that no template shows."""
     seen = RENDERED - {"output"} if "chosen" in row else RENDERED
-    found = {name for name, value in row.items() if name not in seen and not _is_nothing(value)}
+    found = {name for name, value in row.items() if name not in seen and value not in EMPTY}
     for name in ("messages", "prompt"):
         for turn in row.get(name, ()):
-            found |= {f"{name}.{key}" for key in turn.keys() - IN_TURNS if not _is_nothing(turn[key])}
+            found |= {f"{name}.{key}" for key in turn.keys() - IN_TURNS if turn[key] not in EMPTY}
     return found
-
-
-def _is_nothing(value: object) -> bool:
-    return value is None or isinstance(value, str | list | dict) and not value
 
 
 def _first(row: Mapping, meaning: str) -> str | None:
     """The field of a row that has this meaning."""
     return next((name for name in NAMES.get(meaning, (meaning,)) if name in row), None)
-
-
-def _take_(row: dict, meaning: str) -> object:
-    """The same, as its value, which the row then lacks."""
-    name = _first(row, meaning)
-    return row.pop(name) if name else None
 
 
 def _prompt_(row: dict, where: str, names: Sequence[str] = NAMES["question"]) -> list[dict]:
@@ -254,8 +260,7 @@ def _answered(row: dict, where: str) -> dict:
         made = {"instruction": text_of(row, question, where), "input": row[more] if more else "", "output": answers}
         return {k: v for k, v in row.items() if k not in (question, more, "input")} | made
     said = [{"role": "assistant", "content": answers, **thinking}] if isinstance(answers, str) else answers
-    said = [*_prompt_(row, where), *turns(said, where, name)]
-    return {**row, "messages": said}
+    return {"messages": [*_prompt_(row, where), *turns(said, where, name)], **row}
 
 
 def _conversation(row: dict, where: str) -> dict:
@@ -267,7 +272,7 @@ def _conversation(row: dict, where: str) -> dict:
 def _preference(row: dict, where: str) -> dict:
     sides, prompts = [], []
     for side in ("chosen", "rejected"):
-        said = _take_(row, side)
+        said = row.pop(_first(row, side) or side, None)
         said = [said] if isinstance(said, dict) else said
         if isinstance(said, str):
             sides.append(checked_text(said, f"{where}, {side!r}"))
@@ -294,12 +299,11 @@ def _preference(row: dict, where: str) -> dict:
 
 
 def _prompted(row: dict, where: str) -> dict:
-    prompt = _prompt_(row, where)
-    return {**row, "prompt": prompt}
+    return {"prompt": _prompt_(row, where), **row}  # what the prompt is made of has left the row
 
 
 def _countdown(row: dict, where: str) -> dict:
-    numbers, target = (_problem(row).get(name) for name in ("numbers", "target"))
+    numbers, target = _problem(row)
     if not isinstance(numbers, list) or not numbers or any(type(n) is not int for n in numbers):
         raise DataError(f"{where} must have whole numbers as 'nums', got {numbers!r:.60}")
     if type(target) is not int:
@@ -315,13 +319,12 @@ def _countdown(row: dict, where: str) -> dict:
     return {**row, **({"instruction": said[0]["content"], "input": ""} if is_one else {"prompt": said}), **made}
 
 
-def _problem(row: Mapping) -> dict:
+def _problem(row: Mapping) -> tuple[object, object]:
     """Numbers and target, from the row or from what verl checks its answer with."""
     checked = row.get("reward_model")
     truth = checked.get("ground_truth") if isinstance(checked, dict) else None
     found = {**(truth if isinstance(truth, dict) else {}), **row}
-    numbers = next((found[n] for n in NAMES["numbers"] if n in found), None)
-    return {"numbers": numbers, "target": found.get("target")}
+    return found.get(_first(found, "numbers") or "numbers"), found.get("target")
 
 
 def _livecodebench(row: dict, where: str) -> dict:
@@ -341,7 +344,7 @@ def _livecodebench(row: dict, where: str) -> dict:
 
 def _is_problem(row: Mapping) -> bool:
     is_answered = {"instruction", "output"} <= row.keys()  # a row to fine-tune on
-    return None not in _problem(row).values() and not is_answered
+    return None not in _problem(row) and not is_answered
 
 
 def _has(*meanings: str) -> Callable[[Mapping], bool]:

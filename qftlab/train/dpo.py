@@ -358,8 +358,8 @@ def prepare(config: DPOConfig) -> Stage:
 
 def read_pairs(config: RunConfig, wrap: Callable = lambda model, tokenizer: model) -> tuple:
     """Model (as `wrap` makes it), tokenizer, pairs, held-out pairs and the usage of the pairs."""
-    rows, sources = load_wanted(config.data, "preference")
-    held_out_rows, held_out_sources = load_wanted(config.held_out, "preference")
+    rows, sources = load_wanted(config.data, "preference", config.columns)
+    held_out_rows, held_out_sources = load_wanted(config.held_out, "preference", config.columns)
     model, tokenizer = load_extended(config)
     model = wrap(model, tokenizer)
     limit = config.max_length or context_length(model)

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -335,10 +335,12 @@ def prepare(config: RLOOConfig) -> Stage:
     """Reads prompts, rewards and model."""
     from qftlab.train.reward import WANTED, named_rewards
 
-    rows = load(list(config.data)).rows if config.data else fresh_problems(config.problems, config.train.seed)
-    held_out_rows = load(list(config.held_out)).rows if config.held_out else []
+    rows = load(config.data, columns=config.columns).rows or fresh_problems(config.problems, config.train.seed)
+    held_out_rows = load(config.held_out, columns=config.columns).rows
+    placed = [(place, number, row) for place, found in (("data", rows), ("held_out", held_out_rows))
+              for number, row in enumerate(found, 1)]  # fmt: skip
     for name in config.rewards:
-        for place, number, row in _placed(rows, held_out_rows):
+        for place, number, row in placed:
             if missing := [column for column in WANTED.get(name, ()) if column not in row]:
                 raise ValueError(f"rewards {name} wants {' and '.join(missing)} in each row, got {', '.join(row)} in "
                                  f"row {number} of {place}: add it, or name another of --rewards")  # fmt: skip
@@ -358,12 +360,6 @@ def prepare(config: RLOOConfig) -> Stage:
     identity = policy_identity(model, config.train, config.policy, prompts, held_out, rewards)
     begin = (lambda checkpoints: None) if config.server.url else (lambda checkpoints: keep_layout_(checkpoints, model))
     return Stage(model, tokenizer, identity, fit, begin=begin)
-
-
-def _placed(rows: Sequence[dict], held_out_rows: Sequence[dict]) -> Iterator[tuple[str, int, dict]]:
-    """Each row with what it belongs to and its number there, from 1."""
-    for place, found in (("data", rows), ("held_out", held_out_rows)):
-        yield from ((place, number, row) for number, row in enumerate(found, 1))
 
 
 def fresh_problems(count: int, seed: int) -> list[dict]:

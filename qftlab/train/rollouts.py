@@ -21,7 +21,7 @@ from qftlab.maths.sampling import SamplingParams
 from qftlab.maths.verify import is_finite
 from qftlab.model.head import bump_weights_version_, module_mode
 from qftlab.rows.batches import Example, batches, first_fit_decreasing, pack, pad, split_step
-from qftlab.rows.chat import render_prompt, row_to_messages
+from qftlab.rows.chat import render_prompt, row_to_prompt
 from qftlab.rows.examples import Usage
 from qftlab.settings import PolicyConfig, TrainConfig
 from qftlab.train.distributed import Ranks, autocast
@@ -131,8 +131,7 @@ def encode_prompts(
     """
     prompts, usage = [], Usage(sources=dict(sources or {}))
     for number, where, row in usage.fit(rows, "problem"):
-        messages = row_to_messages(row)
-        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        messages = row_to_prompt(row)
         try:
             ids = render_prompt(tokenizer, messages)
         except (ValueError, RecursionError) as error:

@@ -153,8 +153,8 @@ def sft(config: SFTConfig, *, progress: bool = False) -> Path:
 
 def prepare(config: SFTConfig) -> Stage:
     """Reads rows and model, and makes examples of them."""
-    rows, sources = load_wanted(config.data, "sft")
-    held_out_rows, held_out_sources = load_wanted(config.held_out, "sft")
+    rows, sources = load_wanted(config.data, "sft", config.columns)
+    held_out_rows, held_out_sources = load_wanted(config.held_out, "sft", config.columns)
     model, tokenizer = load_extended(config)
     options = {"max_length": config.max_length or context_length(model), "train_on": config.train_on}
     examples, usage = encode_rows(tokenizer, rows, sources=sources, **options)
