@@ -117,17 +117,17 @@ def with_own_settings(config_class: type, arguments: Sequence[str]) -> list[str]
 
 def gathered(arguments: Sequence[str]) -> list[str]:
     """The arguments, with sources that are given one by one (--data A --data B) as one list."""
-    rest = list(arguments)
-    for flag in ("--data", "--held_out", "--against"):
-        split = [part for one in rest for part in (one.split("=", 1) if one.startswith(f"{flag}=") else [one])]
-        places = [i for i, one in enumerate(split[:-1]) if one == flag]
-        if len(places) > 1:
-            values = [split[i + 1] for i in places]
-            inner = [value[1:-1] if value[:1] == "[" else json.dumps(value) for value in values]
-            split[places[-1] + 1] = f"[{', '.join(inner)}]"
-            earlier = {j for i in places[:-1] for j in (i, i + 1)}
-            rest = [one for j, one in enumerate(split) if j not in earlier]
-    return rest
+    flags = ("--data", "--held_out", "--against")
+    found = [part for one in arguments for part in (one.split("=", 1) if one.partition("=")[0] in flags else [one])]
+    for flag in flags:
+        while found[:-1].count(flag) > 1:
+            first = found.index(flag)
+            last = found.index(flag, first + 1)
+            both = found[first + 1], found[last + 1]
+            inner = [value[1:-1] if value[:1] == "[" else json.dumps(value) for value in both]
+            found[last + 1] = f"[{', '.join(inner)}]"
+            del found[first : first + 2]
+    return found
 
 
 def option(arguments: Sequence[str], name: str) -> str:

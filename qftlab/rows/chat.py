@@ -84,8 +84,10 @@ def row_to_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     row = convert_row({"output": "", **row} if "instruction" in row else dict(row), "row")
     if "messages" in row:
         return row["messages"]
-    question = f"{row['instruction']}\n{row['input']}" if row.get("input") else row.get("instruction")
-    asked = row.get("prompt") or [{"role": "user", "content": question}]
+    asked = row.get("prompt")
+    if "chosen" not in row and "instruction" in row:
+        question = f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
+        asked = [{"role": "user", "content": question}]
     return [*asked, {"role": "assistant", "content": row.get("chosen") or row.get("output", "")}]
 
 
@@ -200,9 +202,10 @@ def turns(messages: object, where: str, name: str = "messages") -> list[dict]:
     Raises:
         DataError: naming the turn, for a missing or unknown role, or content that is no text.
     """
-    if not isinstance(messages, list | tuple) or not messages:
+    is_list = isinstance(messages, list | tuple)
+    said = [turn for message in messages for turn in _spelled_out(message)] if is_list else []
+    if not said:
         raise DataError(f'{where}: "{name}" must be a list of turns, got {messages!r:.60}')
-    said = [turn for message in messages for turn in _spelled_out(message)]
     return [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(said, start=1)]
 
 
@@ -276,7 +279,7 @@ def loaded(value: object, where: str) -> object:
 
 def _part(part: object, where: str) -> str:
     """One piece of a content that is a list: text, reasoning or a tool call."""
-    kind = part.get("type") if isinstance(part, dict) else None
+    kind = str(part.get("type")) if isinstance(part, dict) else None
     text = (part.get("text") if "text" in part else part.get("value")) if kind in PART_FORMS else None
     if not isinstance(text, str):
         raise DataError(f"{where} must have parts of type {', '.join(PART_FORMS)} that hold text, got {part!r:.60}")

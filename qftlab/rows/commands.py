@@ -187,7 +187,7 @@ def measure(config: LengthsConfig) -> str:
     Raises:
         ValueError: for rows that cannot be read or rendered; under the policy "error", if any row is too long.
     """
-    from qftlab.rows.lengths import FIRST, LengthStats, limit_lengths, row_examples, row_lengths
+    from qftlab.rows.lengths import FIRST, LengthStats, limited, row_examples, row_lengths
     from qftlab.rows.tokenizer import load_tokenizer
 
     tokenizer, report, stats = load_tokenizer(config.model), LoadReport(), LengthStats()
@@ -201,11 +201,10 @@ def measure(config: LengthsConfig) -> str:
                 continue
             affected += 1
             kept = row_examples(tokenizer, window[i], done + i + 1) if lengths else []
-            policy = "truncate" if config.policy == "truncate" else "skip"
-            what = limit_lengths(kept, config.max_length, policy)[1] if kept else None
-            truncated += bool(what and what.num_truncated)
+            done_to = [what for example in kept if (what := limited(example, config.max_length, config.policy)[1])]
+            truncated += "truncated" in done_to
             if len(named) < FIRST:
-                reason = what.first[0][2] if what else "nothing to train in it"
+                reason = done_to[0] if done_to else "nothing to train in it"
                 named.append(f" row {done + i + 1}: {max(lengths, default=0):,} tokens, {reason}")
         done += len(batch)
         window.clear()

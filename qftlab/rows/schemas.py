@@ -92,9 +92,11 @@ def convert_row(
         raise DataError(f"{where} must have a text 'instruction', or fit another schema: {known}. It has {has:.300}. "
                         "Other names are given by --columns '{prompt: NAME, output: NAME}'")  # fmt: skip
     made = found.convert(row, where)
-    kind = kind_of(made)
+    kind, wanted = kind_of(made), wanted or (found.gives if schema != "auto" else "")
     if wanted not in ("", kind):
-        needs = "an answer to train on" if wanted == "sft" else "chosen and rejected"
+        needs = {"sft": "an answer to train on", "preference": "chosen and rejected", "problem": "a prompt alone"}[
+            wanted
+        ]
         way_out = {"sft": "`sft` trains on it", "preference": "`dpo` trains on it"}.get(kind, "`rloo` asks it")
         raise DataError(
             f"{where} must have {needs}, got {', '.join(made):.200}: {way_out}, or --columns names the fields"
@@ -132,7 +134,8 @@ def _named(row: dict, where: str, columns: Mapping[str, str]) -> dict:
         if row.get(name) is None:
             raise DataError(f"{where} must have {name!r}, which columns give as {meaning}; it has {sorted(row)!r:.200}")
         made[meaning] = row[name]
-    taken = {other for names in NAMES.values() if {*names} & columns.keys() for other in names}
+    named = {*columns} | ({"chosen", "rejected", "messages"} if "output" in columns else set())
+    taken = {other for names in NAMES.values() if {*names} & named for other in names}
     for key, value in row.items():
         if value is None or isinstance(value, float) and value != value or key in columns.values():
             continue
@@ -149,20 +152,15 @@ def remarks(row: Mapping) -> list[str]:
 
     "rendered already" where a template's control tokens begin a prompt or end an answer, and "pictures or sound".
     """
-    said = [row["output"]] if "output" in row else []
-    turns_of = row.get("messages", row.get("prompt", ()))
-    said += [m["content"] or m.get("tool_calls") for m in turns_of if m["role"] == "assistant"]
-    asked = (
-        [row["instruction"]] if "instruction" in row else [m["content"] for m in turns_of if m["role"] != "assistant"]
-    )
+    name, turns_of = _turns(row)
+    plain = [] if name else [row["instruction"]]
+    asked = plain + [turn["content"] for turn in turns_of if turn["role"] != "assistant"]
+    said = [row["output"]] if not name and "output" in row else []
+    said += [turn["content"] or turn.get("tool_calls") for turn in turns_of if turn["role"] == "assistant"]
     found = {}
     if "chosen" in row:
-        scores = row.get("score_chosen"), row.get("score_rejected")
-        said = [row["chosen"], row["rejected"]]
-        found = {
-            "equal pair": row["chosen"] == row["rejected"],
-            "score tie": None not in scores and scores[0] == scores[1],
-        }
+        scores, said = (row.get("score_chosen"), row.get("score_rejected")), [row["chosen"], row["rejected"]]
+        found = {"equal pair": said[0] == said[1], "score tie": None not in scores and scores[0] == scores[1]}
     texts = [text for text in said if isinstance(text, str)]
     found |= {
         "empty answer": any(isinstance(text, str) and not text.strip() or not text for text in said),
@@ -173,13 +171,21 @@ def remarks(row: Mapping) -> list[str]:
     return [name for name, is_so in found.items() if is_so]
 
 
+def _turns(row: Mapping) -> tuple[str, Sequence[Mapping]]:
+    """The field that holds a converted row's turns, and these; "" and none where an instruction stands for them."""
+    name = (
+        "prompt" if "chosen" in row else next((n for n in ("messages", "instruction", "prompt") if n in row), "prompt")
+    )
+    return ("", ()) if name == "instruction" else (name, row[name])
+
+
 def unrendered(row: Mapping) -> set[str]:
     """Fields of a converted row, and of its turns ("messages.id"), that hold something and that no template shows."""
     seen = RENDERED - {"output"} if "chosen" in row else RENDERED
     found = {name for name, value in row.items() if name not in seen and value not in EMPTY}
-    for name in ("messages", "prompt"):
-        for turn in row.get(name, ()):
-            found |= {f"{name}.{key}" for key in turn.keys() - IN_TURNS if turn[key] not in EMPTY}
+    name, said = _turns(row)
+    for turn in said:
+        found |= {f"{name}.{key}" for key in turn.keys() - IN_TURNS if turn[key] not in EMPTY}
     return found
 
 
@@ -204,18 +210,20 @@ def _prompt_(row: dict, where: str, names: Sequence[str] = NAMES["question"]) ->
 def _input(row: Mapping, where: str) -> str | None:
     """The field that holds more of a question, if it holds something; a context that is no text is none."""
     name = _first(row, "input")
-    if name == "input" and row[name]:
-        text_of(row, name, where)
-    return name if name and isinstance(row[name], str) and row[name] else None
+    if not name or not row[name] or (name != "input" and not isinstance(row[name], str)):
+        return None
+    return name if text_of(row, name, where) else None
 
 
 def _after_history_(row: dict, said: list[dict], where: str) -> list[dict]:
     """The turns behind those of the field history: pairs of question and answer, or turns."""
     earlier: list = []
-    for item in row.get("history") or ():
+    history = row.pop("history", None) or []
+    if not isinstance(history, list):
+        raise DataError(f"{where} must have a list as 'history', got {history!r:.60}")
+    for item in history:
         is_pair = isinstance(item, list | tuple) and len(item) == 2
         earlier += [{"human": item[0], "assistant": item[1]}] if is_pair else [item]
-    row.pop("history", None)
     start = said[0]["role"] == "system"
     return [*said[:start], *turns(earlier, where, "history"), *said[start:]] if earlier else said
 
@@ -260,12 +268,13 @@ def _answered(row: dict, where: str) -> dict:
         made = {"instruction": text_of(row, question, where), "input": row[more] if more else "", "output": answers}
         return {k: v for k, v in row.items() if k not in (question, more, "input")} | made
     said = [{"role": "assistant", "content": answers, **thinking}] if isinstance(answers, str) else answers
-    return {"messages": [*_prompt_(row, where), *turns(said, where, name)], **row}
+    said = [*_prompt_(row, where), *turns(said, where, name)]
+    return {**row, "messages": said}
 
 
 def _conversation(row: dict, where: str) -> dict:
-    name = _first(row, "messages")
-    said = _in_context_(row, turns(row.pop(name), where, name), where)
+    name = _first(row, "messages") or "messages"
+    said = _in_context_(row, turns(row.pop(name, None), where, name), where)
     return {**row, "messages": said}
 
 
@@ -299,7 +308,8 @@ def _preference(row: dict, where: str) -> dict:
 
 
 def _prompted(row: dict, where: str) -> dict:
-    return {"prompt": _prompt_(row, where), **row}  # what the prompt is made of has left the row
+    prompt = _prompt_(row, where)
+    return {**row, "prompt": prompt}
 
 
 def _countdown(row: dict, where: str) -> dict:
@@ -356,6 +366,10 @@ def _is_pair(row: Mapping) -> bool:
     return _has("chosen")(row) or _has("rejected")(row)
 
 
+def _is_alpaca(row: Mapping) -> bool:
+    return "instruction" in row and "tests" not in row  # a problem that was read before has no answer
+
+
 def _is_completed(row: Mapping) -> bool:
     return _has("question", "output")(row) or {"input", "output"} <= row.keys()
 
@@ -366,7 +380,7 @@ LAYOUTS = (
     Schema("livecodebench", "problem", "question_content, its tests", _has("question_content"), _livecodebench),
     Schema("messages", "sft", "messages of role, content", _has("messages"), _conversation),
     Schema("sharegpt", "sft", "conversations of from, value", _has("messages"), _conversation),
-    Schema("alpaca", "sft", "instruction, input, output", _has("instruction"), _answered),
+    Schema("alpaca", "sft", "instruction, input, output", _is_alpaca, _answered),
     Schema("prompt_completion", "sft", "prompt, completion", _is_completed, _answered),
     Schema("prompt", "problem", "prompt", _has("question"), _prompted),
 )

@@ -139,7 +139,9 @@ def encode_prompts(
         if max_length is not None and len(ids) > max_length:
             usage.leave_out(number, "too long")
         else:
-            prompts.append(Prompt(messages, ids, row, number))
+            prompts.append(
+                Prompt(messages, ids, {**row, **rows[number - 1]}, number)
+            )  # rewards read the row as it came
     if not prompts:
         raise ValueError(f"rows must hold a prompt of at most {max_length} tokens, got none{usage.remainder()}")
     (log.warning if usage.left_out else log.info)("%d of %d prompts kept%s", len(prompts), len(rows), usage.remainder())

@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qftlab import cli
+from qftlab.model.loading import load_model, save_model
 from qftlab.rows.chat import render_chat, render_prompt
-from qftlab.rows.examples import NOTHING, encode_pairs, encode_rows
-from qftlab.rows.schemas import DataError, convert_row
+from qftlab.rows.examples import NOTHING, REFUSED, encode_pairs, encode_rows
+from qftlab.rows.schemas import KNOWN, SCHEMAS, DataError, convert_row, remarks, unrendered
 from qftlab.rows.sources import load, load_rows
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.rollouts import encode_prompts
@@ -203,3 +206,76 @@ def test_an_empty_turn_never_trains_a_lone_end(cases, qwen) -> None:
         trained(qwen, *({"messages": [GOLD, one, GOLD, BELOW]} for one in blank)) == ["Arr, below deck.<|im_end|>"] * 2
     )
     assert sum(render_chat(qwen, [GOLD, blank[0]])[0].loss_mask) == 0
+
+
+# A bad row never ends a run with a traceback
+
+
+KEYS = [*sorted(KNOWN), "Query", "Output", "label", "target", "reward_model", "images", "question_content", "metadata"]
+TURN_KEYS = [
+    "role",
+    "from",
+    "content",
+    "value",
+    "tool_calls",
+    "type",
+    "text",
+    "function",
+    "arguments",
+    "human",
+    "weight",
+]
+odd = st.recursive(
+    st.sampled_from([None, "", "q", "{", "user", "assistant", "text", "\ud800", 0, 1, 0.5, True, float("nan")]),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(TURN_KEYS), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=1000)
+@given(st.dictionaries(st.sampled_from(KEYS), odd, max_size=4))
+def test_any_row_is_read_or_refused_by_its_place(row) -> None:
+    for schema in ("auto", *SCHEMAS):
+        try:
+            made = convert_row(row, "f.jsonl, line 3", schema)
+        except DataError as error:
+            assert str(error).startswith("f.jsonl, line 3")
+            continue
+        assert set(remarks(made)) <= {*sum(REFUSED.values(), ()), "empty answer"}
+        assert all("." in name or name in made for name in unrendered(made))
+
+
+def test_a_template_that_fails_names_file_and_row(tmp_path, capsys) -> None:
+    from qftlab.files import bundled
+
+    folder = tmp_path / "model"
+    tokenizer = load_tokenizer("tiny")
+    model = load_model(bundled("tiny"))
+    tokenizer.chat_template = (
+        "{{ raise_exception('roles must alternate') if messages|length > 2 }}" + tokenizer.chat_template
+    )
+    save_model(model, tokenizer, folder)
+    row, long = {"prompt": [GOLD], "completion": [BELOW]}, {"messages": [HELLO, ARR, GOLD, BELOW]}
+    pair = {"prompt": [HELLO, ARR, GOLD], "chosen": "a", "rejected": "b"}
+    for command, rows in (("sft", [row, long]), ("dpo", [pair]), ("rloo", [row, long]), ("lengths", [row, long])):
+        path = tmp_path / f"{command}.jsonl"
+        path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+        more = [] if command == "lengths" else ["--output", str(tmp_path / "runs")]
+        more += ["--rewards", "answer"] if command == "rloo" else []
+        assert cli.main([command, "--data", str(path), "--model", str(folder), *more]) == 2
+        err = capsys.readouterr().err
+        assert "the chat template cannot write these turns: roles must alternate" in err and "Traceback" not in err
+        assert f"row {len(rows)}" in err and (command == "lengths" or f"{path}, row {len(rows)}" in err)
+
+
+@pytest.mark.parametrize("template", [
+    "{{ messages[5].content }}", "{{ nothing.at.all }}", "{{ 1 / 0 }}", "{{ messages | tojson(indent='x') }}",
+    "{% for m in messages %}{{ m.content + 1 }}{% endfor %}",
+])  # fmt: skip
+def test_whatever_a_template_raises_is_one_sentence(template) -> None:
+    tokenizer = load_tokenizer("tiny")
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="row 1: "):
+        encode_rows(tokenizer, [{"messages": [GOLD, BELOW]}])
