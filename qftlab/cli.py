@@ -122,10 +122,9 @@ def gathered(arguments: Sequence[str]) -> list[str]:
     for flag in flags:
         while found[:-1].count(flag) > 1:
             first = found.index(flag)
-            last = found.index(flag, first + 1)
-            both = found[first + 1], found[last + 1]
-            inner = [value[1:-1] if value[:1] == "[" else json.dumps(value) for value in both]
-            found[last + 1] = f"[{', '.join(inner)}]"
+            last = found.index(flag, first + 1) + 1
+            inner = [one[1:-1] if one[:1] == "[" else json.dumps(one) for one in (found[first + 1], found[last])]
+            found[last] = f"[{', '.join(inner)}]"
             del found[first : first + 2]
     return found
 

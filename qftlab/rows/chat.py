@@ -32,6 +32,7 @@ PART_FORMS = {"text": "{}", "reasoning": "<think>\n{}\n</think>\n\n", "tool_call
 }  # as Qwen's template writes them  # fmt: skip
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "complex_cot", "message_thinking")
 MASKS = ("weight", "train", "loss_weight")  # of a turn; 0 or false: it is not trained
+THINKING = re.compile(r"(?:\s*<think>(.*?)</think>|((?:(?!<think>).)*?)\n</think>\n)(.*)", re.DOTALL)
 IGNORED = -100  # transformers' label for "not trained"
 EMPTY_THINKING = "<think>\n\n</think>\n\n"
 
@@ -152,10 +153,8 @@ def render_chat(
     renderer = _Renderer(tokenizer, messages, thinking, allowed)
     answers = [i for i, m in enumerate(renderer.messages) if i and m["role"] == "assistant"]
     if not answers:
-        raise ValueError(
-            "messages must hold an assistant turn after a user turn, got roles "
-            f"{[m['role'] for m in messages]}: there is nothing to train"
-        )
+        roles = [m["role"] for m in messages]
+        raise ValueError(f"messages must hold an assistant turn after a user turn to be trained, got roles {roles}")
     trained = [i for i in (answers[-1:] if train_on == "last" else answers) if is_trained(renderer.messages[i])]
     spans = [renderer.span(i) for i in trained]
     final = renderer.text(answers[-1] + 1)
@@ -168,18 +167,6 @@ def is_trained(turn: Message) -> bool:
     """Whether an answer says something, and nothing keeps it from being trained (a weight of 0, train: false)."""
     says = str(turn.get("content") or "").strip() or turn.get("tool_calls") or turn.get("reasoning_content")
     return bool(says) and not any(turn.get(name) is not None and not turn[name] for name in MASKS)
-
-
-def text_of(row: Mapping, name: str, where: str) -> str:
-    """A field that must be text.
-
-    Raises:
-        DataError: if it is missing, no text, or holds half a surrogate pair, which no tokenizer can read.
-    """
-    text = row.get(name)
-    if not isinstance(text, str):
-        raise DataError(f"{where} must have a text {name!r}, got {text!r:.60}; it has {sorted(row)!r:.200}")
-    return checked_text(text, f"{where}, {name!r}")
 
 
 def checked_text(text: str, where: str) -> str:
@@ -303,6 +290,25 @@ def _thinking_aloud(message: Message) -> Message:
     return {**rest, "content": said} if thought else rest
 
 
+def _thinking_apart(message: Message) -> Message:
+    """A message whose first think block is its reasoning, so that no template has to look for it in the content."""
+    said = str(message["content"])
+    if message["role"] != "assistant" or message.get("reasoning_content") or "</think>" not in said:
+        return message
+    found = THINKING.fullmatch(said)
+    if found is None:  # the answer speaks of the tag
+        return {**message, "reasoning_content": ""}
+    thought = (found[1] or found[2] or "").strip("\n")
+    if not thought:
+        return message
+    return {**message, "reasoning_content": thought, "content": found[3].lstrip("\n")}
+
+
+def _squeezed(text: str) -> str:
+    """The text without blanks, which templates set and trim as they like."""
+    return "".join(text.split())
+
+
 class _Renderer:
     """One conversation: its template text with typed control tokens hidden, and the way from there to ids."""
 
@@ -320,8 +326,8 @@ class _Renderer:
             if is_used and name not in str(tokenizer.chat_template):
                 owner = tokenizer.name_or_path or "the tokenizer"
                 raise ValueError(f"{owner} has a chat template without {name}: write them into a turn's content")
-        if "reasoning_content" not in str(tokenizer.chat_template):
-            messages = [_thinking_aloud(m) for m in messages]
+        knows_thinking = "reasoning_content" in str(tokenizer.chat_template)
+        messages = [_thinking_apart(m) if knows_thinking else _thinking_aloud(m) for m in messages]
         used = set().union(*_texts([*messages, *tools]))
         free = (chr(c) for c in range(0xF0000, 0xFFFFD) if chr(c) not in used)
         self.hidden = dict(zip(self.control, free, strict=False))
@@ -377,11 +383,18 @@ class _Renderer:
         prompt, whole = self.text(turn, prompt=True), self.text(turn + 1)
         if not whole.startswith(prompt):
             raise ValueError(self._difference(turn, prompt, whole))
-        start = len(prompt)
-        said = str(self.messages[turn].get("content") or "")
-        if whole.startswith(EMPTY_THINKING, start) and not said.lstrip().startswith("<think>"):
-            start += len(EMPTY_THINKING)
-        return start, len(whole.rstrip("\n"))
+        start, end = len(prompt), len(whole.rstrip("\n"))
+        said = _squeezed(_thinking_aloud(self.messages[turn])["content"] or "")
+        is_own = said.startswith("<think>") and _squeezed(whole[start:]).startswith(said)
+        start += len(EMPTY_THINKING) if whole.startswith(EMPTY_THINKING, start) and not is_own else 0
+        written = _squeezed(whole[start:end])
+        after = written.removeprefix(said)
+        if not written.startswith(said) or not (self.messages[turn].get("tool_calls") or after in self.control):
+            shown = f"{whole[start:end]!r:.200}"
+            raise ValueError(
+                f"turn {turn + 1} must stand as it is before an end token, but the chat template writes {shown}"
+            )
+        return start, end
 
     def whole(self, turn: int, spans: list[tuple[int, int]]) -> Example:
         """Ids and mask of the conversation up to a turn.

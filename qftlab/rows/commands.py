@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from qftlab.rows.sources import DataError, LoadReport, load, stream
-from qftlab.settings import check_at_least, check_choice, make_tuples
+from qftlab.settings import check_at_least, make_tuples
 
 Names = tuple[str, ...] | str
 
@@ -105,7 +105,6 @@ class LengthsConfig(ReadConfig):
         super().__post_init__()
         check_at_least(2, max_length=self.max_length)
         check_at_least(1, batch_size=self.batch_size)
-        check_choice(("truncate", "skip", "error"), policy=self.policy)
 
 
 @dataclass(frozen=True)

@@ -67,9 +67,8 @@ class Usage:
                 self.leave_out(number, why)
 
     def leave_out(self, number: int, why: str) -> None:
-        """Counts a row that is not trained on, once for each reason."""
-        numbers = self.left_out.setdefault(why, [])
-        numbers += [] if number in numbers[-1:] else [number]
+        """Counts a row that is not trained on."""
+        self.left_out.setdefault(why, []).append(number)
 
     def close(self, examples: Sequence[Example]) -> None:
         """Measures what is kept, and logs what became of the rows: as a warning where some were left out.

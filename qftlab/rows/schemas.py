@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from qftlab.rows.chat import MASKS, THOUGHTS, DataError, checked_text, loaded, text_of, turns
+from qftlab.rows.chat import MASKS, THOUGHTS, DataError, checked_text, loaded, turns
 
 # Meaning → the fields that carry it, whatever their capitals; the first that a row has is taken.
 NAMES = {
@@ -117,6 +117,18 @@ def rows_in(found: dict) -> object:
     return lists[0] if len(lists) == 1 else found
 
 
+def text_of(row: Mapping, name: str, where: str) -> str:
+    """A field that must be text.
+
+    Raises:
+        DataError: if it is missing, no text, or holds half a surrogate pair, which no tokenizer can read.
+    """
+    text = row.get(name)
+    if not isinstance(text, str):
+        raise DataError(f"{where} must have a text {name!r}, got {text!r:.60}; it has {sorted(row)!r:.200}")
+    return checked_text(text, f"{where}, {name!r}")
+
+
 def kind_of(row: Mapping) -> str:
     """What a converted row is: "sft", "preference" or "problem"."""
     return "preference" if "chosen" in row else "sft" if row.keys() & {"messages", "output"} else "problem"
@@ -152,11 +164,10 @@ def remarks(row: Mapping) -> list[str]:
 
     "rendered already" where a template's control tokens begin a prompt or end an answer, and "pictures or sound".
     """
-    name, turns_of = _turns(row)
-    plain = [] if name else [row["instruction"]]
-    asked = plain + [turn["content"] for turn in turns_of if turn["role"] != "assistant"]
-    said = [row["output"]] if not name and "output" in row else []
-    said += [turn["content"] or turn.get("tool_calls") for turn in turns_of if turn["role"] == "assistant"]
+    asked, said = [], []
+    for turn in _turns(row)[1]:
+        is_said = turn["role"] == "assistant"
+        (said if is_said else asked).append(turn["content"] or (is_said and turn.get("tool_calls")) or "")
     found = {}
     if "chosen" in row:
         scores, said = (row.get("score_chosen"), row.get("score_rejected")), [row["chosen"], row["rejected"]]
@@ -172,11 +183,13 @@ def remarks(row: Mapping) -> list[str]:
 
 
 def _turns(row: Mapping) -> tuple[str, Sequence[Mapping]]:
-    """The field that holds a converted row's turns, and these; "" and none where an instruction stands for them."""
-    name = (
-        "prompt" if "chosen" in row else next((n for n in ("messages", "instruction", "prompt") if n in row), "prompt")
-    )
-    return ("", ()) if name == "instruction" else (name, row[name])
+    """The field that holds a converted row's turns, and these; "" and turns made of it for an instruction."""
+    names = ("prompt",) if "chosen" in row else ("messages", "instruction", "prompt")
+    name = next(name for name in names if name in row)
+    if name != "instruction":
+        return name, row[name]
+    said = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row.get("output")}]
+    return "", said if "output" in row else said[:1]
 
 
 def unrendered(row: Mapping) -> set[str]:
@@ -210,20 +223,17 @@ def _prompt_(row: dict, where: str, names: Sequence[str] = NAMES["question"]) ->
 def _input(row: Mapping, where: str) -> str | None:
     """The field that holds more of a question, if it holds something; a context that is no text is none."""
     name = _first(row, "input")
-    if not name or not row[name] or (name != "input" and not isinstance(row[name], str)):
-        return None
-    return name if text_of(row, name, where) else None
+    holds = name and row[name] and (name == "input" or isinstance(row[name], str))
+    return name if holds and text_of(row, name, where) else None
 
 
 def _after_history_(row: dict, said: list[dict], where: str) -> list[dict]:
     """The turns behind those of the field history: pairs of question and answer, or turns."""
-    earlier: list = []
     history = row.pop("history", None) or []
     if not isinstance(history, list):
         raise DataError(f"{where} must have a list as 'history', got {history!r:.60}")
-    for item in history:
-        is_pair = isinstance(item, list | tuple) and len(item) == 2
-        earlier += [{"human": item[0], "assistant": item[1]}] if is_pair else [item]
+    pairs = [isinstance(item, list | tuple) and len(item) == 2 for item in history]
+    earlier = [{"human": i[0], "assistant": i[1]} if pair else i for i, pair in zip(history, pairs, strict=True)]
     start = said[0]["role"] == "system"
     return [*said[:start], *turns(earlier, where, "history"), *said[start:]] if earlier else said
 

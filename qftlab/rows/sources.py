@@ -216,8 +216,7 @@ def read_hub(name: str, split: str | None = None) -> Iterator[tuple[str, object]
         path, options["data_files"] = "json", {wanted: f"hf://datasets/{name}/{known.file}"}
     number = 0
     try:
-        for row in datasets.load_dataset(path, split=wanted, **options):
-            number += 1
+        for number, row in enumerate(datasets.load_dataset(path, split=wanted, **options), 1):
             yield f"row {number}", _without_nulls(row)
     except GeneratorExit:
         raise

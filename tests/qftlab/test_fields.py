@@ -6,6 +6,7 @@ The files of `cases` are read where they lie beside the real data; each kind has
 from __future__ import annotations
 
 import json
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from qftlab import cli
 from qftlab.model.loading import load_model, save_model
-from qftlab.rows.chat import render_chat, render_prompt
+from qftlab.rows.chat import render_chat, render_prompt, row_to_messages
 from qftlab.rows.examples import NOTHING, REFUSED, encode_pairs, encode_rows
 from qftlab.rows.schemas import KNOWN, SCHEMAS, DataError, convert_row, remarks, unrendered
 from qftlab.rows.sources import load, load_rows
@@ -279,3 +280,54 @@ def test_whatever_a_template_raises_is_one_sentence(template) -> None:
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match="row 1: "):
         encode_rows(tokenizer, [{"messages": [GOLD, BELOW]}])
+
+
+# The trained text is the content (04)
+
+
+def test_answers_with_think_tags_are_trained_whole(cases, qwen) -> None:
+    for name in ("two_think_blocks", "talks_of_the_tag", "cut_thinking"):
+        [row] = load_rows(cases / f"04_{name}.jsonl")
+        [said] = trained(qwen, row)
+        assert said == row["messages"][1]["content"] + "<|im_end|>", name
+
+
+@pytest.mark.parametrize("content", [
+    "<think>\nhm\n</think>\n\n4", "<think>hm</think>4", "hm\n</think>\n\n4", "<think>\n\n</think>\n\n4",
+    "Sure. <think>hm</think> 4", "<think>\na </think> b\n</think>\n\n4", "4 </think>",
+])  # fmt: skip
+def test_nothing_of_an_answer_is_dropped(content, qwen) -> None:
+    [said] = trained(qwen, {"messages": [GOLD, {"role": "assistant", "content": content}]})
+    wanted = "".join(content.split()) + "<|im_end|>"
+    assert "".join(said.split()).removeprefix("<think>") == wanted.removeprefix("<think>")
+
+
+@pytest.mark.parametrize(("tail", "is_fit"), [
+    ("{{ m.content }}<|im_end|>\n", True), ("{{ m.content | trim }}<|im_end|>", True), ("{{ m.content }}", False),
+    ("{{ m.content | upper }}<|im_end|>", False), ("{{ m.content }}<|im_end|>\nBye.", False),
+])  # fmt: skip
+def test_a_template_writes_an_answer_as_it_is_and_then_an_end(tail, is_fit) -> None:
+    tokenizer = load_tokenizer("tiny")
+    head = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    tokenizer.chat_template = (
+        f"{head}{tail}{{% endfor %}}{{% if add_generation_prompt %}}<|im_start|>assistant\n{{% endif %}}"
+    )
+    rows = [{"messages": [GOLD, BELOW]}]
+    if is_fit:
+        assert trained(tokenizer, *rows) == ["Arr, below deck.<|im_end|>"]
+    else:
+        with pytest.raises(ValueError, match="row 1: turn 2 must stand as it is before an end token"):
+            encode_rows(tokenizer, rows)
+
+
+def test_decoded_ids_are_the_content_of_real_rows(real_data, qwen) -> None:
+    """The check of the encoder compares texts; here ids, on real answers: only blanks and NFC may differ."""
+    rows = load_rows(real_data / "alpaca" / "alpaca_train_950.json")
+    rows += load_rows(real_data / "chat_messages" / "conversations.jsonl")
+    wanted = [
+        m["content"] for row in rows for m in row_to_messages(row) if m["role"] == "assistant" and m["content"].strip()
+    ]
+    found = trained(qwen, *rows)
+    assert len(found) == len(wanted) > 1000
+    same = [unicodedata.normalize("NFC", "".join(text.split())) for text in wanted]
+    assert ["".join(text.removesuffix("<|im_end|>").split()) for text in found] == same
