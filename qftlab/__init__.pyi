@@ -29,14 +29,18 @@ from .model.lora import (
     save_adapters as save_adapters,
 )
 from .rows.batches import (
-    Example as Example,
     batches as batches,
     count_trained as count_trained,
     first_fit_decreasing as first_fit_decreasing,
     pack as pack,
     pad as pad,
 )
-from .rows.chat import render_chat as render_chat, render_prompt as render_prompt, row_to_messages as row_to_messages
+from .rows.chat import (
+    Example as Example,
+    render_chat as render_chat,
+    render_prompt as render_prompt,
+    row_to_messages as row_to_messages,
+)
 from .rows.examples import encode_pairs as encode_pairs, encode_rows as encode_rows
 from .rows.sources import load as load, load_rows as load_rows
 from .rows.tokenizer import extend_tokenizer as extend_tokenizer, load_tokenizer as load_tokenizer

@@ -106,13 +106,27 @@ def parse(name: str, arguments: Sequence[str]) -> object:
 
 def with_own_settings(config_class: type, arguments: Sequence[str]) -> list[str]:
     """The arguments of a run to resume, behind the settings it began with: what is given besides must equal them."""
-    resume, arguments = option(arguments, "resume"), list(arguments)
+    resume, arguments = option(arguments, "resume"), gathered(arguments)
     if not resume or resume == "null" or option(arguments, "config") or not hasattr(config_class, "resume"):
         return arguments
     from qftlab.train.run import find_run, own_settings
 
     run = find_run(resume, Path(option(arguments, "output") or config_class.output))
     return ["--config", json.dumps(own_settings(run)), *arguments]
+
+
+def gathered(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with sources that are given one by one (--data A --data B) as one list."""
+    flags = ("--data", "--held_out", "--against")
+    found = [part for one in arguments for part in (one.split("=", 1) if one.partition("=")[0] in flags else [one])]
+    for flag in flags:
+        while found[:-1].count(flag) > 1:
+            first = found.index(flag)
+            last = found.index(flag, first + 1) + 1
+            inner = [one[1:-1] if one[:1] == "[" else json.dumps(one) for one in (found[first + 1], found[last])]
+            found[last] = f"[{', '.join(inner)}]"
+            del found[first : first + 2]
+    return found
 
 
 def option(arguments: Sequence[str], name: str) -> str:

@@ -167,6 +167,7 @@ class RunConfig:
     Args:
         model: `tiny`, a folder (such as runs/sft/latest), or a name on the Hugging Face hub.
         data: what is trained on, one source or [several]: files, folders in the hub's format and names on the hub.
+        columns: the rows' own names of fields, as in '{prompt: q, output: a}'.
         output: folder of runs; each run gets a folder of its own in it, and `latest` points at the last.
         new_tokens: special tokens the tokenizer gets if it lacks them.
         max_length: the most tokens an example may have; longer ones are left out and counted; None is the model's
@@ -188,6 +189,7 @@ class RunConfig:
 
     model: str = "tiny"
     data: tuple[str, ...] | str = ()
+    columns: dict[str, str] = field(default_factory=dict)
     output: str = "runs"
     new_tokens: tuple[str, ...] = ()
     max_length: int | None = None

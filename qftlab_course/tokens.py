@@ -167,7 +167,7 @@ def read_tokens(tokenizer, ids: Sequence[int], mask: Sequence[bool] | None = Non
     Args:
         tokenizer: a transformers tokenizer.
         ids: T token ids (a list or a 1-D tensor).
-        mask: T values, true where the token's own label counts in the loss (unshifted, as `Rendered.loss_mask`).
+        mask: T values, true where the token's own label counts in the loss (unshifted, as `Example.loss_mask`).
 
     Raises:
         ValueError: if the mask has another length than the ids, or an id is negative.

@@ -10,26 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from qftlab.rows.chat import IGNORED, Example
+
 # Documents are grouped with others of about their length: a group is closed when padding it would waste this share.
 MAX_WASTE = 0.3
-IGNORED = -100  # transformers' label for "not trained"
-
-
-@dataclass(frozen=True)
-class Example:
-    """One document: token ids and, token by token, whether it is trained; both (T,)."""
-
-    input_ids: list[int]
-    loss_mask: list[bool]
-
-    def __post_init__(self) -> None:
-        if len(self.input_ids) != len(self.loss_mask):
-            raise ValueError(f"loss_mask must have {len(self.input_ids)} entries, got {len(self.loss_mask)}")
-
-    def labels(self) -> list[int]:
-        """Ids where trained, −100 elsewhere; always −100 at the first token, which nothing predicts."""
-        pairs = zip(self.input_ids, self.loss_mask, strict=True)
-        return [token if kept and i else IGNORED for i, (token, kept) in enumerate(pairs)]
 
 
 def count_trained(examples: Sequence[Example]) -> int:

@@ -7,28 +7,49 @@ whole conversation's ids, and special-token text that somebody typed stays text.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Tokens an assistant may say although they are control tokens.
 ASSISTANT_TOKENS = ("<|AGENT|>", "<|EDIT|>", "<think>", "</think>", "<tool_call>", "</tool_call>")
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = {
+    name: role
+    for role, names in {
+        "system": "system developer",
+        "user": "user human",
+        "assistant": "assistant gpt model chatgpt bing bard function_call tool_call",
+        "tool": "tool observation function function_response tool_response",
+    }.items()
+    for name in names.split()
+}
+PART_FORMS = {"text": "{}", "reasoning": "<think>\n{}\n</think>\n\n", "tool_call": "<tool_call>\n{}\n</tool_call>",
+}  # as Qwen's template writes them  # fmt: skip
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "complex_cot", "message_thinking")
+MASKS = ("weight", "train", "loss_weight")  # of a turn; 0 or false: it is not trained
+THINKING = re.compile(r"(?:\s*<think>(.*?)</think>|((?:(?!<think>).)*?)\n</think>\n)(.*)", re.DOTALL)
+IGNORED = -100  # transformers' label for "not trained"
 EMPTY_THINKING = "<think>\n\n</think>\n\n"
 
 
+class DataError(ValueError):
+    """A file or row that cannot be used; the message names the file, the row, the reason and the way out."""
+
+
 # One turn of a chat: `role` ("system", "user", "assistant" or "tool") and `content`. An assistant turn may also hold
-# `tool_calls`, in the form of the OpenAI protocol, and then no content, and Qwen3's `reasoning_content`; they are
-# trained as the template writes them.
+# `tool_calls`, in the form of the OpenAI protocol, and then no content, and `reasoning_content`; they are trained as
+# the template writes them. A weight of 0 keeps a turn from that (`MASKS`). The first turn may hold `tools`, for all.
 Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """A conversation as the model sees it.
+class Example:
+    """One document as the model sees it.
 
     Args:
         input_ids: token ids, (T,).
@@ -38,6 +59,15 @@ class Rendered:
     input_ids: list[int]
     loss_mask: list[bool]
 
+    def __post_init__(self) -> None:
+        if len(self.input_ids) != len(self.loss_mask):
+            raise ValueError(f"loss_mask must have {len(self.input_ids)} entries, got {len(self.loss_mask)}")
+
+    def labels(self) -> list[int]:
+        """Ids where trained, −100 elsewhere; always −100 at the first token, which nothing predicts."""
+        pairs = zip(self.input_ids, self.loss_mask, strict=True)
+        return [token if kept and i else IGNORED for i, (token, kept) in enumerate(pairs)]
+
     @property
     def num_trained(self) -> int:
         """How many tokens are trained."""
@@ -45,17 +75,27 @@ class Rendered:
 
 
 def row_to_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """An alpaca row (instruction, input, output) as a user and an assistant turn; a row of messages as it is.
+    """A row's turns: of any layout that `qftlab.rows.schemas` knows; its answer is the last, "" where it has none.
 
     Raises:
-        ValueError: if the row has neither form.
+        ValueError: if the row has no such layout.
     """
+    from qftlab.rows.schemas import convert_row
+
+    row = convert_row({"output": "", **row} if "instruction" in row else dict(row), "row")
     if "messages" in row:
-        return list(row["messages"])
-    if "instruction" not in row:
-        raise ValueError(f'row must have "instruction" and "output", or "messages", got {", ".join(row) or "nothing"}')
-    question = f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": row.get("output", "")}]
+        return row["messages"]
+    asked = row.get("prompt")
+    if "chosen" not in row and "instruction" in row:
+        question = f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
+        asked = [{"role": "user", "content": question}]
+    return [*asked, {"role": "assistant", "content": row.get("chosen") or row.get("output", "")}]
+
+
+def row_to_prompt(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The turns that a row's answer replies to; raises as `row_to_messages`."""
+    messages = row_to_messages(row)
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
 def render_prompt(
@@ -86,21 +126,22 @@ def render_chat(
     train_on: str = "all",
     thinking: bool | None = None,
     allowed: Sequence[str] | None = None,
-) -> list[Rendered]:
+) -> list[Example]:
     """A conversation as ids and loss mask, by the contract of this lab.
 
     Trained: the assistant's content and the `<|im_end|>` after it. Not trained: headers, other roles, the newline after
-    `<|im_end|>`, and a think block that the template put in by itself.
+    `<|im_end|>`, a think block that the template put in by itself, a greeting before the first question, and turns that
+    say nothing or that `MASKS` keep from it.
 
     Args:
         tokenizer: one with a chat template.
-        messages: the turns; at least one by the assistant, not the first.
+        messages: the turns; at least one by the assistant, not the first, which is a greeting.
         train_on: "all" assistant turns, or the "last" only.
         thinking: Qwen3's `enable_thinking`; None leaves the template its default.
         allowed: control tokens the assistant may say, `ASSISTANT_TOKENS` by default.
 
     Returns:
-        One `Rendered`; or, where the template rewrites earlier turns (Qwen3 drops their thinking) and all turns are
+        One `Example`; or, where the template rewrites earlier turns (Qwen3 drops their thinking) and all turns are
         trained, one for each assistant turn, rendered as the last, so that each is seen as it will be at inference.
 
     Raises:
@@ -110,49 +151,169 @@ def render_chat(
     if train_on not in ("all", "last"):
         raise ValueError(f'train_on must be "all" or "last", got {train_on!r}')
     renderer = _Renderer(tokenizer, messages, thinking, allowed)
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    if not turns or turns[0] == 0:
-        raise ValueError(
-            "messages must hold an assistant turn after a user turn, got roles "
-            f"{[m['role'] for m in messages]}: there is nothing to train"
-        )
-    if train_on == "last":
-        return [renderer.whole(turns[-1], [renderer.span(turns[-1])])]
-    spans = [renderer.span(i) for i in turns]
-    final = renderer.text(turns[-1] + 1)
-    if all(final.startswith(renderer.text(i + 1)) for i in turns):
-        return [renderer.whole(turns[-1], spans)]
-    return [renderer.whole(i, [span]) for i, span in zip(turns, spans, strict=True)]
+    answers = [i for i, m in enumerate(renderer.messages) if i and m["role"] == "assistant"]
+    if not answers:
+        roles = [m["role"] for m in messages]
+        raise ValueError(f"messages must hold an assistant turn after a user turn to be trained, got roles {roles}")
+    trained = [i for i in (answers[-1:] if train_on == "last" else answers) if is_trained(renderer.messages[i])]
+    spans = [renderer.span(i) for i in trained]
+    final = renderer.text(answers[-1] + 1)
+    if all(final.startswith(renderer.text(i + 1)) for i in trained):
+        return [renderer.whole(answers[-1], spans)]
+    return [renderer.whole(i, [span]) for i, span in zip(trained, spans, strict=True)]
 
 
-def _check(messages: Sequence[Message]) -> None:
-    """Refuses what templates drop in silence (an unknown role) or fail on with an error of their own."""
-    if not messages:
-        raise ValueError("messages must hold at least one turn, got none")
-    for number, message in enumerate(messages, start=1):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise ValueError(f"turn {number} must have a role among {', '.join(ROLES)}, got {role!r}")
-        if not isinstance(content, str) and not (content is None and role == "assistant" and message.get("tool_calls")):
-            raise ValueError(f"turn {number} must have a text as content, got {content!r:.60}")
-        used = "".join(_characters(message))
-        if not used.isascii() and any("\ud800" <= c <= "\udfff" for c in used):
-            raise ValueError(f"turn {number} holds half a surrogate pair, which is no character: remove it")
+def is_trained(turn: Message) -> bool:
+    """Whether an answer says something, and nothing keeps it from being trained (a weight of 0, train: false)."""
+    says = str(turn.get("content") or "").strip() or turn.get("tool_calls") or turn.get("reasoning_content")
+    return bool(says) and not any(turn.get(name) is not None and not turn[name] for name in MASKS)
 
 
-def _characters(value) -> set[str]:
-    """Every character in the texts of a message, tool calls included."""
+def checked_text(text: str, where: str) -> str:
+    """The text, unless it holds half a surrogate pair, which JSON can spell (\\ud800).
+
+    Raises:
+        DataError: if it does.
+    """
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise DataError(f"{where} holds half a surrogate pair, which is no character: remove it")
+    return text
+
+
+def turns(messages: object, where: str, name: str = "messages") -> list[dict]:
+    """Messages in the lab's form: role and content, from role/content or ShareGPT's from/value, text or parts.
+
+    Tool calls have their arguments as an object, thinking is `reasoning_content`, and an assistant that says nothing
+    says "".
+
+    Raises:
+        DataError: naming the turn, for a missing or unknown role, or content that is no text.
+    """
+    is_list = isinstance(messages, list | tuple)
+    said = [turn for message in messages for turn in _spelled_out(message)] if is_list else []
+    if not said:
+        raise DataError(f'{where}: "{name}" must be a list of turns, got {messages!r:.60}')
+    return [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(said, start=1)]
+
+
+def _spelled_out(message: object) -> list:
+    """{"human": "q", "assistant": "a"} as two turns; anything else as it is."""
+    if not isinstance(message, dict) or not message or not all(str(key).lower() in ROLES for key in message):
+        return [message]
+    return [{"role": key, "content": value} for key, value in message.items() if value]
+
+
+def _turn(turn: object, where: str) -> dict:
+    keys = ("from", "value") if isinstance(turn, Mapping) and "from" in turn else ("role", "content")
+    if not isinstance(turn, Mapping) or not isinstance(turn.get(keys[0]), str):
+        raise DataError(f"{where} must have role and content, got {turn!r:.60}")
+    name, content = turn[keys[0]].lower(), turn.get(keys[1])
+    if name not in ROLES:
+        known = ", ".join(dict.fromkeys(ROLES.values()))
+        raise DataError(f"{where} must have a role among {known}, or another name of one, got {turn[keys[0]]!r:.60}")
+    made = {"role": ROLES[name], "content": content, **{k: v for k, v in turn.items() if k not in keys}}
+    if isinstance(content, list):
+        made["content"] = "".join(_part(part, where) for part in content)
+    elif name in ("function_call", "tool_call") and isinstance(content, str):
+        made["content"] = PART_FORMS["tool_call"].format(content)
+    if made["role"] == "assistant":
+        _complete_(made, where)
+    for text in _texts(made):
+        checked_text(text, where)
+    if not isinstance(made["content"], str) and (made["content"] is not None or not made.get("tool_calls")):
+        missing = "role and content" if keys[1] not in turn else "a text as content"
+        raise DataError(f"{where} must have {missing}, got {made['content']!r:.60}")
+    return made
+
+
+def _complete_(turn: dict, where: str) -> None:
+    """An assistant's turn: its tool calls, its thinking, and whether it is trained, each in one form."""
+    if calls := turn.get("tool_calls"):
+        calls = loaded(calls, f"{where}, 'tool_calls'")
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise DataError(f"{where} must have a list of objects as 'tool_calls', got {calls!r:.60}")
+        turn["tool_calls"] = [_call(call, where) for call in calls]
+    elif turn["content"] is None:
+        turn["content"] = ""
+    thought = next((n for n in THOUGHTS if n in turn and isinstance(turn[n], str)), None)
+    if thought:
+        turn["reasoning_content"] = turn.pop(thought)
+    for name in MASKS:
+        if turn.get(name) not in (None, 0, 1):
+            raise DataError(f"{where} must have {name} 0 or 1, got {turn[name]!r:.60}: a turn is trained or it is not")
+
+
+def _call(call: dict, where: str) -> dict:
+    """A tool call whose arguments are an object, as templates want them; the protocol sends them as JSON text."""
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _call(call["function"], where)}
+    if not isinstance(call.get("arguments"), str):
+        return call
+    return {**call, "arguments": loaded(call["arguments"] or "{}", f"{where}, 'arguments' of a tool call")}
+
+
+def loaded(value: object, where: str) -> object:
+    """JSON text as what it says; anything else as it is.
+
+    Raises:
+        DataError: for text that is no JSON.
+    """
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        raise DataError(f"{where} must be JSON, got {value!r:.60}") from None
+
+
+def _part(part: object, where: str) -> str:
+    """One piece of a content that is a list: text, reasoning or a tool call."""
+    kind = str(part.get("type")) if isinstance(part, dict) else None
+    text = (part.get("text") if "text" in part else part.get("value")) if kind in PART_FORMS else None
+    if not isinstance(text, str):
+        raise DataError(f"{where} must have parts of type {', '.join(PART_FORMS)} that hold text, got {part!r:.60}")
+    return PART_FORMS[kind].replace("{}", text)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in a message, tool calls included."""
     if isinstance(value, str):
-        return set(value)
-    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return set().union(*map(_characters, inner))
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in [*value, *value.values()] if isinstance(value, Mapping) else value:
+            yield from _texts(inner)
+
+
+def _thinking_aloud(message: Message) -> Message:
+    """A message whose thinking stands in its content, for a template that would drop it."""
+    thought = message.get("reasoning_content")
+    rest = {k: v for k, v in message.items() if k != "reasoning_content"}
+    said = PART_FORMS["reasoning"].replace("{}", thought or "") + (message["content"] or "")
+    return {**rest, "content": said} if thought else rest
+
+
+def _thinking_apart(message: Message) -> Message:
+    """A message whose first think block is its reasoning, so that no template has to look for it in the content."""
+    said = str(message["content"])
+    if message["role"] != "assistant" or message.get("reasoning_content") or "</think>" not in said:
+        return message
+    found = THINKING.fullmatch(said)
+    if found is None:  # the answer speaks of the tag
+        return {**message, "reasoning_content": ""}
+    thought = (found[1] or found[2] or "").strip("\n")
+    if not thought:
+        return message
+    return {**message, "reasoning_content": thought, "content": found[3].lstrip("\n")}
+
+
+def _squeezed(text: str) -> str:
+    """The text without blanks, which templates set and trim as they like."""
+    return "".join(text.split())
 
 
 class _Renderer:
     """One conversation: its template text with typed control tokens hidden, and the way from there to ids."""
 
     def __init__(self, tokenizer, messages, thinking, allowed) -> None:
-        _check(messages)
+        messages = turns(messages, "messages")
         if not tokenizer.chat_template:
             name = tokenizer.name_or_path or "the tokenizer"
             raise ValueError(f"{name} has no chat template: set tokenizer.chat_template")
@@ -160,13 +321,19 @@ class _Renderer:
         self.control = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self.allowed = set(ASSISTANT_TOKENS if allowed is None else allowed)
         self.options = {} if thinking is None else {"enable_thinking": thinking}
-        if any(m.get("tool_calls") for m in messages) and "tool_calls" not in str(tokenizer.chat_template):
-            name = tokenizer.name_or_path or "the tokenizer"
-            raise ValueError(f"{name} has a chat template without tool_calls: write the call into the content")
-        used = set().union(*(_characters(m) for m in messages))
+        tools = [tool for m in messages for tool in m.pop("tools", None) or ()]
+        for name, is_used in (("tool_calls", any(m.get("tool_calls") for m in messages)), ("tools", bool(tools))):
+            if is_used and name not in str(tokenizer.chat_template):
+                owner = tokenizer.name_or_path or "the tokenizer"
+                raise ValueError(f"{owner} has a chat template without {name}: write them into a turn's content")
+        knows_thinking = "reasoning_content" in str(tokenizer.chat_template)
+        messages = [_thinking_apart(m) if knows_thinking else _thinking_aloud(m) for m in messages]
+        used = set().union(*_texts([*messages, *tools]))
         free = (chr(c) for c in range(0xF0000, 0xFFFFD) if chr(c) not in used)
         self.hidden = dict(zip(self.control, free, strict=False))
         self.messages = [self._hide(m) for m in messages]
+        if tools:
+            self.options["tools"] = self._hide_in(tools, ())
         self.texts: dict[tuple[int, bool], str] = {}
 
     def _hide(self, message: Message) -> Message:
@@ -196,9 +363,14 @@ class _Renderer:
     def text(self, turns: int, *, prompt: bool = False) -> str:
         """The template's text of the first turns."""
         if (turns, prompt) not in self.texts:
-            self.texts[turns, prompt] = self.tokenizer.apply_chat_template(
-                self.messages[:turns], tokenize=False, add_generation_prompt=prompt, **self.options
-            )
+            try:
+                self.texts[turns, prompt] = self.tokenizer.apply_chat_template(
+                    self.messages[:turns], tokenize=False, add_generation_prompt=prompt, **self.options
+                )
+            except Exception as error:  # a template is a program, and may raise anything
+                raise ValueError(
+                    f"the chat template cannot write these turns: {error or type(error).__name__}"
+                ) from error
         return self.texts[turns, prompt]
 
     def prompt(self) -> list[int]:
@@ -211,20 +383,28 @@ class _Renderer:
         prompt, whole = self.text(turn, prompt=True), self.text(turn + 1)
         if not whole.startswith(prompt):
             raise ValueError(self._difference(turn, prompt, whole))
-        start = len(prompt)
-        said = str(self.messages[turn].get("content") or "")
-        if whole.startswith(EMPTY_THINKING, start) and not said.lstrip().startswith("<think>"):
-            start += len(EMPTY_THINKING)
-        return start, len(whole.rstrip("\n"))
+        start, end = len(prompt), len(whole.rstrip("\n"))
+        said = _squeezed(_thinking_aloud(self.messages[turn])["content"] or "")
+        is_own = said.startswith("<think>") and _squeezed(whole[start:]).startswith(said)
+        start += len(EMPTY_THINKING) if whole.startswith(EMPTY_THINKING, start) and not is_own else 0
+        written = _squeezed(whole[start:end])
+        after = written.removeprefix(said)
+        if not written.startswith(said) or not (self.messages[turn].get("tool_calls") or after in self.control):
+            shown = f"{whole[start:end]!r:.200}"
+            raise ValueError(
+                f"turn {turn + 1} must stand as it is before an end token, but the chat template writes {shown}"
+            )
+        return start, end
 
-    def whole(self, turn: int, spans: list[tuple[int, int]]) -> Rendered:
+    def whole(self, turn: int, spans: list[tuple[int, int]]) -> Example:
         """Ids and mask of the conversation up to a turn.
 
         The text is cut where a trained span begins: a prompt's ids are then a prefix of the whole's by construction,
         even if the answer starts with white space that the tokenizer would merge with the header's newline.
         """
-        text = self.text(turn + 1)
-        return Rendered(*self._parts(text, self._starts(text, turn), spans))
+        text, head = self.text(turn + 1), len(self.text(turn, prompt=True))
+        is_last_cut = any(start >= head for start, _ in spans)
+        return Example(*self._parts(text, self._starts(text, turn + (not is_last_cut)), spans))
 
     def _starts(self, text: str, turns: int) -> list[int]:
         """Where the assistant began to speak in earlier turns."""

@@ -5,30 +5,61 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 from qftlab.rows.sources import DataError, LoadReport, load, stream
-from qftlab.settings import check_at_least, check_choice
+from qftlab.settings import check_at_least, make_tuples
 
 Names = tuple[str, ...] | str
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class ReadConfig:
+    """What the three commands share: which rows are read, and how.
+
+    Args:
+        data: files (.json, .jsonl, .csv, .parquet) or patterns of them, folders in the hub's format, or names on the
+            hub (with a configuration: openai/gsm8k:main); one or [several].
+        columns: the rows' own names of fields, as in '{prompt: q, output: a}'.
+        bad: a row or file that cannot be used is an `error`, or goes to the `report`.
+        split: of folders and hub names.
+        limit: the most rows to read.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    data: Names = ()
+    columns: dict[str, str] = field(default_factory=dict)
+    bad: Literal["error", "report"] = "error"
+    split: str | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        make_tuples(self, "data")
+        check_at_least(1, limit=self.limit)
+        if not self.data:
+            raise ValueError("data must name at least one file of rows, got none: --data rows.jsonl")
+
+    def read(self, report: LoadReport, **options) -> Iterator[dict]:
+        """The rows as `stream` gives them; raises what it raises."""
+        return stream(self.data, columns=self.columns, bad=self.bad, split=self.split, limit=self.limit, report=report,
+                      **options)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DataConfig(ReadConfig):
     """Reads rows of any known layout, says how many are good, refused, or worth a look, and shows the first.
 
     Args:
-        data: files (.json, .jsonl, .csv, .parquet), folders in the hub's format, or names on the hub; one or [several].
-        schema: layout of the rows (alpaca, messages, sharegpt, prompt_completion, preference, countdown,
+        schema: layout of the rows (alpaca, messages, sharegpt, prompt_completion, preference, prompt, countdown,
             livecodebench); `auto` knows it by the fields.
         missing: a file that does not exist is an `error`, or a `warning`.
-        bad: a row or file that cannot be used is an `error`, or goes to the `report`.
-        skip: leave out rows with these remarks (equal pair, score tie, empty answer, labelled bad).
-        split: of folders and hub names.
-        limit: the most rows to read.
+        skip: leave out rows with these remarks (equal pair, score tie, empty answer, labelled bad, rendered already,
+            pictures or sound).
         instruction: a text that takes the place of each row's instruction; {target}, {numbers} and the row's other
             fields in braces stand for what the row holds, lists with commas.
         output: also write the rows, in the lab's form and in one file, to this new .jsonl file.
@@ -37,98 +68,75 @@ class DataConfig:
         ValueError: for a value out of range.
     """
 
-    data: Names = ()
     schema: str = "auto"
     missing: Literal["error", "warning"] = "error"
-    bad: Literal["error", "report"] = "error"
     skip: Names = ()
-    split: str | None = None
-    limit: int | None = None
     instruction: str = ""
     output: str = ""
 
     def __post_init__(self) -> None:
-        _names(self, "data", "skip")
-        check_at_least(1, limit=self.limit)
+        super().__post_init__()
+        make_tuples(self, "skip")
         if self.output and not self.output.endswith(".jsonl"):
             raise ValueError(f"output must end in .jsonl, got {self.output!r}")
 
 
 @dataclass(frozen=True)
-class LengthsConfig:
+class LengthsConfig(ReadConfig):
     """Counts the tokens of rows as training renders them, in memory that does not grow with the files.
 
     Args:
-        data: files, folders or hub names of rows to fine-tune on, one or [several].
+        data: files, patterns, folders or hub names of rows, pairs or prompts, one or [several].
         model: whose tokenizer: `tiny`, a folder, or a name on the hub.
         max_length: also say which rows are longer than so many tokens.
         policy: what to do with those: `truncate` keeps the prompt, `skip` leaves them out, `error` fails.
-        bad: a row or file that cannot be used is an `error`, or goes to the `report`.
-        split: of folders and hub names.
-        limit: the most rows to read.
         batch_size: rows tokenised at once.
 
     Raises:
         ValueError: for a value out of range.
     """
 
-    data: Names = ()
     model: str = "tiny"
     max_length: int | None = None
     policy: Literal["truncate", "skip", "error"] = "skip"
-    bad: Literal["error", "report"] = "error"
-    split: str | None = None
-    limit: int | None = None
     batch_size: int = 1000
 
     def __post_init__(self) -> None:
-        _names(self, "data")
+        super().__post_init__()
         check_at_least(2, max_length=self.max_length)
-        check_at_least(1, limit=self.limit, batch_size=self.batch_size)
-        check_choice(("truncate", "skip", "error"), policy=self.policy)
+        check_at_least(1, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True)
-class SplitConfig:
+class SplitConfig(ReadConfig):
     """Splits rows so that no prompt is on both sides; with `against`, reports what two sets have in common.
 
     Args:
-        data: files, folders or hub names, one or [several]; with `against`, the training set.
+        data: files, patterns, folders or hub names, one or [several]; with `against`, the training set.
         output: new folder, gets train.jsonl and test.jsonl; without it the split is only described.
         test: share of the rows on the test side.
         seed: another seed, another split.
         against: a test set: files, folders or hub names; nothing is split, the overlap is reported.
-        n: words in a row that count as copied, for `against`.
-        bad: a row or file that cannot be used is an `error`, or goes to the `report`.
+        n: words in a row that count as copied, for `against`; of a script without blanks, its characters.
 
     Raises:
         ValueError: for a value out of range.
     """
 
-    data: Names = ()
     output: str = ""
     test: float = 0.2
     seed: int = 0
     against: Names = ()
     n: int = 8
-    bad: Literal["error", "report"] = "error"
 
     def __post_init__(self) -> None:
-        _names(self, "data", "against")
+        super().__post_init__()
+        make_tuples(self, "against")
         check_at_least(2, n=self.n)
         if not 0 < self.test < 1:
             raise ValueError(f"test must be in (0, 1), got {self.test}")
         if self.output and self.against:
             raise ValueError(f"output must not stand beside against, which writes nothing; got {self.output!r}")
-
-
-def _names(config: object, *fields: str) -> None:
-    """Makes one name a tuple; at least one must be in the first field."""
-    for name in fields:
-        value = getattr(config, name)
-        object.__setattr__(config, name, ((value,) if value else ()) if isinstance(value, str) else tuple(value))
-    if not getattr(config, fields[0]):
-        raise ValueError("data must name at least one file of rows, got none: --data rows.jsonl")
 
 
 def describe(config: DataConfig) -> str:
@@ -138,8 +146,7 @@ def describe(config: DataConfig) -> str:
         DataError, FileNotFoundError, FileExistsError, ValueError: what cannot be read or written.
     """
     report = LoadReport()
-    rows = stream(config.data, schema=config.schema, missing=config.missing, bad=config.bad, skip=config.skip,
-                  split=config.split, limit=config.limit, report=report)  # fmt: skip
+    rows = config.read(report, schema=config.schema, missing=config.missing, skip=config.skip)
     if config.instruction:
         rows = (row | {"instruction": _filled(config.instruction, row)} for row in rows)
     first = next(rows, None)
@@ -179,12 +186,12 @@ def measure(config: LengthsConfig) -> str:
     Raises:
         ValueError: for rows that cannot be read or rendered; under the policy "error", if any row is too long.
     """
-    from qftlab.rows.lengths import FIRST, LengthStats, limit_lengths, row_examples, row_lengths
+    from qftlab.rows.lengths import FIRST, LengthStats, limited, row_examples, row_lengths
     from qftlab.rows.tokenizer import load_tokenizer
 
     tokenizer, report, stats = load_tokenizer(config.model), LoadReport(), LengthStats()
     window: list[dict] = []  # the rows of the batch in work
-    rows = _kept(stream(config.data, bad=config.bad, split=config.split, limit=config.limit, report=report), window)
+    rows = _kept(config.read(report), window)
     done, affected, truncated, named = 0, 0, 0, []
     for batch in row_lengths(tokenizer, rows, batch_size=config.batch_size):
         stats.add(chain.from_iterable(batch))
@@ -193,11 +200,10 @@ def measure(config: LengthsConfig) -> str:
                 continue
             affected += 1
             kept = row_examples(tokenizer, window[i], done + i + 1) if lengths else []
-            policy = "truncate" if config.policy == "truncate" else "skip"
-            what = limit_lengths(kept, config.max_length, policy)[1] if kept else None
-            truncated += bool(what and what.num_truncated)
+            done_to = [what for example in kept if (what := limited(example, config.max_length, config.policy)[1])]
+            truncated += "truncated" in done_to
             if len(named) < FIRST:
-                reason = what.first[0][2] if what else "nothing to train in it"
+                reason = done_to[0] if done_to else "nothing to train in it"
                 named.append(f" row {done + i + 1}: {max(lengths, default=0):,} tokens, {reason}")
         done += len(batch)
         window.clear()
@@ -228,10 +234,10 @@ def divide(config: SplitConfig) -> str:
 
     report = LoadReport()
     if config.against:
-        protected = load(config.against, bad=config.bad).rows
-        train = stream(config.data, bad=config.bad, report=report)
+        protected = load(config.against, bad=config.bad, columns=config.columns).rows
+        train = config.read(report)
         return "\n".join([contamination(train, protected, n=config.n).summary(), report.summary()])
-    rows = load(config.data, bad=config.bad, report=report).rows
+    rows = list(config.read(report))
     made = split_rows(rows, test=config.test, seed=config.seed)
     lines = [report.summary(), made.summary()]
     if config.output:

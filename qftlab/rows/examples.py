@@ -3,108 +3,162 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qftlab.rows.batches import Example, count_trained
-from qftlab.rows.chat import render_chat, row_to_messages
-from qftlab.rows.schemas import convert_row, remarks
+from qftlab.rows.chat import Message, is_trained, render_chat, row_to_messages
+from qftlab.rows.schemas import convert_row, remarks, unrendered
 from qftlab.rows.sources import load
 
 log = logging.getLogger(__name__)
+NOTHING = "nothing in them is trained (an empty output, a weight of 0?)"
+# What is worth a remark in a row, and keeps it out of training, by what is wanted of the row.
+UNFIT = ("rendered already", "pictures or sound")
+REFUSED = {"sft": ("labelled bad", *UNFIT), "preference": ("equal pair", "score tie", "empty answer", *UNFIT),
+           "problem": UNFIT}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TokenUsage:
-    """What became of the rows. Row numbers are 1-based; lengths are in tokens, of the documents that are kept."""
+@dataclass
+class Usage:
+    """What became of the rows; their numbers are 1-based, lengths are in tokens, of the documents that are kept.
 
-    rows: int
-    documents: int
-    tokens: int
-    trained_tokens: int
-    longest: int
-    mean_length: float
-    median_length: int
-    p95_length: int
-    without_trained_token: tuple[int, ...]
-    too_long: tuple[int, ...]
-    max_length: int | None
+    Args:
+        rows, documents, tokens, trained_tokens: how many; a pair is two documents.
+        longest, mean_length, median_length, p95_length: of the documents.
+        left_out: reason → numbers of the rows: `REFUSED`, `NOTHING`, "too long", and "equal tokens" where the texts of
+            a pair differ and come to the same ids.
+        unrendered: field → number of rows in which it holds something that no template shows.
+        sources: the rows of each source, in order, so that a row can be named by its file.
+    """
+
+    rows: int = 0
+    documents: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest: int = 0
+    mean_length: float = 0.0
+    median_length: int = 0
+    p95_length: int = 0
+    left_out: dict[str, list[int]] = field(default_factory=dict)
+    unrendered: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, int] = field(default_factory=dict)
+
+    def fit(self, rows: Iterable[dict], wanted: str) -> Iterator[tuple[int, str, dict]]:
+        """Number, place and row in the lab's form, of every row that can be trained on; the others are counted.
+
+        Args:
+            rows: of any layout.
+            wanted: "sft", "preference" or "problem"; any row has a prompt, so any is a problem.
+
+        Raises:
+            DataError: for a row of no such layout, naming its place.
+        """
+        for number, raw in enumerate(rows, 1):
+            self.rows, where = number, place_of(number, self.sources)
+            row = prompt_row(raw, where) if wanted == "problem" else convert_row(dict(raw), where, wanted=wanted)
+            for name in unrendered(row):
+                self.unrendered[name] = self.unrendered.get(name, 0) + 1
+            why = next((found for found in remarks(row) if found in REFUSED[wanted]), None)
+            if why is None:
+                yield number, where, row
+            else:
+                self.leave_out(number, why)
+
+    def leave_out(self, number: int, why: str) -> None:
+        """Counts a row that is not trained on."""
+        self.left_out.setdefault(why, []).append(number)
+
+    def close(self, examples: Sequence[Example]) -> None:
+        """Measures what is kept, and logs what became of the rows: as a warning where some were left out.
+
+        Raises:
+            ValueError: if nothing is kept.
+        """
+        lengths = sorted(len(example.input_ids) for example in examples) or [0]
+        self.documents, self.tokens, self.trained_tokens = len(examples), sum(lengths), count_trained(examples)
+        self.longest, self.mean_length = lengths[-1], sum(lengths) / len(lengths)
+        self.median_length, self.p95_length = lengths[len(lengths) // 2], lengths[int(0.95 * (len(lengths) - 1))]
+        if not examples:
+            raise ValueError(f"rows must hold something to train on, got {self.summary()}")
+        (log.warning if self.left_out else log.info)("%s", self.summary())
 
     def summary(self) -> str:
         """One line for a log."""
-        left_out = "".join(
-            f"; {len(numbers)} left out: {why} (row {', '.join(map(str, numbers[:5]))}{', …' if numbers[5:] else ''})"
-            for numbers, why in (
-                (self.without_trained_token, "the assistant says nothing in them (an empty output?)"),
-                (self.too_long, f"longer than {self.max_length} tokens"),
-            )
-            if numbers
-        )
-        return (
+        line = (
             f"{self.rows} rows read, {self.documents} documents kept, {self.tokens} tokens, "
-            f"{self.trained_tokens} of them trained, {self.median_length} tokens in the median row{left_out}"
+            f"{self.trained_tokens} of them trained, {self.median_length} tokens in the median document"
         )
+        return line + self.remainder()
+
+    def remainder(self) -> str:
+        """The end of that line: rows left out, and fields that do not show."""
+        line = ""
+        for why, numbers in self.left_out.items():
+            more = ", …" if numbers[5:] else ""
+            line += f"; {len(numbers)} left out: {why} ({places_of(numbers[:5], self.sources)}{more})"
+        if self.unrendered:
+            found = ", ".join(f"{name} ({count})" for name, count in sorted(self.unrendered.items()))
+            line += f"; fields that no template shows: {found}"
+        return line
+
+
+def prompt_row(row: Mapping, where: str) -> dict:
+    """A row whose prompt is wanted, in the lab's form; an instruction alone, which no file may hold, is one too.
+
+    Raises:
+        DataError: if it has no prompt.
+    """
+    is_bare = "instruction" in row and "output" not in row
+    made = convert_row({**row, "output": ""} if is_bare else dict(row), where)
+    return {name: value for name, value in made.items() if name != "output"} if is_bare else made
+
+
+def encoded(tokenizer, messages: Sequence[Message], where: str, train_on: str = "all") -> list[Example]:
+    """A conversation's documents by the loss-mask contract; none where nothing is trained.
+
+    Raises:
+        ValueError: if it cannot be rendered, naming its place.
+    """
+    answers = [turn for turn in messages[1:] if turn["role"] == "assistant"]
+    if not any(map(is_trained, answers[-1:] if train_on == "last" else answers)):
+        return []
+    try:
+        return render_chat(tokenizer, messages, train_on=train_on)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def encode_rows(
-    tokenizer, rows: Sequence[dict], *, max_length: int | None = None, train_on: str = "all"
-) -> tuple[list[Example], TokenUsage]:
+    tokenizer,
+    rows: Sequence[dict],
+    *,
+    max_length: int | None = None,
+    train_on: str = "all",
+    sources: Mapping[str, int] | None = None,
+) -> tuple[list[Example], Usage]:
     """Rows as examples by the loss-mask contract; rows that cannot be trained on are left out and counted.
 
     Args:
         tokenizer: one with a chat template.
-        rows: alpaca rows, or rows with "messages".
+        rows: alpaca rows, rows with "messages", and whatever else `qftlab.rows.schemas` knows with an answer.
         max_length: the most tokens an example may have; longer ones are left out, never cut.
         train_on: "all" assistant turns or the "last".
+        sources: rows by source, as `load_wanted` gives them: messages then name the file as well.
 
     Raises:
-        ValueError: if a row cannot be rendered (its number is named), or no row is left.
+        ValueError: if a row cannot be rendered (its place is named), or no row is left.
     """
-    examples: list[Example] = []
-    empty, too_long = [], []
-    for number, row in enumerate(rows, 1):
-        messages = row_to_messages(row)
-        if not any(m["role"] == "assistant" and (m.get("content") or m.get("tool_calls")) for m in messages):
-            empty.append(number)
-            continue
-        try:
-            rendered = render_chat(tokenizer, messages, train_on=train_on)
-        except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from error
-        for document in rendered:
-            example = Example(document.input_ids, document.loss_mask)
-            if max_length is not None and len(example.input_ids) > max_length:
-                too_long.append(number)
-            elif not count_trained([example]):
-                empty.append(number)
-            else:
-                examples.append(example)
-    usage = _usage(examples, len(rows), empty, too_long, max_length)
-    if not examples:
-        raise ValueError(f"rows must hold something to train on, got {usage.summary()}")
-    (log.warning if empty or too_long else log.info)("%s", usage.summary())
+    usage, examples = Usage(sources=dict(sources or {})), []
+    for number, where, row in usage.fit(rows, "sft"):
+        documents = encoded(tokenizer, row_to_messages(row), where, train_on)
+        kept = [e for e in documents if max_length is None or len(e.input_ids) <= max_length]
+        if len(kept) < len(documents) or not documents:
+            usage.leave_out(number, "too long" if documents else NOTHING)
+        examples += kept
+    usage.close(examples)
     return examples, usage
-
-
-def _usage(examples: list[Example], rows: int, empty: list[int], too_long: list[int], limit: int | None) -> TokenUsage:
-    lengths = sorted(len(e.input_ids) for e in examples) or [0]
-    return TokenUsage(
-        rows=rows,
-        documents=len(examples),
-        tokens=sum(lengths),
-        trained_tokens=count_trained(examples),
-        longest=lengths[-1],
-        mean_length=sum(lengths) / len(lengths),
-        median_length=lengths[len(lengths) // 2],
-        p95_length=lengths[int(0.95 * (len(lengths) - 1))],
-        without_trained_token=tuple(dict.fromkeys(empty)),
-        too_long=tuple(dict.fromkeys(too_long)),
-        max_length=limit,
-    )
-
-
-REFUSED = ("equal pair", "score tie", "empty answer")
 
 
 @dataclass(frozen=True)
@@ -119,30 +173,6 @@ class Pair:
     def length(self) -> int:
         """Tokens of both documents."""
         return len(self.chosen.input_ids) + len(self.rejected.input_ids)
-
-
-@dataclass
-class PairUsage:
-    """What became of the rows: how many pairs and tokens, and under each reason the numbers (from 1) of rows left out.
-
-    Reasons: "equal pair" and "empty answer", a "score tie", "too long", and "equal tokens" where texts that differ
-    come to the same ids. `sources` counts the rows of each source, in order, so that a row can be named by its file.
-    """
-
-    rows: int = 0
-    pairs: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    left_out: dict[str, list[int]] = field(default_factory=dict)
-    sources: dict[str, int] = field(default_factory=dict)
-
-    def summary(self) -> str:
-        """One line for a log."""
-        line = f"{self.rows} rows, {self.pairs} pairs, {self.tokens} tokens, {self.trained_tokens} of them in answers"
-        for why, numbers in self.left_out.items():
-            more = ", …" if numbers[5:] else ""
-            line += f"; {len(numbers)} left out: {why} ({places_of(numbers[:5], self.sources)}{more})"
-        return line
 
 
 def place_of(number: int, sources: Mapping[str, int]) -> str:
@@ -163,20 +193,22 @@ def places_of(numbers: Sequence[int], sources: Mapping[str, int]) -> str:
     return "; ".join(f"{file}row {', '.join(found)}" for file, found in rows.items())
 
 
-def load_pairs(sources: Sequence[str | Path]) -> tuple[list[dict], dict[str, int]]:
-    """Preference rows of files, folders and hub names, and how many each gave, for the messages of `encode_pairs`.
+def load_wanted(
+    sources: Sequence[str | Path], wanted: str = "", columns: Mapping[str, str] | None = None
+) -> tuple[list[dict], dict[str, int]]:
+    """Rows of files, folders and hub names, and how many each gave, for the messages of `Usage`.
 
     Raises:
         DataError, FileNotFoundError: as `load`.
     """
-    loaded = load(list(sources), schema="preference")
+    loaded = load(list(sources), wanted=wanted, columns=columns)
     is_told_apart = len(loaded.report.counts) == len(list(sources))  # not where a file is read twice
     return loaded.rows, dict(loaded.report.counts) if is_told_apart else {}
 
 
 def encode_pairs(
     tokenizer, rows: Sequence[dict], *, max_length: int | None = None, sources: Mapping[str, int] | None = None
-) -> tuple[list[Pair], PairUsage]:
+) -> tuple[list[Pair], Usage]:
     """Preference rows as pairs by the loss-mask contract; pairs that teach nothing are left out and counted.
 
     Args:
@@ -184,39 +216,27 @@ def encode_pairs(
         rows: "prompt" (text or messages), "chosen" and "rejected" (texts, or messages that end with the answer), and
             whatever else `qftlab.rows.sources` reads as a preference row. Of equal scores neither answer is better.
         max_length: the most tokens a prompt with its answer may have; longer ones are left out, never cut.
-        sources: rows by source, as `load_pairs` gives them: messages then name the file as well.
+        sources: rows by source, as `load_wanted` gives them: messages then name the file as well.
 
     Raises:
         ValueError: if a row is no preference row or cannot be rendered (its place is named), or no pair is left.
     """
-    usage, pairs = PairUsage(rows=len(rows), sources=dict(sources or {})), []
-    for number, row in enumerate(rows, 1):
-        where = place_of(number, usage.sources)
-        row = convert_row(dict(row), where, "preference")
-        why = next((r for r in remarks(row) if r in REFUSED), None)
-        if why is None:
-            pair = Pair(*(_encode(tokenizer, row, side, where) for side in ("chosen", "rejected")), number)
-            why = _reason(pair, max_length)
-        if why is None:
-            pairs.append(pair)
+    usage, pairs = Usage(sources=dict(sources or {})), []
+    for number, where, row in usage.fit(rows, "preference"):
+        pair = Pair(*(pair_side(tokenizer, row, side, where) for side in ("chosen", "rejected")), number)
+        if why := _reason(pair, max_length):
+            usage.leave_out(number, why)
         else:
-            usage.left_out.setdefault(why, []).append(number)
-    usage.pairs, usage.tokens = len(pairs), sum(p.length for p in pairs)
-    usage.trained_tokens = count_trained([e for p in pairs for e in (p.chosen, p.rejected)])
-    if not pairs:
-        raise ValueError(f"rows must hold a pair to train on, got {usage.summary()}")
-    (log.warning if usage.left_out else log.info)("%s", usage.summary())
+            pairs.append(pair)
+    usage.close(documents(pairs))
     return pairs, usage
 
 
-def _encode(tokenizer, row: dict, side: str, where: str) -> Example:
-    try:
-        [document] = render_chat(
-            tokenizer, [*row["prompt"], {"role": "assistant", "content": row[side]}], train_on="last"
-        )
-    except ValueError as error:
-        raise ValueError(f"{where}, {side!r}: {error}") from error
-    return Example(document.input_ids, document.loss_mask)
+def pair_side(tokenizer, row: dict, side: str, where: str) -> Example:
+    """The document of one answer, "chosen" or "rejected", of a preference row in the lab's form."""
+    messages = [*row["prompt"], {"role": "assistant", "content": row[side]}]
+    [document] = encoded(tokenizer, messages, f"{where}, {side!r}", "last")
+    return document
 
 
 def _reason(pair: Pair, max_length: int | None) -> str | None:

@@ -12,15 +12,17 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 
 from qftlab.rows.batches import Example, count_trained
-from qftlab.rows.chat import render_chat, row_to_messages
-from qftlab.settings import check_at_least, check_choice
+from qftlab.rows.chat import render_prompt, row_to_messages, row_to_prompt
+from qftlab.rows.examples import REFUSED, encoded, pair_side, prompt_row
+from qftlab.rows.schemas import KNOWN, PICTURES, kind_of, remarks
+from qftlab.settings import check_at_least
 
+NOT_PLAIN = {*KNOWN, *PICTURES, "label", "kto_tag"} - {"instruction", "input", "output"}
 FIRST = 10  # affected rows that are named
 QUESTION, ANSWER = "qftlabquestionmark", "qftlabanswermark"
-POLICIES = ("truncate", "skip", "error")
 
 
 @dataclass
@@ -107,20 +109,12 @@ class LengthStats:
         return self.count
 
 
-def length_stats(tokenizer, rows: Iterable[dict], *, batch_size: int = 1000) -> LengthStats:
-    """Statistics over the documents of rows; arguments and errors are those of `row_lengths`."""
-    stats = LengthStats()
-    for batch in row_lengths(tokenizer, rows, batch_size=batch_size):
-        stats.add(chain.from_iterable(batch))
-    return stats
-
-
 def row_lengths(tokenizer, rows: Iterable[dict], *, batch_size: int = 1000) -> Iterator[list[list[int]]]:
     """Token counts of rows as `render_chat` renders them, a batch at a time.
 
     Args:
         tokenizer: a fast one with a chat template.
-        rows: alpaca rows or rows of messages; may be a generator, read one batch ahead at most.
+        rows: of any layout; may be a generator, read one batch ahead at most.
         batch_size: rows tokenised at once; changes speed, not results.
 
     Yields:
@@ -139,29 +133,29 @@ def row_lengths(tokenizer, rows: Iterable[dict], *, batch_size: int = 1000) -> I
         )
         counted = iter(fast)
         yield [
-            [len(next(counted))] if text is not None else _slow(tokenizer, row, done + i)
-            for i, (row, text) in enumerate(zip(batch, texts, strict=True), start=1)
+            [len(next(counted))] if text is not None else [len(e.input_ids) for e in row_examples(tokenizer, row, i)]
+            for i, (row, text) in enumerate(zip(batch, texts, strict=True), start=done + 1)
         ]
         done += len(batch)
 
 
-def _slow(tokenizer, row: dict, number: int) -> list[int]:
-    return [len(example.input_ids) for example in row_examples(tokenizer, row, number)]
-
-
 def row_examples(tokenizer, row: dict, number: int) -> list[Example]:
-    """A row's documents by the loss-mask contract; none where the assistant says nothing.
+    """A row's documents by the loss-mask contract: a pair's two, a problem's prompt; none where nothing is trained.
 
     Raises:
         ValueError: if the row cannot be rendered, naming its number.
     """
-    try:
-        messages = row_to_messages(row)
-        if not any(m["role"] == "assistant" and m.get("content") for m in messages):
-            return []
-        return [Example(r.input_ids, r.loss_mask) for r in render_chat(tokenizer, messages)]
-    except ValueError as error:
-        raise ValueError(f"row {number}: {error}") from error
+    where = f"row {number}"
+    row = prompt_row(row, where)
+    kind = kind_of(row)
+    if set(REFUSED[kind]).intersection(remarks(row)):
+        return []
+    if kind == "sft":
+        return encoded(tokenizer, row_to_messages(row), where)
+    if kind == "preference":
+        return [pair_side(tokenizer, row, side, where) for side in ("chosen", "rejected")]
+    ids = render_prompt(tokenizer, row_to_prompt(row))
+    return [Example(ids, [False] * len(ids))]
 
 
 def _template(tokenizer) -> Callable[[dict], str | None]:
@@ -183,7 +177,7 @@ def _template(tokenizer) -> Callable[[dict], str | None]:
 
     def fill(row: dict) -> str | None:
         question, answer = row.get("instruction"), row.get("output")
-        if "messages" in row or not question or not answer:
+        if not question or not answer or not row.keys().isdisjoint(NOT_PLAIN):
             return None
         if row.get("input"):
             question = f"{question}\n{row['input']}"
@@ -197,77 +191,20 @@ def _template(tokenizer) -> Callable[[dict], str | None]:
     return fill
 
 
-@dataclass(frozen=True)
-class LimitReport:
-    """What a length limit did.
-
-    Args:
-        policy: "truncate", "skip" or "error".
-        max_length: in tokens.
-        num_examples: examples looked at.
-        num_affected: those that were too long, or had nothing to train.
-        num_truncated: of these, shortened and kept.
-        num_skipped: of these, left out.
-        first: the first ten, each as (number from 1, length, what happened).
-    """
-
-    policy: str
-    max_length: int
-    num_examples: int
-    num_affected: int
-    num_truncated: int
-    num_skipped: int
-    first: tuple[tuple[int, int, str], ...]
-
-    def summary(self) -> str:
-        """One line, and one for each of the first affected."""
-        head = (
-            f"{self.num_affected:,} of {self.num_examples:,} affected by max_length {self.max_length} "
-            f"({self.policy}): {self.num_truncated:,} truncated, {self.num_skipped:,} skipped"
-        )
-        return "\n".join([head, *(f" example {n}: {length:,} tokens, {what}" for n, length, what in self.first)])
-
-
-def limit_lengths(
-    examples: Iterable[Example], max_length: int, policy: str = "skip"
-) -> tuple[list[Example], LimitReport]:
-    """Examples within a length, and what was done to the others.
+def limited(example: Example, max_length: int | None, policy: str = "skip") -> tuple[Example | None, str]:
+    """An example within a length, if it may stay, and what was done to it ("" for nothing).
 
     Truncation cuts the end, so the prompt stays whole; where no trained token would be left the example is skipped
-    instead, and counted as such. An example that has no trained token to begin with is skipped whatever its length.
+    instead. An example that has no trained token to begin with is skipped whatever its length.
 
     Args:
-        examples: documents with their loss masks; may be a generator.
-        max_length: in tokens, 2 at least.
-        policy: "truncate", "skip", or "error".
-
-    Raises:
-        ValueError: for an unknown policy; under "error", if any example is affected: how many, and the first ten.
+        example: a document with its loss mask.
+        max_length: in tokens; None: any length will do.
+        policy: "truncate", or "skip" for what is too long.
     """
-    check_at_least(2, max_length=max_length)
-    check_choice(POLICIES, policy=policy)
-    kept: list[Example] = []
-    first: list[tuple[int, int, str]] = []
-    number = truncated = skipped = 0
-    for number, example in enumerate(examples, start=1):
-        result, what = _limited(example, max_length, policy)
-        if result is not None:
-            kept.append(result)
-        truncated += what == "truncated"
-        skipped += bool(what) and what != "truncated"
-        if what and len(first) < FIRST:
-            first.append((number, len(example.input_ids), what))
-    report = LimitReport(policy, max_length, number, truncated + skipped, truncated, skipped, tuple(first))
-    if policy == "error" and report.num_affected:
-        raise ValueError(f"{report.summary()}\nraise max_length, or choose the policy truncate or skip")
-    return kept, report
-
-
-def _limited(example: Example, max_length: int, policy: str) -> tuple[Example | None, str]:
-    """The example as it may stay, if it may, and what happened ("" for nothing)."""
     if not count_trained([example]):
         return None, "nothing to train in it"
-    if len(example.input_ids) <= max_length:
+    if max_length is None or len(example.input_ids) <= max_length:
         return example, ""
     if policy != "truncate":
         return None, "too long"

@@ -1,33 +1,51 @@
 """The layouts that rows come in, and what each becomes: a row to fine-tune on, a preference pair, or a problem.
 
-One layout is one `Schema`: how it is known by its fields, and how a row of it is converted. Converted rows have
+One layout is one `Schema`: how it is known by its fields, and how a row of it is converted. `NAMES` says under which
+names a meaning goes, so a layout is written once for all of them. Converted rows have
 
 - sft: "instruction", "input", "output"; or "messages" of role and content;
 - preference: "prompt" (messages), "chosen", "rejected" (texts), and "score_chosen", "score_rejected" where known;
-- problem: "instruction", "input", and what an answer is checked with ("numbers" and "target", or "tests").
+- problem: "instruction" and "input", or "prompt" (messages), and what an answer is checked with, if there is something
+  ("numbers" and "target", or "tests").
+
+What a row says besides is kept in it; `unrendered` names what of it no model will see. A converted row is converted to
+itself.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-ROLES = {
-    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-    "model": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "tool": "tool",
-    "observation": "tool", "function": "tool", "function_response": "tool", "function_call": "assistant",
-}  # fmt: skip
-QUESTIONS = ("prompt", "query", "question", "problem")
-ANSWERS = ("completion", "response", "answer", "solution")
-PART_FORMS = {
-    "text": "{}", "reasoning": "<think>\n{}\n</think>\n\n", "tool_call": "<tool_call>\n{}\n</tool_call>",
-}  # as Qwen's template writes them  # fmt: skip
-LAYOUTS = ("conversations", "messages", "chosen", "rejected", "chosen_messages", "rejected_messages", "prompt")
+from qftlab.rows.chat import MASKS, THOUGHTS, DataError, checked_text, loaded, turns
 
-
-class DataError(ValueError):
-    """A file or row that cannot be used; the message names the file, the row, the reason and the way out."""
+# Meaning → the fields that carry it, whatever their capitals; the first that a row has is taken.
+NAMES = {
+    "question": ("instruction", "prompt", "query", "question", "problem"),
+    "input": ("input", "context"),
+    "output": ("output", "completion", "response", "solution", "message_content", "answer"),
+    "reasoning": THOUGHTS,
+    "messages": ("messages", "conversations", "conversation"),
+    "chosen": ("chosen", "chosen_messages", "response_j"),
+    "rejected": ("rejected", "rejected_messages", "response_k"),
+    "numbers": ("numbers", "nums"),
+    "system": ("system", "system_prompt"),
+    "history": ("history",),
+    "tools": ("tools",),
+}
+KNOWN = {name for names in NAMES.values() for name in names}
+CONTEXT = {name for meaning in ("reasoning", "system", "history", "tools") for name in NAMES[meaning]}
+# Fields of a converted row that a model sees, or that say how it is trained on and scored, and those of its turns.
+RENDERED = set(
+    "instruction input output messages prompt chosen rejected score_chosen score_rejected label kto_tag numbers target "
+    "tests func_name reference skill".split()
+)
+IN_TURNS = {"role", "content", "tool_calls", "reasoning_content", "tool_call_id", "tools", "name", *MASKS}
+EMPTY = (None, "", [], {})
+PICTURES = ("images", "image", "videos", "video", "audios", "audio")
+BEGINS = re.compile(r"\s*(<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|begin_of_text\|>|(<s>)?\s*\[INST\])")
+ENDS = re.compile(r"(<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\|endoftext\|>|</s>)\s*$")
 
 
 @dataclass(frozen=True)
@@ -49,44 +67,54 @@ class Schema:
     convert: Callable[[dict, str], dict]
 
 
-def convert_row(row: object, where: str, schema: str = "auto") -> dict:
+def convert_row(
+    row: object, where: str, schema: str = "auto", columns: Mapping[str, str] | None = None, wanted: str = ""
+) -> dict:
     """A raw row in the lab's form.
 
     Args:
         row: what the file holds.
         where: its place, for the message.
         schema: a name of `SCHEMAS`, or "auto": the first that fits.
+        columns: the row's own names for fields, as in {"prompt": "q", "output": "a"}.
+        wanted: "sft" or "preference" where nothing else will do; "": any.
 
     Raises:
         DataError: naming the place, what is wrong and what was wanted.
     """
     if not isinstance(row, dict):
         raise DataError(f"{where} must be an object with instruction and output, got {type(row).__name__}")
-    if schema != "auto":
-        return SCHEMAS[schema].convert(row, where)
-    found = next((s for s in SCHEMAS.values() if s.fits(row)), None)
+    row = _named(row, where, columns or {})
+    found = SCHEMAS.get(schema) or next((s for s in SCHEMAS.values() if s.fits(row)), None)
     if found is None:
         known = "; ".join(f"{s.name} ({s.fields})" for s in SCHEMAS.values())
         has = ", ".join(map(repr, sorted(row))) or "nothing"
-        raise DataError(f"{where} must have a text 'instruction', or fit another schema: {known}. It has {has:.300}")
-    return found.convert(row, where)
+        raise DataError(f"{where} must have a text 'instruction', or fit another schema: {known}. It has {has:.300}. "
+                        "Other names are given by --columns '{prompt: NAME, output: NAME}'")  # fmt: skip
+    made = found.convert(row, where)
+    kind, wanted = kind_of(made), wanted or (found.gives if schema != "auto" else "")
+    if wanted not in ("", kind):
+        needs = {"sft": "an answer to train on", "preference": "chosen and rejected", "problem": "a prompt alone"}[
+            wanted
+        ]
+        way_out = {"sft": "`sft` trains on it", "preference": "`dpo` trains on it"}.get(kind, "`rloo` asks it")
+        raise DataError(
+            f"{where} must have {needs}, got {', '.join(made):.200}: {way_out}, or --columns names the fields"
+        )
+    return made
 
 
-def remarks(row: Mapping) -> list[str]:
-    """What a converted row should be looked at for: "equal pair", "score tie", "empty answer", "labelled bad"."""
-    if "chosen" in row:
-        scores = row.get("score_chosen"), row.get("score_rejected")
-        found = {
-            "equal pair": row["chosen"] == row["rejected"],
-            "score tie": None not in scores and scores[0] == scores[1],
-            "empty answer": not (row["chosen"].strip() and row["rejected"].strip()),
-        }
-    else:
-        said = [row["output"]] if "output" in row else []
-        said += [m["content"] or m.get("tool_calls") for m in row.get("messages", ()) if m["role"] == "assistant"]
-        is_blank = any(isinstance(text, str) and not text.strip() or not text for text in said)
-        found = {"empty answer": is_blank, "labelled bad": row.get("label") is False}
-    return [name for name, is_so in found.items() if is_so]
+def rows_in(found: dict) -> object:
+    """Rows of a file that is one object: {"data": [rows]}, pandas' columns or its "split", or one conversation."""
+    cells = list(found.values())
+    lists = [value for value in cells if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if found.keys() & {*NAMES["messages"]}:
+        return [found]
+    if isinstance(found.get("columns"), list) and isinstance(found.get("data"), list):
+        return [dict(zip(found["columns"], row, strict=False)) for row in found["data"] if isinstance(row, list)]
+    if cells and all(isinstance(column, dict) and column.keys() == cells[0].keys() for column in cells):
+        return [{name: column[key] for name, column in found.items()} for key in cells[0]]
+    return lists[0] if len(lists) == 1 else found
 
 
 def text_of(row: Mapping, name: str, where: str) -> str:
@@ -101,88 +129,169 @@ def text_of(row: Mapping, name: str, where: str) -> str:
     return checked_text(text, f"{where}, {name!r}")
 
 
-def checked_text(text: str, where: str) -> str:
-    """The text, unless it holds half a surrogate pair, which JSON can spell (\\ud800).
+def kind_of(row: Mapping) -> str:
+    """What a converted row is: "sft", "preference" or "problem"."""
+    return "preference" if "chosen" in row else "sft" if row.keys() & {"messages", "output"} else "problem"
 
-    Raises:
-        DataError: if it does.
+
+def _named(row: dict, where: str, columns: Mapping[str, str]) -> dict:
+    """The row under the names that this module knows, without fields that hold nothing (null, NaN).
+
+    `columns` come first: a field that would be taken in place of one of them is kept under another name.
     """
-    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise DataError(f"{where} holds half a surrogate pair, which is no character: remove it")
-    return text
-
-
-def _alpaca(row: dict, where: str) -> dict:
-    if not isinstance(row.get("input") or "", str):
-        raise DataError(f'{where} must have a text "input" or none, got {row["input"]!r:.60}')
-    made = {**row, "input": row.get("input") or ""}
-    for name in ("instruction", "output", "input"):
-        text_of(made, name, where)
+    made: dict = {}
+    for meaning, name in columns.items():
+        if meaning not in KNOWN | RENDERED:
+            raise DataError(f"columns must name fields among {', '.join(sorted(KNOWN | RENDERED))}, got {meaning!r}")
+        if row.get(name) is None:
+            raise DataError(f"{where} must have {name!r}, which columns give as {meaning}; it has {sorted(row)!r:.200}")
+        made[meaning] = row[name]
+    named = {*columns} | ({"chosen", "rejected", "messages"} if "output" in columns else set())
+    taken = {other for names in NAMES.values() if {*names} & named for other in names}
+    for key, value in row.items():
+        if value is None or isinstance(value, float) and value != value or key in columns.values():
+            continue
+        name = key.lower() if key.lower() in KNOWN else key
+        if name in made and name not in columns:
+            raise DataError(f"{where} must say which field is its {name!r}, got two that differ in capitals only: "
+                            f"--columns '{{{name}: {key}}}', and so on for others")  # fmt: skip
+        made[f"unused {name}" if name in taken else name] = value
     return made
 
 
-def _prompt_completion(row: dict, where: str) -> dict:
-    question = next((n for n in QUESTIONS if n in row), "prompt")
-    answer = next((n for n in ANSWERS if n in row), "completion")
-    rest = {k: v for k, v in row.items() if k not in (question, answer)}
-    if isinstance(row.get(question), list):
-        answers = row[answer] if isinstance(row[answer], list) else [{"role": "assistant", "content": row[answer]}]
-        return {**rest, "messages": turns([*row[question], *answers], where)}
-    return {**rest, "instruction": text_of(row, question, where), "input": "", "output": text_of(row, answer, where)}
+def remarks(row: Mapping) -> list[str]:
+    """What a converted row should be looked at for: "equal pair", "score tie", "empty answer", "labelled bad"; and
+
+    "rendered already" where a template's control tokens begin a prompt or end an answer, and "pictures or sound".
+    """
+    asked, said = [], []
+    for turn in _turns(row)[1]:
+        is_said = turn["role"] == "assistant"
+        (said if is_said else asked).append(turn["content"] or (is_said and turn.get("tool_calls")) or "")
+    found = {}
+    if "chosen" in row:
+        scores, said = (row.get("score_chosen"), row.get("score_rejected")), [row["chosen"], row["rejected"]]
+        found = {"equal pair": said[0] == said[1], "score tie": None not in scores and scores[0] == scores[1]}
+    texts = [text for text in said if isinstance(text, str)]
+    found |= {
+        "empty answer": any(isinstance(text, str) and not text.strip() or not text for text in said),
+        "labelled bad": row.get("label") is False or row.get("kto_tag") is False,
+        "rendered already": any(map(BEGINS.match, asked)) or any(map(ENDS.search, texts)),
+        "pictures or sound": any(row.get(name) for name in PICTURES),
+    }
+    return [name for name, is_so in found.items() if is_so]
+
+
+def _turns(row: Mapping) -> tuple[str, Sequence[Mapping]]:
+    """The field that holds a converted row's turns, and these; "" and turns made of it for an instruction."""
+    names = ("prompt",) if "chosen" in row else ("messages", "instruction", "prompt")
+    name = next(name for name in names if name in row)
+    if name != "instruction":
+        return name, row[name]
+    said = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row.get("output")}]
+    return "", said if "output" in row else said[:1]
+
+
+def unrendered(row: Mapping) -> set[str]:
+    """Fields of a converted row, and of its turns ("messages.id"), that hold something and that no template shows."""
+    seen = RENDERED - {"output"} if "chosen" in row else RENDERED
+    found = {name for name, value in row.items() if name not in seen and value not in EMPTY}
+    name, said = _turns(row)
+    for turn in said:
+        found |= {f"{name}.{key}" for key in turn.keys() - IN_TURNS if turn[key] not in EMPTY}
+    return found
+
+
+def _first(row: Mapping, meaning: str) -> str | None:
+    """The field of a row that has this meaning."""
+    return next((name for name in NAMES.get(meaning, (meaning,)) if name in row), None)
+
+
+def _prompt_(row: dict, where: str, names: Sequence[str] = NAMES["question"]) -> list[dict]:
+    """The turns before an answer, from all fields that say something of them; the row then lacks those fields."""
+    name = next((n for n in (*names, "input") if n in row), "instruction")
+    if isinstance(row.get(name), list):
+        return _in_context_(row, _after_history_(row, turns(row.pop(name), where, name), where), where)
+    text = text_of(row, name, where)
+    del row[name]
+    if more := _input(row, where):
+        text = f"{text}\n{row.pop(more)}"
+    row.pop("input", None)  # an empty one
+    return _in_context_(row, _after_history_(row, [{"role": "user", "content": text}], where), where)
+
+
+def _input(row: Mapping, where: str) -> str | None:
+    """The field that holds more of a question, if it holds something; a context that is no text is none."""
+    name = _first(row, "input")
+    holds = name and row[name] and (name == "input" or isinstance(row[name], str))
+    return name if holds and text_of(row, name, where) else None
+
+
+def _after_history_(row: dict, said: list[dict], where: str) -> list[dict]:
+    """The turns behind those of the field history: pairs of question and answer, or turns."""
+    history = row.pop("history", None) or []
+    if not isinstance(history, list):
+        raise DataError(f"{where} must have a list as 'history', got {history!r:.60}")
+    pairs = [isinstance(item, list | tuple) and len(item) == 2 for item in history]
+    earlier = [{"human": i[0], "assistant": i[1]} if pair else i for i, pair in zip(history, pairs, strict=True)]
+    start = said[0]["role"] == "system"
+    return [*said[:start], *turns(earlier, where, "history"), *said[start:]] if earlier else said
+
+
+def _in_context_(row: dict, said: list[dict], where: str) -> list[dict]:
+    """The turns behind the system's words, and with the row's tools on the first, where templates look for them."""
+    name = _first(row, "system")
+    if name and isinstance(row[name], str) and said[0]["role"] != "system":
+        system = checked_text(row.pop(name), f"{where}, {name!r}")
+        said = [{"role": "system", "content": system}, *said] if system else said
+    tools = loaded(row.pop("tools", None) or [], f"{where}, 'tools'")
+    if not isinstance(tools, list):
+        raise DataError(f"{where} must have a list as 'tools', got {tools!r:.60}")
+    return [{**said[0], "tools": tools}, *said[1:]] if tools else said
+
+
+def _answer(row: Mapping, where: str) -> str:
+    """The field to be trained on. `answer` beside a longer text is what the text comes to, for a check.
+
+    Raises:
+        DataError: for two fields that could be it.
+    """
+    found = [name for name in NAMES["output"] if row.get(name)]
+    name = found[0] if found else _first(row, "output") or "output"
+    others = [other for other in found[1:] if row[other] != row[name]]
+    if name in ("output", "completion") or not others:
+        return name
+    if others == ["answer"] and len(str(row[name])) > len(str(row["answer"])):
+        return name
+    raise DataError(f"{where} has {name} and {' and '.join(others)}, and either could be the answer: choose with "
+                    f"--columns '{{output: {name}}}'")  # fmt: skip
+
+
+def _answered(row: dict, where: str) -> dict:
+    name, question = _answer(row, where), _first(row, "question") or "input"
+    answers = row[name] if isinstance(row.get(name), list) else text_of(row, name, where)
+    del row[name]
+    thought = _first(row, "reasoning")
+    thinking = {"reasoning_content": row.pop(thought)} if thought and isinstance(row[thought], str) else {}
+    if isinstance(answers, str) and isinstance(row.get(question), str) and not thinking and not row.keys() & CONTEXT:
+        more = _input(row, where) if question != "input" else None
+        made = {"instruction": text_of(row, question, where), "input": row[more] if more else "", "output": answers}
+        return {k: v for k, v in row.items() if k not in (question, more, "input")} | made
+    said = [{"role": "assistant", "content": answers, **thinking}] if isinstance(answers, str) else answers
+    said = [*_prompt_(row, where), *turns(said, where, name)]
+    return {**row, "messages": said}
 
 
 def _conversation(row: dict, where: str) -> dict:
-    name = "messages" if "messages" in row else "conversations"
-    rest = {k: v for k, v in row.items() if k != name}
-    said = turns(row[name], where, name)
-    if isinstance(row.get("system"), str) and row["system"] and said[0]["role"] != "system":
-        said.insert(0, {"role": "system", "content": checked_text(row["system"], f"{where}, 'system'")})
-    return {**rest, "messages": said}
-
-
-def turns(messages: object, where: str, name: str = "messages") -> list[dict]:
-    """Messages in the lab's form: role and content, from role/content or ShareGPT's from/value, text or parts.
-
-    Raises:
-        DataError: naming the turn, for a missing or unknown role, or content that is no text.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f'{where}: "{name}" must be a list of turns, got {messages!r:.60}')
-    return [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(messages, start=1)]
-
-
-def _turn(turn: object, where: str) -> dict:
-    keys = ("from", "value") if isinstance(turn, dict) and "from" in turn else ("role", "content")
-    if not isinstance(turn, dict) or not isinstance(turn.get(keys[0]), str) or keys[1] not in turn:
-        raise DataError(f"{where} must have role and content, got {turn!r:.60}")
-    role, content = turn[keys[0]], turn[keys[1]]
-    if role not in ROLES:
-        raise DataError(f"{where} must have a role among {', '.join(ROLES)}, got {role!r:.60}")
-    if isinstance(content, list):
-        content = "".join(_part(part, where) for part in content)
-    elif role == "function_call" and isinstance(content, str):
-        content = PART_FORMS["tool_call"].format(content)
-    if isinstance(content, str):
-        checked_text(content, where)
-    elif content is not None or not turn.get("tool_calls"):
-        raise DataError(f"{where} must have a text as content, got {content!r:.60}")
-    rest = {k: v for k, v in turn.items() if k not in keys}
-    return {"role": ROLES[role], "content": content, **rest}
-
-
-def _part(part: object, where: str) -> str:
-    """One piece of a content that is a list: text, reasoning or a tool call."""
-    kind = part.get("type") if isinstance(part, dict) else None
-    text = (part.get("text") if "text" in part else part.get("value")) if kind in PART_FORMS else None
-    if not isinstance(text, str):
-        raise DataError(f"{where} must have parts of type {', '.join(PART_FORMS)} that hold text, got {part!r:.60}")
-    return PART_FORMS[kind].replace("{}", text)
+    name = _first(row, "messages") or "messages"
+    said = _in_context_(row, turns(row.pop(name, None), where, name), where)
+    return {**row, "messages": said}
 
 
 def _preference(row: dict, where: str) -> dict:
     sides, prompts = [], []
     for side in ("chosen", "rejected"):
-        said = row.get(side, row.get(f"{side}_messages"))
+        said = row.pop(_first(row, side) or side, None)
         said = [said] if isinstance(said, dict) else said
         if isinstance(said, str):
             sides.append(checked_text(said, f"{where}, {side!r}"))
@@ -194,53 +303,56 @@ def _preference(row: dict, where: str) -> dict:
         prompts.append(said[:-1])
     if len(prompts) == 2 and prompts[0] != prompts[1]:
         raise DataError(f"{where}: chosen and rejected must answer the same prompt; their earlier turns differ")
-    # A prompt inside the answers is complete; the field "prompt" beside it repeats its last turn.
-    prompt = prompts[0] if prompts and prompts[0] else _prompt(row, where)
     scores = row.get("metadata") if isinstance(row.get("metadata"), dict) else row
-    made = {k: v for k, v in row.items() if k not in LAYOUTS}
     for name in ("score_chosen", "score_rejected"):
         score = row.get(name, scores.get(name))
         if isinstance(score, int | float):
-            made[name] = float(score)
-    return {**made, "prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
+            row[name] = float(score)
+    if prompts and prompts[0]:  # a prompt inside the answers is complete; the field beside it repeats its last turn
+        row = {k: v for k, v in row.items() if k not in (*NAMES["messages"], "prompt")}
+        prompt = _in_context_(row, prompts[0], where)
+    else:
+        prompt = _prompt_(row, where, (*NAMES["messages"], *NAMES["question"][1:], "instruction"))
+        row = {k: v for k, v in row.items() if k not in NAMES["messages"]}
+    return {**row, "prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
 
 
-def _prompt(row: dict, where: str) -> list[dict]:
-    """What both answers of a pair reply to, from the fields that say it."""
-    name = next((n for n in ("conversations", "messages", *QUESTIONS) if n in row), "instruction")
-    if isinstance(row.get(name), list):
-        return turns(row[name], where, name)
-    text = text_of(row, name, where)
-    if name == "instruction" and row.get("input"):
-        text = f"{text}\n{text_of(row, 'input', where)}"
-    return [{"role": "user", "content": text}]
+def _prompted(row: dict, where: str) -> dict:
+    prompt = _prompt_(row, where)
+    return {**row, "prompt": prompt}
 
 
 def _countdown(row: dict, where: str) -> dict:
-    numbers, target = row.get("nums", row.get("numbers")), row.get("target")
+    numbers, target = _problem(row)
     if not isinstance(numbers, list) or not numbers or any(type(n) is not int for n in numbers):
         raise DataError(f"{where} must have whole numbers as 'nums', got {numbers!r:.60}")
     if type(target) is not int:
         raise DataError(f"{where} must have a whole number as 'target', got {target!r:.60}")
-    question = row.get("instruction")  # there in rows that `data --output` has written
-    if not isinstance(question, str):
-        question = f"Use the numbers {', '.join(map(str, numbers))} once each to make {target}."
-    made = {"instruction": question, "input": "", "skill": "countdown", "numbers": numbers, "target": target}
-    return made | ({"reference": row["answer"]} if isinstance(row.get("answer"), str) else {})
+    row = {k: v for k, v in row.items() if k not in NAMES["numbers"]}
+    made = {"skill": "countdown", "numbers": numbers, "target": target}
+    if isinstance(row.get("answer"), str):
+        made["reference"] = row.pop("answer")
+    if _first(row, "question") is None:
+        row["instruction"] = f"Use the numbers {', '.join(map(str, numbers))} once each to make {target}."
+    said = _prompt_(row, where)
+    is_one = len(said) == 1 and said[0].keys() == {"role", "content"}
+    return {**row, **({"instruction": said[0]["content"], "input": ""} if is_one else {"prompt": said}), **made}
+
+
+def _problem(row: Mapping) -> tuple[object, object]:
+    """Numbers and target, from the row or from what verl checks its answer with."""
+    checked = row.get("reward_model")
+    truth = checked.get("ground_truth") if isinstance(checked, dict) else None
+    found = {**(truth if isinstance(truth, dict) else {}), **row}
+    return found.get(_first(found, "numbers") or "numbers"), found.get("target")
 
 
 def _livecodebench(row: dict, where: str) -> dict:
     question = text_of(row, "question_content", where)
     if starter := row.get("starter_code"):
         question += f"\n\nBegin with this code:\n{checked_text(str(starter), where)}"
-    given = {}
-    for name, empty in (("public_test_cases", []), ("metadata", {})):
-        try:
-            value = row.get(name) or empty
-            given[name] = json.loads(value) if isinstance(value, str) else value
-        except (ValueError, RecursionError):
-            raise DataError(f"{where} must have JSON in {name!r}, got {row[name]!r:.60}") from None
-    tests = given["public_test_cases"]
+    given = {name: loaded(row.get(name) or {}, f"{where}, {name!r}") for name in ("public_test_cases", "metadata")}
+    tests = given["public_test_cases"] or []
     if not isinstance(tests, list) or any(not isinstance(t, dict) or not {"input", "output"} <= set(t) for t in tests):
         raise DataError(f"{where} must have tests with input and output in 'public_test_cases', got {tests!r:.60}")
     kept = {n: row[n] for n in ("question_id", "platform", "difficulty", "contest_date") if n in row}
@@ -250,23 +362,36 @@ def _livecodebench(row: dict, where: str) -> dict:
     return made | ({"func_name": name} if name else {})
 
 
-def _is_pair(row: Mapping) -> bool:
-    return {"chosen", "rejected"} <= row.keys() or {"chosen_messages", "rejected_messages"} <= row.keys()
-
-
 def _is_problem(row: Mapping) -> bool:
     is_answered = {"instruction", "output"} <= row.keys()  # a row to fine-tune on
-    return bool({"nums", "numbers"} & row.keys()) and "target" in row and not is_answered
+    return None not in _problem(row) and not is_answered
 
 
-SCHEMAS = {schema.name: schema for schema in (
+def _has(*meanings: str) -> Callable[[Mapping], bool]:
+    """Whether a row has a field of each of these meanings, or names."""
+    return lambda row: all(_first(row, meaning) for meaning in meanings)
+
+
+def _is_pair(row: Mapping) -> bool:
+    return _has("chosen")(row) or _has("rejected")(row)
+
+
+def _is_alpaca(row: Mapping) -> bool:
+    return "instruction" in row and "tests" not in row  # a problem that was read before has no answer
+
+
+def _is_completed(row: Mapping) -> bool:
+    return _has("question", "output")(row) or {"input", "output"} <= row.keys()
+
+
+LAYOUTS = (
     Schema("preference", "preference", "prompt, chosen, rejected", _is_pair, _preference),
     Schema("countdown", "problem", "nums, target", _is_problem, _countdown),
-    Schema("livecodebench", "problem", "question_content, public_test_cases",
-           lambda r: "question_content" in r, _livecodebench),
-    Schema("messages", "sft", "messages of role, content", lambda r: "messages" in r, _conversation),
-    Schema("sharegpt", "sft", "conversations of from, value", lambda r: "conversations" in r, _conversation),
-    Schema("alpaca", "sft", "instruction, input, output", lambda r: "instruction" in r, _alpaca),
-    Schema("prompt_completion", "sft", "prompt, completion",
-           lambda r: bool(r.keys() & {*QUESTIONS}) and bool(r.keys() & {*ANSWERS}), _prompt_completion),
-)}  # fmt: skip
+    Schema("livecodebench", "problem", "question_content, its tests", _has("question_content"), _livecodebench),
+    Schema("messages", "sft", "messages of role, content", _has("messages"), _conversation),
+    Schema("sharegpt", "sft", "conversations of from, value", _has("messages"), _conversation),
+    Schema("alpaca", "sft", "instruction, input, output", _is_alpaca, _answered),
+    Schema("prompt_completion", "sft", "prompt, completion", _is_completed, _answered),
+    Schema("prompt", "problem", "prompt", _has("question"), _prompted),
+)
+SCHEMAS = {schema.name: schema for schema in LAYOUTS}

@@ -12,13 +12,15 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from glob import glob
 from pathlib import Path
 from typing import BinaryIO
 
 from qftlab.files import OWN_FOLDERS
-from qftlab.rows.schemas import SCHEMAS, DataError, convert_row, remarks
+from qftlab.rows.schemas import SCHEMAS, DataError, convert_row, remarks, rows_in, unrendered
 from qftlab.settings import check_at_least, check_choice
 
 MAX_JSON_BYTES = 256 * 2**20  # a .json file is read whole; Python objects take several times its size
@@ -26,12 +28,11 @@ MAX_LINE_BYTES = 64 * 2**20
 BATCH_ROWS = 256
 
 
-def read_file(path: Path, columns: tuple[str, ...] = ()) -> Iterator[tuple[str, object]]:
+def read_file(path: Path) -> Iterator[tuple[str, object]]:
     """What a file holds, each with its place in it ("line 3", "row 3"); see the module for errors in place of rows.
 
     Args:
         path: a regular file whose ending says its format.
-        columns: names of which a CSV's first line must have one; none: any will do.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -45,8 +46,7 @@ def read_file(path: Path, columns: tuple[str, ...] = ()) -> Iterator[tuple[str, 
     readers = {".json": _json, ".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
         raise DataError(f"{path} must end in {', '.join(readers)}: rename or convert it")
-    reader = readers[path.suffix.lower()]
-    yield from _csv(path, columns) if reader is _csv else reader(path)
+    yield from readers[path.suffix.lower()](path)
 
 
 def _json(path: Path) -> Iterator[tuple[str, object]]:
@@ -63,11 +63,17 @@ def _json(path: Path) -> Iterator[tuple[str, object]]:
         raise
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON that can be read: {_json_reason(error)}") from None
-    if isinstance(rows, dict) and rows.keys() & {"conversations", "messages"}:
-        rows = [rows]  # one conversation, as some tools save it
+    rows = rows_in(rows) if isinstance(rows, dict) else rows
     if not isinstance(rows, list):
-        raise DataError(f"{path} must hold a list of rows, got {type(rows).__name__}: put [ ] around it")
+        raise DataError(f"{path} must hold a list of rows, got {type(rows).__name__}: a row alone needs [ ] around it")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _without_nulls(value: object) -> object:
+    """A table's value without the null keys of its objects: other rows have them, this one said nothing of them."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _decoded(data: bytes, where: str) -> str:
@@ -115,7 +121,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
             yield f"line {number}", row
 
 
-def _csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, object]]:
+def _csv(path: Path) -> Iterator[tuple[str, object]]:
+    csv.field_size_limit(MAX_LINE_BYTES)  # Python's own limit, of its whole process, is 128 KiB a cell
     with path.open("rb") as file:
         lines = (_decoded(line, f"{path}, line {number}") for number, line in _lines(file, path))
         reader = csv.DictReader(lines, strict=True)
@@ -123,8 +130,8 @@ def _csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, object]]:
             names = reader.fieldnames
             if names and len(set(names)) != len(names):
                 raise DataError(f"{path}, line 1 must name each column once, got {names!r:.200}")
-            if not names or (columns and not {*names} & {*columns}):
-                raise DataError(f"{path}, line 1 must name the columns instruction, input, output; got {names!r:.200}")
+            if not names:
+                raise DataError(f"{path}, line 1 must name the columns instruction, input, output; got none")
             for row in reader:
                 if None in row or None in row.values():
                     where = f"{path}, line {reader.line_num}"
@@ -145,7 +152,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, object]]:
             for batch in file.iter_batches(batch_size=BATCH_ROWS):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"row {number}", row
+                    yield f"row {number}", _without_nulls(row)
     except GeneratorExit:
         raise
     except Exception as error:  # pyarrow raises many kinds; all mean that the file is broken
@@ -170,25 +177,26 @@ class HubSource:
     schema: str
     recipe: str
     split: str = "train"
-    is_large: bool = False
+    is_large: bool = True
     file: str = ""
 
 
-HUB = {source.name: source for source in (
-    HubSource("HuggingFaceTB/smol-smoltalk", "messages", "sft", is_large=True),
-    HubSource("HuggingFaceH4/ultrafeedback_binarized", "preference", "dpo", split="train_prefs", is_large=True),
-    HubSource("Asap7772/cog_behav_all_strategies", "prompt_completion", "sft"),
-    HubSource("Jiayi-Pan/Countdown-Tasks-3to4", "countdown", "rloo", is_large=True),
-    HubSource("livecodebench/code_generation_lite", "livecodebench", "rloo", split="test", is_large=True,
-              file="test.jsonl"),
-)}  # fmt: skip
+KNOWN_SOURCES = (
+    HubSource("HuggingFaceTB/smol-smoltalk", "messages", "sft"),
+    HubSource("HuggingFaceH4/ultrafeedback_binarized", "preference", "dpo", "train_prefs"),
+    HubSource("Asap7772/cog_behav_all_strategies", "prompt_completion", "sft", is_large=False),
+    HubSource("Jiayi-Pan/Countdown-Tasks-3to4", "countdown", "rloo"),
+    HubSource("livecodebench/code_generation_lite", "livecodebench", "rloo", "test", file="test.jsonl"),
+)
+HUB = {source.name: source for source in KNOWN_SOURCES}
 
 
 def read_hub(name: str, split: str | None = None) -> Iterator[tuple[str, object]]:
     """Rows of a data set with their places, streamed where it is large.
 
     Args:
-        name: a name on the hub, or a folder of files that `datasets` loads.
+        name: a name on the hub, or a folder of files that `datasets` loads; one of its configurations stands behind a
+            colon, as in openai/gsm8k:main.
         split: by default the registry's, else "train".
 
     Raises:
@@ -198,23 +206,24 @@ def read_hub(name: str, split: str | None = None) -> Iterator[tuple[str, object]
         import datasets
     except ImportError:
         raise DataError(f"{name} needs the package datasets: pip install datasets") from None
+    name, config = _configured(name)
     known = HUB.get(name)
     wanted = split or (known.split if known else "train")
     is_folder = Path(name).is_dir()
     options = {"streaming": is_folder or known is None or known.is_large}
-    path = name
+    path, options = name, options | ({"name": config} if config else {})
     if known and known.file and not is_folder:
         path, options["data_files"] = "json", {wanted: f"hf://datasets/{name}/{known.file}"}
     number = 0
     try:
-        for row in datasets.load_dataset(path, split=wanted, **options):
-            number += 1
-            yield f"row {number}", row
+        for number, row in enumerate(datasets.load_dataset(path, split=wanted, **options), 1):
+            yield f"row {number}", _without_nulls(row)
     except GeneratorExit:
         raise
     except Exception as error:  # datasets passes on the errors of a dozen libraries
         reason = " ".join(str(error).split()) or type(error).__name__
         way_out = "check its files" if is_folder else "check the name, the split and the connection"
+        way_out += f" (a configuration is named as {name}:NAME)" if "config" in reason.lower() else ""
         raise DataError(f"{name}, after row {number} of split {wanted!r}: {reason:.300}; {way_out}") from None
 
 
@@ -233,6 +242,7 @@ class LoadReport:
         problems: the first ten reasons, each naming file and row.
         missing: sources that do not exist.
         remarks: name → number of rows, for what is loaded but should be looked at ("equal pair", "score tie", …).
+        unrendered: field → number of rows in which it holds something that no template shows.
         places: name → the first ten places of each remark.
     """
 
@@ -240,8 +250,9 @@ class LoadReport:
     num_bad: int = 0
     problems: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    remarks: dict[str, int] = field(default_factory=dict)
+    remarks: Counter[str] = field(default_factory=Counter)
     places: dict[str, list[str]] = field(default_factory=dict)
+    unrendered: Counter[str] = field(default_factory=Counter)
 
     @property
     def num_rows(self) -> int:
@@ -252,8 +263,9 @@ class LoadReport:
         """Counts a good row and what there is to remark on it, which is returned."""
         self.counts[source] = self.counts.get(source, 0) + 1
         found = remarks(row)
+        self.unrendered.update(unrendered(row))
+        self.remarks.update(found)
         for name in found:
-            self.remarks[name] = self.remarks.get(name, 0) + 1
             if self.remarks[name] <= FIRST:
                 self.places.setdefault(name, []).append(where)
         return found
@@ -277,6 +289,7 @@ class LoadReport:
             if len(self.counts) == 1:
                 places = [place.removeprefix(f"{next(iter(self.counts))}, ") for place in places]
             lines.append(f"{count:>8,} x {name}: {', '.join(places)}{more}")
+        lines += [f"{count:>8,} x a field that no template shows: {name}" for name, count in self.unrendered.items()]
         return "\n".join(lines)
 
 
@@ -302,20 +315,7 @@ def load_rows(paths: str | Path | Sequence[str | Path]) -> list[dict]:
         DataError: naming the file and the row or line (counted from 1) for anything that is not such a row.
         FileNotFoundError: for a path that does not exist.
     """
-    rows = []
-    for path in map(str, [paths] if isinstance(paths, str | Path) else paths):
-        if not path.strip():
-            raise DataError("paths must be files or names, got an empty one")
-        schema = HUB[path].schema if path in HUB else "auto"
-        found = read_hub(path) if _is_hub(path) else read_file(Path(path), columns=("instruction", "prompt"))
-        for place, row in found:
-            if isinstance(row, DataError):
-                raise row
-            row = convert_row(row, f"{path}, {place}", schema)
-            if "messages" not in row and "output" not in row:
-                raise DataError(f"{path}, {place} must have an answer to train on; it has {', '.join(row)}: use load()")
-            rows.append(row)
-    return rows
+    return load([paths] if isinstance(paths, str | Path) else paths, wanted="sft").rows
 
 
 def load(sources: str | Path | Sequence[str | Path], **options) -> Loaded:
@@ -340,12 +340,15 @@ def stream(
     skip: Iterable[str] = (),
     split: str | None = None,
     limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    wanted: str = "",
     report: LoadReport | None = None,
 ) -> Iterator[dict]:
     """Rows of one source or several, one at a time; memory does not grow with the files (a .json is read whole).
 
     Args:
-        sources: files (.json, .jsonl, .csv, .parquet), folders in the hub's format, or names on the hub.
+        sources: files (.json, .jsonl, .csv, .parquet) or patterns of them (rows/*.jsonl), folders in the hub's format,
+            or names on the hub, with a configuration as in openai/gsm8k:main.
         schema: a name of `schemas.SCHEMAS`; "auto" knows each row by its fields, and each known hub name.
         missing: a file that does not exist is an "error", or a "warning" and noted in the report.
         bad: a row or file that cannot be used is an "error", or goes to the "report": counted, with the first reasons.
@@ -353,6 +356,8 @@ def stream(
             counts them as it counts those that stay.
         split: of folders and hub names; each has its default.
         limit: the most rows.
+        columns: the fields' own names, as {"prompt": "q", "output": "a"}; see `convert_row`.
+        wanted: "sft" or "preference": rows of other kinds are refused.
         report: is filled as rows are read.
 
     Raises:
@@ -367,22 +372,35 @@ def stream(
     report, left_out = LoadReport() if report is None else report, frozenset(skip)
     refuse = report.refuse if bad == "report" else _reraise
     given = 0
-    for source in [sources] if isinstance(sources, str | Path) else sources:
-        for where, row in _guarded(str(source), split, missing, report, refuse):
+    for source in _expanded([sources] if isinstance(sources, str | Path) else sources):
+        for where, row in _guarded(source, split, missing, report, refuse):
             try:
                 if isinstance(row, DataError):
                     raise row
-                known = HUB.get(str(source)) if schema == "auto" else None
-                row = convert_row(row, where, known.schema if known else schema)
+                known = HUB.get(source) if schema == "auto" else None
+                row = convert_row(row, where, known.schema if known else schema, columns, wanted)
             except (DataError, RecursionError) as error:
                 refuse(error if isinstance(error, DataError) else DataError(f"{where} is nested too deep"))
                 continue
-            if left_out.intersection(report.note(row, str(source), where)):
+            if left_out.intersection(report.note(row, source, where)):
                 continue
             yield row
             given += 1
             if given == limit:
                 return
+
+
+def _expanded(sources: Iterable[str | Path]) -> Iterator[str]:
+    """The sources, with the files that a pattern stands for, in order, in its place."""
+    for source in map(str, sources):
+        is_pattern = any(c in source for c in "*?[") and not Path(source).exists()
+        yield from (is_pattern and sorted(glob(source, recursive=True))) or [source]
+
+
+def _configured(source: str) -> tuple[str, str]:
+    """A folder or name for `datasets`, and the configuration behind its colon, if there is one."""
+    name, _, config = source.rpartition(":")
+    return (name, config) if name and not Path(source).exists() else (source, "")
 
 
 def _reraise(error: Exception) -> None:
@@ -416,6 +434,7 @@ def _guarded(
 
 def _is_hub(source: str) -> bool:
     """Whether a source goes through `datasets`: a folder, or what is no path but has a hub name's form."""
+    source = _configured(source)[0]
     if Path(source).exists():
         return Path(source).is_dir()
     is_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and source.split("/")[0] not in (*OWN_FOLDERS, "data")

@@ -12,6 +12,11 @@ from dataclasses import dataclass
 from qftlab.settings import check_at_least
 
 FIRST = 10
+# A word; of Chinese, Japanese, Thai, Lao, Khmer and Burmese, which set no blanks between words, a character.
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+WORDS = re.compile(rf"[{UNSPACED}]|(?:(?![{UNSPACED}])\w)+")
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ class Contamination:
         num_test: test rows.
         num_exact: those whose normalised prompt is in the training set.
         num_overlapping: others that share a run of `n` words with it.
-        n: words in a row that count as copied.
+        n: words in a row that count as copied; of a script without blanks, its characters.
         first: the first ten, each as (test row, train row, what), rows from 1.
     """
 
@@ -139,7 +144,8 @@ def contamination(train: Iterable[dict], test: Sequence[dict], *, n: int = 8) ->
     Args:
         train: may be a generator: only the test set is held in memory.
         test: rows to be protected.
-        n: run of words that counts as copied, 2 at least. Short prompts can only be found by equality.
+        n: run of words that counts as copied, 2 at least; of a script without blanks, of characters. Short prompts can
+            only be found by equality.
 
     Raises:
         ValueError: for n below 2, or a row without a prompt.
@@ -166,5 +172,5 @@ def contamination(train: Iterable[dict], test: Sequence[dict], *, n: int = 8) ->
 
 def _grams(row: dict, n: int) -> set[int]:
     """Hashes of all runs of n words of a prompt; Python's, which differ from process to process and need not agree."""
-    words = re.findall(r"\w+", prompt_text(row).casefold())
+    words = WORDS.findall(unicodedata.normalize("NFKC", prompt_text(row)).casefold())
     return {hash(tuple(words[i : i + n])) for i in range(len(words) - n + 1)}

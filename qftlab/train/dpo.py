@@ -18,7 +18,7 @@ from qftlab.files import aside
 from qftlab.maths.losses import dpo_loss, preference_accuracy, sum_by_document
 from qftlab.model.head import context_length, module_mode
 from qftlab.rows.batches import batches, pack, pad, split_step
-from qftlab.rows.examples import Pair, documents, encode_pairs, load_pairs
+from qftlab.rows.examples import Pair, documents, encode_pairs, load_wanted
 from qftlab.settings import DPOConfig, PreferenceLoss, RunConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, fingerprint, training_identity
 from qftlab.train.distributed import Ranks, autocast, per_process, wrap
@@ -358,8 +358,8 @@ def prepare(config: DPOConfig) -> Stage:
 
 def read_pairs(config: RunConfig, wrap: Callable = lambda model, tokenizer: model) -> tuple:
     """Model (as `wrap` makes it), tokenizer, pairs, held-out pairs and the usage of the pairs."""
-    rows, sources = load_pairs(config.data)
-    held_out_rows, held_out_sources = load_pairs(config.held_out)
+    rows, sources = load_wanted(config.data, "preference", config.columns)
+    held_out_rows, held_out_sources = load_wanted(config.held_out, "preference", config.columns)
     model, tokenizer = load_extended(config)
     model = wrap(model, tokenizer)
     limit = config.max_length or context_length(model)

@@ -11,7 +11,7 @@ from qftlab.decoding.decoder import decoder_for
 from qftlab.decoding.engine import Completion, generate
 from qftlab.maths.sampling import SamplingParams
 from qftlab.rows.batches import Example
-from qftlab.rows.chat import row_to_messages
+from qftlab.rows.chat import row_to_prompt
 from qftlab.rows.examples import Pair
 from qftlab.settings import check_at_least
 from qftlab.train.rollouts import Reward
@@ -67,7 +67,7 @@ def sample_pairs(
 
     Args:
         model, tokenizer: as in `generate`.
-        rows: problems, or rows to fine-tune on, whose answers are not looked at.
+        rows: of any layout, as RLOO takes them; what answers they have is not looked at.
         reward: scores an answer; it gets the prompt's messages, the sampled ids, their text and the row.
         right: the score from which an answer is right. Of the wrong ones the best-scored are taken, so that a pair
             differs in what is hard.
@@ -81,7 +81,7 @@ def sample_pairs(
         ValueError: for fewer than two answers a prompt, and as `generate`.
     """
     check_at_least(2, num_generations=num_generations)  # a pair needs two answers
-    prompts = [row_to_messages(row)[:-1] for row in rows]
+    prompts = [row_to_prompt(row) for row in rows]
     steps = max_new_tokens * -(-len(rows) * num_generations // batch_size)
     decoder = decoder or decoder_for(model, steps)
     answers = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size,

@@ -6,9 +6,10 @@ import hashlib
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from qftlab.maths.losses import clipped_policy_loss, is_clipped, kl_estimate, pe
 from qftlab.model.head import context_length
 from qftlab.rows.batches import Example
 from qftlab.rows.countdown import countdown_row, random_problem
-from qftlab.rows.sources import load
+from qftlab.rows.examples import load_wanted, place_of
 from qftlab.settings import PolicyConfig, RLOOConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, read_state, training_identity
 from qftlab.train.distributed import Ranks, per_process, wrap
@@ -178,12 +179,15 @@ def fit_policy(
     return fit_prompts(model, tokenizer, prompts, functions, config, policy, held_out=held_out, **options)
 
 
-def prompts_for(model, tokenizer, policy: PolicyConfig, max_length: int | None, *sets) -> list[list[Prompt]]:
+def prompts_for(
+    model, tokenizer, policy: PolicyConfig, max_length: int | None, *sets, sources=()
+) -> list[list[Prompt]]:
     """Rows of each set as prompts that leave room for an answer; an empty set stays empty."""
     context = context_length(model)
     room = None if context is None else context - policy.max_new_tokens
     limit = min((n for n in (max_length, room) if n is not None), default=None)
-    return [encode_prompts(tokenizer, rows, max_length=limit) if rows else [] for rows in sets]
+    return [encode_prompts(tokenizer, rows, max_length=limit, sources=files) if rows else []
+            for rows, files in zip_longest(sets, sources)]  # fmt: skip
 
 
 def fit_prompts(
@@ -335,15 +339,19 @@ def prepare(config: RLOOConfig) -> Stage:
     """Reads prompts, rewards and model."""
     from qftlab.train.reward import WANTED, named_rewards
 
-    rows = load(list(config.data)).rows if config.data else fresh_problems(config.problems, config.train.seed)
-    held_out_rows = load(list(config.held_out)).rows if config.held_out else []
+    rows, sources = load_wanted(config.data, columns=config.columns)
+    rows = rows or fresh_problems(config.problems, config.train.seed)
+    held_out_rows, held_out_sources = load_wanted(config.held_out, columns=config.columns)
+    placed = [(place_of(number, files), row) for found, files in ((rows, sources), (held_out_rows, held_out_sources))
+              for number, row in enumerate(found, 1)]  # fmt: skip
     for name in config.rewards:
-        for place, number, row in _placed(rows, held_out_rows):
+        for place, row in placed:
             if missing := [column for column in WANTED.get(name, ()) if column not in row]:
                 raise ValueError(f"rewards {name} wants {' and '.join(missing)} in each row, got {', '.join(row)} in "
-                                 f"row {number} of {place}: add it, or name another of --rewards")  # fmt: skip
+                                 f"{place}: add it, or name another of --rewards")  # fmt: skip
     model, tokenizer = load_extended(config)
-    prompts, held_out = prompts_for(model, tokenizer, config.policy, config.max_length, rows, held_out_rows)
+    prompts, held_out = prompts_for(model, tokenizer, config.policy, config.max_length, rows, held_out_rows,
+                                    sources=(sources, held_out_sources))  # fmt: skip
     rewards = named_rewards(config.rewards, tokenizer, config.reward_model, config.device)
 
     def fit(run: RunFolder, **options) -> TrainResult:
@@ -358,12 +366,6 @@ def prepare(config: RLOOConfig) -> Stage:
     identity = policy_identity(model, config.train, config.policy, prompts, held_out, rewards)
     begin = (lambda checkpoints: None) if config.server.url else (lambda checkpoints: keep_layout_(checkpoints, model))
     return Stage(model, tokenizer, identity, fit, begin=begin)
-
-
-def _placed(rows: Sequence[dict], held_out_rows: Sequence[dict]) -> Iterator[tuple[str, int, dict]]:
-    """Each row with what it belongs to and its number there, from 1."""
-    for place, found in (("data", rows), ("held_out", held_out_rows)):
-        yield from ((place, number, row) for number, row in enumerate(found, 1))
 
 
 def fresh_problems(count: int, seed: int) -> list[dict]:

@@ -21,8 +21,8 @@ from qftlab.maths.sampling import SamplingParams
 from qftlab.maths.verify import is_finite
 from qftlab.model.head import bump_weights_version_, module_mode
 from qftlab.rows.batches import Example, batches, first_fit_decreasing, pack, pad, split_step
-from qftlab.rows.chat import render_prompt, row_to_messages
-from qftlab.rows.schemas import convert_row
+from qftlab.rows.chat import render_prompt, row_to_prompt
+from qftlab.rows.examples import Usage
 from qftlab.settings import PolicyConfig, TrainConfig
 from qftlab.train.distributed import Ranks, autocast
 from qftlab.train.loop import MicroBatch
@@ -114,7 +114,9 @@ class ModelSampler:
         return self._decoder
 
 
-def encode_prompts(tokenizer, rows: Sequence[dict], *, max_length: int | None = None) -> list[Prompt]:
+def encode_prompts(
+    tokenizer, rows: Sequence[dict], *, max_length: int | None = None, sources: Mapping[str, int] | None = None
+) -> list[Prompt]:
     """The prompts of rows; what answers the rows hold is not looked at.
 
     Args:
@@ -122,37 +124,28 @@ def encode_prompts(tokenizer, rows: Sequence[dict], *, max_length: int | None = 
         rows: with "prompt" (text or messages), "messages" (up to the last answer), or "instruction" and "input";
             preference rows and Countdown problems as well.
         max_length: the most tokens of a prompt; longer ones are left out and counted.
+        sources: rows by source, as `load_wanted` gives them: messages then name the file as well.
 
     Raises:
-        ValueError: if a row is none of these or cannot be rendered (its number is named), or no prompt is left.
+        ValueError: if a row is none of these or cannot be rendered (its place is named), or no prompt is left.
     """
-    prompts, long = [], []
-    for number, row in enumerate(rows, 1):
+    prompts, usage = [], Usage(sources=dict(sources or {}))
+    for number, where, row in usage.fit(rows, "problem"):
+        messages = row_to_prompt(row)
         try:
-            messages, row = _messages(dict(row), f"row {number}")
             ids = render_prompt(tokenizer, messages)
-        except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: {error}") from error
         if max_length is not None and len(ids) > max_length:
-            long.append(number)
+            usage.leave_out(number, "too long")
         else:
-            prompts.append(Prompt(messages, ids, row, number))
+            prompts.append(
+                Prompt(messages, ids, {**row, **rows[number - 1]}, number)
+            )  # rewards read the row as it came
     if not prompts:
-        raise ValueError(f"rows must hold a prompt of at most {max_length} tokens, got {len(rows)} rows without one")
-    if long:
-        log.warning("%d of %d prompts left out: longer than %s tokens (row %s%s)", len(long), len(rows), max_length,
-                    ", ".join(map(str, long[:5])), ", …" if long[5:] else "")  # fmt: skip
+        raise ValueError(f"rows must hold a prompt of at most {max_length} tokens, got none{usage.remainder()}")
+    (log.warning if usage.left_out else log.info)("%d of %d prompts kept%s", len(prompts), len(rows), usage.remainder())
     return prompts
-
-
-def _messages(row: dict, where: str) -> tuple[list[dict], dict]:
-    """The turns before the answer, and the row in the lab's form."""
-    if isinstance(row.get("prompt"), str):
-        return [{"role": "user", "content": row["prompt"]}], row
-    if not {"prompt", "messages", "instruction"} & row.keys():
-        row = convert_row(row, where)
-    messages = list(row["prompt"]) if "prompt" in row else row_to_messages(row)
-    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages, row
 
 
 def rollout_seed(seed: int, number: int, rank: int = 0) -> int:

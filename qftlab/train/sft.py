@@ -17,8 +17,7 @@ from qftlab.rows.batches import (
     pad,
     split_step,
 )
-from qftlab.rows.examples import encode_rows
-from qftlab.rows.sources import load_rows
+from qftlab.rows.examples import encode_rows, load_wanted
 from qftlab.settings import SFTConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, training_identity
 from qftlab.train.distributed import per_process, wrap
@@ -154,12 +153,12 @@ def sft(config: SFTConfig, *, progress: bool = False) -> Path:
 
 def prepare(config: SFTConfig) -> Stage:
     """Reads rows and model, and makes examples of them."""
-    rows = load_rows(list(config.data))
-    held_out_rows = load_rows(list(config.held_out)) if config.held_out else []
+    rows, sources = load_wanted(config.data, "sft", config.columns)
+    held_out_rows, held_out_sources = load_wanted(config.held_out, "sft", config.columns)
     model, tokenizer = load_extended(config)
     options = {"max_length": config.max_length or context_length(model), "train_on": config.train_on}
-    examples, usage = encode_rows(tokenizer, rows, **options)
-    held_out = encode_rows(tokenizer, held_out_rows, **options)[0] if held_out_rows else ()
+    examples, usage = encode_rows(tokenizer, rows, sources=sources, **options)
+    held_out = encode_rows(tokenizer, held_out_rows, sources=held_out_sources, **options)[0] if held_out_rows else ()
 
     def fit(run: RunFolder, **options) -> TrainResult:
         result = fit_examples(model, examples, config.train, held_out=held_out, **options)

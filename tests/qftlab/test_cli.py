@@ -217,7 +217,7 @@ def test_the_dtype_of_a_run_is_that_of_its_settings(trained: str, wanted: str, t
         ("rloo --problems 3 --reward_model x", "add it, as in --rewards [countdown,model]"),
         ("rloo --data PAIRS", "rewards countdown wants numbers and target in each row, got prompt"),
         ("rloo --data PAIRS --rewards exact", "rewards exact wants output in each row, got prompt"),
-        ("rloo --problems 4 --rewards mode", "in row 1 of data: add it, or name another of --rewards"),
+        ("rloo --problems 4 --rewards mode", "in row 1: add it, or name another of --rewards"),
         ("sft --data ROWS --lora.rank 2 --lora.tokens [nonsense]", "lora.tokens must be tokens of the tokenizer"),
     ],
 )

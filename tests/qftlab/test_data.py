@@ -54,7 +54,7 @@ def test_real_alpaca_loads_as_json_and_as_csv(real_data, tmp_path):
         ("a.csv", "instruction,output,output\nx,y,z\n", "line 1 must name each column once"),
         ("a.jsonl", '{"messages": []}', '"messages" must be a list of turns'),
         ("a.jsonl", '{"messages": [{"role": "user"}]}', "turn 1 must have role and content"),
-        ("a.csv", "question,answer\n1,2\n", "line 1 must name the columns"),
+        ("a.csv", "a,b\n1,2\n", "line 2 must have a text 'instruction', or fit another schema"),
         ("a.csv", "instruction,output\nx,y,z\n", "line 2 must have 2 cells"),
         ("a.csv", 'instruction,output\n"x,y\n', "a.csv, after line 1: unexpected end of data"),
         ("a.txt", "hello", "must end in .json, .jsonl, .csv"),

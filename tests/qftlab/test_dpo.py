@@ -69,7 +69,7 @@ def test_pairs_train_the_answers_and_their_end(tokenizer) -> None:
             assert tokenizer.decode(trained) == row[side] + "<|im_end|>" and trained[-1] == end
         first = pair.chosen.loss_mask.index(True)
         assert pair.chosen.input_ids[:first] == pair.rejected.input_ids[:first], "both answer one prompt"
-    assert (usage.rows, usage.pairs, usage.left_out) == (6, 6, {})
+    assert (usage.rows, usage.documents, usage.left_out) == (6, 12, {})
 
 
 def test_both_forms_of_rows_give_the_same_pair(tokenizer) -> None:
@@ -90,7 +90,7 @@ def test_pairs_that_teach_nothing_are_left_out_by_row(tokenizer, caplog) -> None
     assert [p.number for p in pairs] == [1, 6]
     assert usage.left_out == {"equal pair": [2], "score tie": [3], "empty answer": [4], "too long": [5]}
     assert "1 left out: equal pair (row 2)" in caplog.text
-    with pytest.raises(ValueError, match="must hold a pair to train on"):
+    with pytest.raises(ValueError, match="must hold something to train on"):
         encode_pairs(tokenizer, rows[1:2])
     with pytest.raises(ValueError, match="row 2"):
         encode_pairs(tokenizer, [one, {"prompt": "p", "chosen": "c"}])
@@ -106,7 +106,7 @@ def test_ultrafeedback_gives_pairs(real_data) -> None:
     rows = load(str(real_data / "ultrafeedback"), limit=60).rows
     qwen = load_tokenizer(str(real_data / "qwen2.5-0.5b"))
     pairs, usage = encode_pairs(qwen, rows, max_length=2048)
-    assert usage.rows == 60 and usage.pairs == len(pairs) > 30
+    assert usage.rows == 60 and usage.documents == 2 * len(pairs) > 60
     ties = {i for i, row in enumerate(rows, 1) if row["score_chosen"] == row["score_rejected"]}
     assert ties == set(usage.left_out.get("score tie", [])) | ties.intersection(usage.left_out.get("equal pair", []))
 
@@ -319,7 +319,7 @@ def test_a_run_leaves_model_metrics_and_reference(whole) -> None:
     assert [r["step"] for r in held] == [0, 4, 8] and held[0]["held_out_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert {"held_out_margin", "held_out_preference_accuracy"} <= set(held[0])
     usage = json.loads((whole / "pair_usage.json").read_text())
-    assert usage["pairs"] == 9 and usage["left_out"] == {"equal pair": [7]}
+    assert usage["documents"] == 18 and usage["left_out"] == {"equal pair": [7]}
     assert load_model(whole / "model").num_parameters() and (whole / "reference.safetensors").is_file()
 
 
@@ -394,7 +394,7 @@ def test_the_style_set_differs_in_style_alone(tokenizer) -> None:
     assert sums and all(sum(map(int, re.findall(r"\d+", r["prompt"]))) == int(r["rejected"]) for r in sums)
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held}
     pairs, usage = encode_pairs(tokenizer, train)
-    assert usage.pairs == 160 and not usage.left_out
+    assert usage.documents == 320 and not usage.left_out
 
 
 def test_sampled_pairs_put_right_against_best_wrong_and_count_the_rest(tokenizer) -> None:

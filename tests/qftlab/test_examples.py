@@ -9,13 +9,13 @@ import pytest
 
 from qftlab.rows.batches import Example
 from qftlab.rows.examples import (
+    NOTHING,
     Pair,
-    PairUsage,
-    TokenUsage,
+    Usage,
     documents,
     encode_pairs,
     encode_rows,
-    load_pairs,
+    load_wanted,
     place_of,
     places_of,
 )
@@ -38,7 +38,7 @@ def test_the_counts_of_kept_rows_by_hand(tokenizer) -> None:
     assert len(set(lengths)) == 21, "the test needs rows of different lengths"
     assert (usage.rows, usage.documents, usage.tokens) == (21, 21, sum(lengths))
     assert (usage.longest, usage.median_length, usage.p95_length) == (lengths[20], lengths[10], lengths[19])
-    assert usage.mean_length == pytest.approx(sum(lengths) / 21) and usage.max_length is None
+    assert usage.mean_length == pytest.approx(sum(lengths) / 21)
     assert usage.trained_tokens == sum(sum(e.loss_mask) for e in examples)
 
 
@@ -46,7 +46,7 @@ def test_rows_exactly_as_long_as_allowed_stay(tokenizer) -> None:
     [example], _ = encode_rows(tokenizer, answers(5))
     limit = len(example.input_ids)
     kept, usage = encode_rows(tokenizer, answers(5, 6), max_length=limit)
-    assert kept == [example] and usage.too_long == (2,)
+    assert kept == [example] and usage.left_out == {"too long": [2]}
     with pytest.raises(ValueError, match="rows must hold something to train on, got 1 rows read, 0 documents kept"):
         encode_rows(tokenizer, answers(5), max_length=limit - 1)
     rows = [{"prompt": "p", "chosen": a, "rejected": b} for a, b in (("yes yes", "no"), ("no", "yes " * 9))]
@@ -61,7 +61,7 @@ def test_a_tool_call_is_something_said(tokenizer) -> None:
     """This template cannot write it, and says so: it is no empty answer."""
     turns = [{"content": ""}, {"content": "a"}, {"content": None, "tool_calls": []}]
     rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", **turn}]} for turn in turns]
-    assert encode_rows(tokenizer, rows)[1].without_trained_token == (1, 3)
+    assert encode_rows(tokenizer, rows)[1].left_out == {NOTHING: [1, 3]}
     rows[2]["messages"][1]["tool_calls"] = [{"function": {"name": "f", "arguments": {}}}]
     with pytest.raises(ValueError, match="row 3: .*tool_calls"):
         encode_rows(tokenizer, rows)
@@ -79,18 +79,17 @@ def test_a_log_line_warns_where_rows_were_left_out(tokenizer, caplog) -> None:
 
 
 def test_at_most_five_rows_are_named() -> None:
-    usage = TokenUsage(9, 1, 20, 7, 20, 20.0, 20, 20, tuple(range(1, 6)), tuple(range(1, 7)), 50)
+    usage = Usage(9, 1, 20, 7, 20, 20.0, 20, 20, {"too long": [1, 2, 3, 4, 5], "score tie": [1, 2, 3, 4, 5, 6]})
+    start = "9 rows read, 1 documents kept, 20 tokens, 7 of them trained, 20 tokens in the median document"
     assert usage.summary() == (
-        "9 rows read, 1 documents kept, 20 tokens, 7 of them trained, 20 tokens in the median row; 5 left out: the "
-        "assistant says nothing in them (an empty output?) (row 1, 2, 3, 4, 5); 6 left out: longer than 50 tokens (row "
-        "1, 2, 3, 4, 5, …)"
+        f"{start}; 5 left out: too long (row 1, 2, 3, 4, 5); 6 left out: score tie (row 1, 2, 3, 4, 5, …)"
     )
-    pairs = PairUsage(9, 1, 20, 7, {"too long": [1, 2, 3, 4, 5], "score tie": [1, 2, 3, 4, 5, 6]}, {"a": 2, "b": 7})
-    assert pairs.summary() == (
-        "9 rows, 1 pairs, 20 tokens, 7 of them in answers; 5 left out: too long (a, row 1, 2; b, row 1, 2, 3); 6 left "
-        "out: score tie (a, row 1, 2; b, row 1, 2, 3, …)"
+    usage.sources, usage.unrendered = {"a": 2, "b": 7}, {"images": 2, "id": 9}
+    assert usage.summary() == (
+        f"{start}; 5 left out: too long (a, row 1, 2; b, row 1, 2, 3); 6 left out: score tie (a, row 1, 2; b, row 1, "
+        "2, 3, …); fields that no template shows: id (9), images (2)"
     )
-    assert PairUsage() == PairUsage(0, 0, 0, 0, {}, {})
+    assert Usage() == Usage(0, 0, 0, 0, 0, 0.0, 0, 0, {}, {}, {})
 
 
 def test_places_by_hand() -> None:
@@ -106,11 +105,11 @@ def test_pairs_count_both_documents(tokenizer, tmp_path) -> None:
     assert pair.length == 5 and documents([pair, pair]) == [pair.chosen, pair.rejected] * 2
     rows = [{"prompt": "p", "chosen": "one two", "rejected": "no"}, {"prompt": "q", "chosen": "c", "rejected": "d"}]
     pairs, usage = encode_pairs(tokenizer, rows)
-    assert usage.tokens == sum(p.length for p in pairs) and usage.pairs == 2
+    assert usage.tokens == sum(p.length for p in pairs) and usage.documents == 4
     assert usage.trained_tokens == sum(sum(e.loss_mask) for e in documents(pairs))
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     paths = [str(tmp_path / f"{name}.jsonl") for name in ("a", "b")]
-    loaded, counts = load_pairs(paths)
+    loaded, counts = load_wanted(paths, "preference")
     assert len(loaded) == 4 and list(counts.values()) == [2, 2]
-    assert load_pairs([paths[0], paths[0]])[1] == {}, "a file that is read twice cannot be told apart"
+    assert load_wanted([paths[0], paths[0]], "preference")[1] == {}, "a file that is read twice cannot be told apart"

@@ -16,9 +16,17 @@ from hypothesis import strategies as st
 from qftlab import cli
 from qftlab.files import bundled
 from qftlab.rows.batches import Example, count_trained
-from qftlab.rows.lengths import LengthStats, _template, length_stats, limit_lengths, row_examples, row_lengths
+from qftlab.rows.lengths import LengthStats, _template, limited, row_examples, row_lengths
 from qftlab.rows.sources import load, load_rows, stream
 from qftlab.rows.tokenizer import load_tokenizer
+
+
+def length_stats(tokenizer, rows, *, batch_size: int = 1000) -> LengthStats:
+    """Statistics over the documents of rows, as the command `lengths` takes them."""
+    stats = LengthStats()
+    for batch in row_lengths(tokenizer, rows, batch_size=batch_size):
+        stats.add(chain.from_iterable(batch))
+    return stats
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +90,9 @@ def test_counts_are_those_of_training(name, request):
 
 
 def test_rows_that_cannot_be_rendered_are_named(tiny):
-    rows = [*WILD[:2], {"prompt": "x"}]
+    rows = [*WILD[:2], {"text": "x"}]
     for size in (1, 2, 10):
-        with pytest.raises(ValueError, match="row 3: "):
+        with pytest.raises(ValueError, match="row 3 must have"):
             list(row_lengths(tiny, rows, batch_size=size))
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         next(row_lengths(tiny, rows, batch_size=0))
@@ -96,30 +104,29 @@ def example(prompt: int, answer: int) -> Example:
 
 def test_policies_by_hand():
     examples = [example(3, 2), example(3, 4), example(5, 2), example(6, 0), example(2, 9)]
-    kept, report = limit_lengths(examples, 5, "truncate")
-    assert [len(e.input_ids) for e in kept] == [5, 5, 5] and [count_trained([e]) for e in kept] == [2, 2, 3]
-    assert (report.num_affected, report.num_truncated, report.num_skipped) == (4, 2, 2)
-    assert report.first == ((2, 7, "truncated"), (3, 7, "its prompt alone fills max_length"),
-                            (4, 6, "nothing to train in it"), (5, 11, "truncated"))  # fmt: skip
-    kept, report = limit_lengths(iter(examples), 5, "skip")
-    assert [len(e.input_ids) for e in kept] == [5] and report.num_skipped == 4 and report.num_truncated == 0
-    with pytest.raises(ValueError, match=r"4 of 5 affected by max_length 5(?s:.*)example 2: 7 tokens(?s:.*)raise max"):
-        limit_lengths(examples, 5, "error")
-    assert limit_lengths([example(3, 2)], 5, "error")[1].num_affected == 0
-    assert len(limit_lengths([example(3, 9)] * 40, 5, "skip")[1].first) == 10
-    for bad in ({"max_length": 1}, {"max_length": 5, "policy": "cut"}):
-        with pytest.raises(ValueError, match="must be"):
-            limit_lengths(examples, **bad)
+    cut = [limited(e, 5, "truncate") for e in examples]
+    assert [kept and (len(kept.input_ids), count_trained([kept])) for kept, _ in cut] == [
+        (5, 2),
+        (5, 2),
+        None,
+        None,
+        (5, 3),
+    ]
+    assert [what for _, what in cut] == ["", "truncated", "its prompt alone fills max_length", "nothing to train in it",
+                                         "truncated"]  # fmt: skip
+    left = [limited(e, 5, "skip") for e in examples]
+    assert [kept for kept, _ in left] == [examples[0], None, None, None, None]
+    assert [what for _, what in left] == ["", "too long", "too long", "nothing to train in it", "too long"]
+    assert limited(examples[4], None) == (examples[4], "")
 
 
-@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=12), max_size=20), st.integers(2, 12))
-def test_truncation_keeps_prompts_and_something_to_train(masks, limit):
-    examples = [Example(list(range(len(mask))), mask) for mask in masks]
-    kept, report = limit_lengths(examples, limit, "truncate")
-    assert all(len(e.input_ids) <= limit and count_trained([e]) for e in kept)
-    assert len(kept) + report.num_skipped == report.num_examples == len(examples)
-    whole = {tuple(e.loss_mask) for e in examples}
-    assert all(any(tuple(e.loss_mask) == mask[: len(e.loss_mask)] for mask in whole) for e in kept)
+@given(st.lists(st.booleans(), min_size=1, max_size=12), st.integers(2, 12))
+def test_truncation_keeps_prompts_and_something_to_train(mask, limit):
+    kept, what = limited(Example(list(range(len(mask))), mask), limit, "truncate")
+    if kept is None:
+        assert what and not any(mask[1:limit])
+    else:
+        assert kept.loss_mask == mask[:limit] and count_trained([kept]) and bool(what) == (len(mask) > limit)
 
 
 def rate(tokenizer, rows: list[dict], rounds: int) -> float:

@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from countdown_solver import solve
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ from qftlab.maths.verify import (
     first_token_reward,
     parse_expression,
 )
-from qftlab.rows.countdown import countdown_row, random_problem, solve
+from qftlab.rows.countdown import countdown_row, random_problem
 
 
 def reward(expression: str, numbers: list[int] = (3, 4, 5), target: int = 35) -> float:

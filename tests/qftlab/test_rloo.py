@@ -339,7 +339,7 @@ def test_prompts_of_every_kind_of_row(tokenizer, caplog) -> None:
     [countdown] = encode_prompts(tokenizer, [{"nums": [3, 4, 5], "target": 35}])
     assert "3, 4, 5" in countdown.messages[0]["content"] and countdown.row["numbers"] == [3, 4, 5]
     kept = encode_prompts(tokenizer, [rows[0], {"prompt": "Say " * 99}], max_length=60)
-    assert len(kept) == 1 and "1 of 2 prompts left out" in caplog.text and "row 2" in caplog.text
+    assert len(kept) == 1 and "1 of 2 prompts kept; 1 left out: too long (row 2)" in caplog.text
     with pytest.raises(ValueError, match="row 2"):
         encode_prompts(tokenizer, [rows[0], {"prompt": []}])
 

@@ -148,3 +148,27 @@ def test_the_words_of_a_row_by_hand():
     words = "a b c d e f g h i".split()
     overlap = contamination([row(" ".join(words[1:]))], [row(" ".join(words))])
     assert (overlap.num_exact, overlap.num_overlapping) == (0, 1) and not overlap.is_clean
+
+
+ZH = "小明有十二个苹果，他先给了小红三个，又给了小刚四个"
+JA = "太郎は林檎を十二個持っていて、花子に三個をあげました"
+TH = "สมชายมีแอปเปิลสิบสองผลและให้สมหญิงไปสามผล"
+
+
+def test_scripts_without_blanks_are_compared_by_characters(real_data) -> None:
+    cases = real_data.parent / "cases"
+    if not cases.is_dir():
+        pytest.skip(f"{cases} is not there: the case files lie beside the real data")
+    found = contamination(load_rows(cases / "13_zh_train.jsonl"), load_rows(cases / "13_zh_test.jsonl"))
+    assert (found.num_exact, found.num_overlapping) == (0, 1)
+
+
+@pytest.mark.parametrize("text", [ZH, JA, TH])
+def test_a_prompt_that_was_changed_at_its_end_is_found(text) -> None:
+    rows = [[{"instruction": f"{text}{end}", "output": "x"}] for end in ("？", "。请一步一步思考。")]
+    found = contamination(*rows)
+    assert (found.num_exact, found.num_overlapping) == (0, 1)
+    assert contamination(rows[0], [{"instruction": text[:7] + "x", "output": "y"}]).is_clean, "seven are too few"
+    assert contamination(
+        [{"instruction": "a b c d e f g", "output": ""}], [{"instruction": "a b c d e f g h"}]
+    ).is_clean

@@ -102,7 +102,7 @@ def test_masks_equal_trl_s_but_for_newlines_and_the_inserted_think_block(real_da
     for _ in range(100):
         chat = [{"role": "system", "content": rng.choice(said)}]
         for _ in range(1 if is_qwen3 else rng.randint(1, 3)):
-            chat += [{"role": role, "content": rng.choice(said)} for role in ("user", "assistant")]
+            chat += [{"role": "user", "content": rng.choice(said)}, {"role": "assistant", "content": rng.choice(said)}]
         theirs = tokenizer.apply_chat_template(
             chat, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
         )
@@ -112,7 +112,7 @@ def test_masks_equal_trl_s_but_for_newlines_and_the_inserted_think_block(real_da
             if kept != bool(their):
                 differing.add((tokenizer.decode([token]), kept))
     inserted = {("<think>", False), ("</think>", False), ("\n\n", False)} if is_qwen3 else set()
-    assert differing == {("\n", False)} | inserted
+    assert differing == {("\n", False), ("<|im_end|>", False)} | inserted  # the end of an answer that says nothing
 
 
 @pytest.mark.parametrize("thinking", [None, True, False])
@@ -178,7 +178,7 @@ def test_any_conversation_round_trips_and_prompts_are_prefixes(pairs):
     for turn in range(1, len(chat), 2):
         prompt = render_prompt(tokenizer, chat[:turn])
         assert ids[: len(prompt)] == prompt and not rendered[0].loss_mask[len(prompt) - 1]
-        assert rendered[0].loss_mask[len(prompt)]
+        assert rendered[0].loss_mask[len(prompt)] == bool(chat[turn]["content"].strip())
 
 
 def test_naughty_strings_round_trip(real_data, tokenizer):
@@ -195,8 +195,11 @@ def test_chats_that_cannot_be_trained_are_refused():
     with pytest.raises(ValueError, match='train_on must be "all" or "last"'):
         render_chat(tokenizer, CHAT, train_on="first")
     for bad, message in (
-        ({"role": "sytem", "content": "x"}, "turn 1 must have a role among system, user, assistant, tool, got 'sytem'"),
-        ({"content": "x"}, "turn 1 must have a role among"),
+        (
+            {"role": "sytem", "content": "x"},
+            "turn 1 must have a role among system, user, assistant, tool, or another name of one, got 'sytem'",
+        ),
+        ({"content": "x"}, "turn 1 must have role and content"),
         ({"role": "user", "content": 5}, "turn 1 must have a text as content, got 5"),
         ({"role": "user", "content": None}, "turn 1 must have a text as content, got None"),
         ({"role": "user", "content": "\ud800"}, "turn 1 holds half a surrogate pair"),
@@ -205,7 +208,7 @@ def test_chats_that_cannot_be_trained_are_refused():
             render_chat(tokenizer, [bad, CHAT[1]])
         with pytest.raises(ValueError, match=message):
             render_prompt(tokenizer, [bad])
-    with pytest.raises(ValueError, match="at least one turn"):
+    with pytest.raises(ValueError, match=r"must be a list of turns, got \[\]"):
         render_prompt(tokenizer, [])
     tokenizer.chat_template = "{% for m in messages %}{{ loop.length }}{{ m['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match="token 0 is '1' in the prompt and '2' in the whole"):
@@ -219,5 +222,5 @@ def test_rows_become_messages():
     row = {"instruction": "Add", "input": "1 2", "output": "3"}
     assert row_to_messages(row) == [{"role": "user", "content": "Add\n1 2"}, {"role": "assistant", "content": "3"}]
     assert row_to_messages({"messages": CHAT}) == CHAT
-    with pytest.raises(ValueError, match='must have "instruction"'):
+    with pytest.raises(ValueError, match="row must have a text 'instruction', or fit another schema"):
         row_to_messages({"text": "x"})

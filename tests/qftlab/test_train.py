@@ -29,6 +29,7 @@ from qftlab.files import bundled, sha256
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.loading import load_model, save_model
 from qftlab.rows.batches import Example, pack, pad
+from qftlab.rows.examples import NOTHING
 from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.settings import SFTConfig, TrainConfig
@@ -459,9 +460,8 @@ def test_rows_that_cannot_be_trained_on_are_counted() -> None:
     rows.append({"messages": [{"role": "user", "content": "alone"}]})
     examples, usage = sft.encode_rows(tokenizer, rows, max_length=64)
     assert (usage.rows, usage.documents, len(examples)) == (5, 2, 2)
-    assert usage.without_trained_token == (2, 5) and usage.too_long == (3,)
-    assert "2 left out: the assistant says nothing in them (an empty output?) (row 2, 5)" in usage.summary()
-    assert "1 left out: longer than 64 tokens (row 3)" in usage.summary()
+    assert usage.left_out == {NOTHING: [2, 5], "too long": [3]}
+    assert f"2 left out: {NOTHING} (row 2, 5); 1 left out: too long (row 3)" in usage.summary()
     assert usage.tokens == sum(len(e.input_ids) for e in examples)
     # The assistant's content and its <|im_end|>, nothing else.
     kept = [t for t, is_trained in zip(examples[0].input_ids, examples[0].loss_mask, strict=True) if is_trained]
