@@ -42,6 +42,19 @@ def decoder_for(model: nn.Module, steps: int) -> Decoder:
     return Decoder(model, layout=layout_for(model))
 
 
+def best_layout(model: nn.Module) -> str:
+    """The layout of a decoder that lives long, as `choose_layout` finds it; nothing is measured where plain is pinned.
+
+    Raises:
+        ValueError: as `choose_layout`.
+    """
+    if os.environ.get(PIN) == "plain":
+        return "plain"
+    from qftlab.decoding.layouts import choose_layout
+
+    return choose_layout(model)
+
+
 class Decoder:
     """Decodes with a model's weights; nothing is copied as long as the layout is plain.
 

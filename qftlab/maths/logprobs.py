@@ -270,16 +270,12 @@ def linear_cross_entropy(
 
     Returns:
         A scalar, fp32 (fp64 for fp64 terms), in nats. Its gradient equals that of cross-entropy on the whole logits; it
-        is formed going forward, so it can be taken once. On CUDA a plain head goes through Liger's kernel where Liger
-        is installed.
+        is formed going forward, so it can be taken once.
 
     Raises:
         ValueError: if the shapes disagree.
     """
     _check(terms, labels, bias, chunk)
-    is_plain = len(terms) == 1 and labels.is_cuda and chunk is None and labels.numel()
-    if is_plain and (kernel := _liger()) is not None:
-        return kernel(terms[0].weight, terms[0].x, labels, bias)
     plan = HeadWalk.of(terms, chunk)
     return SumNLL.apply(labels, plan, *plan.tensors(terms, bias))
 
@@ -359,13 +355,3 @@ def _check(terms: Sequence[HeadTerm], labels: Tensor, bias: Tensor | None, chunk
         raise ValueError(f"bias must be ({vocab},), got {tuple(bias.shape)}")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
-
-
-@cache
-def _liger() -> Callable | None:
-    """Liger's fused head and cross-entropy, its weight gradient added up in fp32; None where it is not installed."""
-    try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-    except ImportError:
-        return None
-    return LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)

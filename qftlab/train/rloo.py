@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qftlab.decoding.layouts import choose_layout
+from qftlab.decoding.decoder import best_layout
 from qftlab.maths.losses import clipped_policy_loss, is_clipped, kl_estimate, penalised_advantages, sum_by_document
 from qftlab.model.head import context_length
 from qftlab.rows.batches import Example
@@ -303,7 +303,7 @@ def keep_layout_(checkpoints: Checkpoints, model) -> str:
     if "layout" not in checkpoints.identity:
         last = checkpoints.last()
         recorded = read_state(last)["identity"].get("layout") if last else None
-        layouts = Ranks.current().gather(recorded or choose_layout(model))
+        layouts = Ranks.current().gather(recorded or best_layout(model))
         checkpoints.identity["layout"] = layouts[0]
     return checkpoints.identity["layout"]
 

@@ -13,9 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qftlab.decoding.decoder import Decoder
+from qftlab.decoding.decoder import Decoder, best_layout
 from qftlab.decoding.engine import Completion, generate
-from qftlab.decoding.layouts import choose_layout
 from qftlab.maths.losses import penalised_advantages, sum_by_document
 from qftlab.maths.sampling import SamplingParams
 from qftlab.maths.verify import is_finite
@@ -86,7 +85,7 @@ class ModelSampler:
     Args:
         model, tokenizer: as in `generate`.
         config: limits.
-        layout: of the decoder, as `layouts.py` writes it; by default the one that `choose_layout` finds.
+        layout: of the decoder, as `layouts.py` writes it; by default the one that `best_layout` finds.
     """
 
     def __init__(self, model, tokenizer, config: PolicyConfig, layout: str | None = None) -> None:
@@ -104,7 +103,7 @@ class ModelSampler:
     def _fresh(self) -> Decoder:
         """The decoder, with the weights of now."""
         if self._decoder is None:
-            self.layout = self.layout or choose_layout(self.model)
+            self.layout = self.layout or best_layout(self.model)
             self._decoder = Decoder(self.model, layout=self.layout)
             log.info("rollouts are decoded in the layout %s, a snapshot of %.0f MB", self.layout,
                      self._decoder.snapshot_bytes / 1e6)  # fmt: skip

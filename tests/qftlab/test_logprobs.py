@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_models import random_model
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from qftlab.maths import logprobs
@@ -455,32 +454,19 @@ def test_the_kernel_in_triton_s_interpreter() -> None:
     assert done.stdout == "equal\n", done.stderr
 
 
-def test_liger_gets_whole_heads_on_cuda_only(monkeypatch) -> None:
-    """Of a head of two terms it would see the first. Tensors without data, so that no GPU is needed."""
-    monkeypatch.setattr(logprobs, "_liger", lambda: lambda *arguments: "liger")
-    monkeypatch.setattr(logprobs.SumNLL, "apply", lambda *arguments: "ours")
-    for device, way in (("cuda", "liger"), ("cpu", "ours")):
-        with FakeTensorMode(), torch.device(device):
-            term, y = HeadTerm(torch.empty(3, 2), torch.empty(5, 2)), torch.zeros(3, dtype=torch.int64)
-            assert linear_cross_entropy([term], y) == way
-            assert linear_cross_entropy([term, term], y) == linear_cross_entropy([term], y, chunk=2) == "ours"
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("way", ["our kernel", "torch", "liger"])
+@pytest.mark.parametrize("way", ["our kernel", "torch"])
 def test_on_cuda_in_bf16(way: str, monkeypatch) -> None:
-    """Ours with and without Triton, and Liger's where it is installed, against fp64 on the same bf16 numbers."""
-    pytest.importorskip("liger_kernel" if way == "liger" else "triton")
+    """With and without Triton, against fp64 on the same bf16 numbers."""
+    pytest.importorskip("triton")
     if way == "torch":
         monkeypatch.setattr(logprobs, "_kernel", lambda: None)
     x, w = (t.detach().cuda().bfloat16().requires_grad_() for t in tensors((700, 128), (5000, 128)))
     y = labels(700, 5000).cuda()
     exact = [t.detach().double().requires_grad_() for t in (x, w)]
     whole = F.cross_entropy(exact[0] @ exact[1].t(), y, reduction="sum")
-    losses = [linear_cross_entropy([HeadTerm(x, w)], y, chunk=None if way == "liger" else 128)]
-    if way != "liger":
-        losses.append(-linear_logprobs([HeadTerm(x, w)], y, chunk=128).sum())
-    for loss in losses:
+    heads = [HeadTerm(x, w)]
+    for loss in (linear_cross_entropy(heads, y, chunk=128), -linear_logprobs(heads, y, chunk=128).sum()):
         assert loss.item() == pytest.approx(whole.item(), rel=1e-3)
         for a, b in zip(grads(loss / 700, [x, w]), grads(whole / 700, exact, keep=True), strict=True):
             assert (a.double() - b).norm() < 0.01 * b.norm()
