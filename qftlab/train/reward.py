@@ -228,7 +228,12 @@ class ModelReward:
     def _example(self, prompt: list[dict], text: str) -> Example:
         said = {"role": "assistant", "content": text}
         [document] = render_chat(self.tokenizer, [*prompt, said], train_on="last")
-        return ended(Example(document.input_ids, document.loss_mask))
+        if any(document.loss_mask):
+            return ended(document)
+        # Nothing of an empty answer would be trained, but it has an end, and a score.
+        markers = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
+        end = max(i for i, token in enumerate(document.input_ids) if token in markers) + 1
+        return Example(document.input_ids[:end], document.loss_mask[:end])
 
 
 class ImplicitReward:
