@@ -331,6 +331,11 @@ class _Renderer:
         used = set().union(*_texts([*messages, *tools]))
         free = (chr(c) for c in range(0xF0000, 0xFFFFD) if chr(c) not in used)
         self.hidden = dict(zip(self.control, free, strict=False))
+        if len(self.hidden) < len(self.control):
+            raise ValueError(
+                f"messages must leave {len(self.control)} of the characters U+F0000 to U+FFFFC free, one for each "
+                f"control token that could be typed, got {len(self.hidden)}: remove some"
+            )
         self.messages = [self._hide(m) for m in messages]
         if tools:
             self.options["tools"] = self._hide_in(tools, ())

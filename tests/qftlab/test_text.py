@@ -150,7 +150,7 @@ def test_typed_control_tokens_stay_text(tokenizer):
 
 
 def test_typed_control_tokens_stay_text_beside_private_characters():
-    """Those stand in for them; as many as there are tokens are enough."""
+    """Those stand in for them; as many as there are tokens are enough, and with fewer a chat is refused."""
     tokenizer = load_tokenizer("tiny")
     control = list(tokenizer.get_added_vocab())
     private = "".join(map(chr, range(0xF0000, 0xFFFFD)))
@@ -158,6 +158,8 @@ def test_typed_control_tokens_stay_text_beside_private_characters():
                     for content in (private[: -len(control)] + "".join(control), "x"))  # fmt: skip
     ids = tokenizer.convert_tokens_to_ids(control)
     assert list(map(found.count, ids)) == list(map(plain.count, ids))
+    with pytest.raises(ValueError, match=r"messages must leave 3 of the characters U\+F0000 to U\+FFFFC free.*got 2"):
+        render_prompt(tokenizer, [{"role": "user", "content": private[:-2]}])
 
 
 text = st.text(alphabet=st.characters(exclude_categories=("Cs", "Co")), max_size=30)
