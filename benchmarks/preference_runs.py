@@ -21,8 +21,8 @@ from qftlab.files import bundled
 from qftlab.maths.sampling import SamplingParams
 from qftlab.maths.verify import countdown_reward
 from qftlab.model.loading import load_model, save_model
-from qftlab.rows.chat import row_to_messages
 from qftlab.rows.countdown import countdown_row, random_problem
+from qftlab.rows.schemas import row_to_messages
 from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.settings import PreferenceLoss, TrainConfig

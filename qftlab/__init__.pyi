@@ -35,13 +35,9 @@ from .rows.batches import (
     pack as pack,
     pad as pad,
 )
-from .rows.chat import (
-    Example as Example,
-    render_chat as render_chat,
-    render_prompt as render_prompt,
-    row_to_messages as row_to_messages,
-)
+from .rows.chat import Example as Example, render_chat as render_chat, render_prompt as render_prompt
 from .rows.examples import encode_pairs as encode_pairs, encode_rows as encode_rows
+from .rows.schemas import row_to_messages as row_to_messages
 from .rows.sources import load as load, load_rows as load_rows
 from .rows.tokenizer import extend_tokenizer as extend_tokenizer, load_tokenizer as load_tokenizer
 from .settings import (

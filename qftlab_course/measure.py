@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from qftlab.decoding.engine import GREEDY, Completion, generate
 from qftlab.evaluate import Comparison, Rate, compare_marks
 from qftlab.maths.sampling import SamplingParams
-from qftlab.rows.chat import row_to_messages
+from qftlab.rows.schemas import row_to_messages
 from qftlab_course.scores import SkillScore, lenient_score, score_row
 from qftlab_course.world.style import ENDING, without_ending
 

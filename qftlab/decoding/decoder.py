@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +16,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from qftlab.decoding.cache import KVCache, attend_shared
-from qftlab.model.head import causal_model, weights_version
+from qftlab.model.head import PIN, Projections, causal_model, is_plain_linear, linear_groups, weights_version
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 # Rotary embeddings whose angles depend on how long the text already is cannot be tabulated.
 MOVING_ROPES = ("dynamic", "longrope")
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 PREFILL_TOKENS = 16_384  # read in one pass; more prompts than that take several
-PIN = "QFTLAB_LAYOUT"  # the environment variable that names the layout of every decoder
 LONG_ENOUGH = 64  # steps from which on a snapshot pays: it takes about as long to make as 10 to 30 of them save
 
 
@@ -299,28 +297,6 @@ class DecoderLayer:
         return self.down(self.activation(gate).mul_(up))
 
 
-class Projections:
-    """Several linear modules of one input, of any kind, each called by itself: nothing is copied."""
-
-    num_bytes = 0  # of a snapshot
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.modules = tuple(modules)
-        # A plain product needs no call of a module.
-        self._each = [partial(F.linear, weight=m.weight, bias=m.bias) if is_plain_linear(m) else m for m in modules]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(N, in) → (N, sum of all out)."""
-        return self._each[0](x) if len(self._each) == 1 else torch.cat([part(x) for part in self._each], dim=-1)
-
-    def each(self, x: Tensor) -> Sequence[Tensor]:
-        """(N, in) → (N, out) of each module."""
-        return [part(x) for part in self._each]
-
-    def refresh_(self) -> None:
-        """There is no snapshot that could grow old."""
-
-
 def projections(modules: Sequence[nn.Module], layout: str) -> Projections:
     """Linear modules of one input, as they are or folded into a snapshot.
 
@@ -332,23 +308,6 @@ def projections(modules: Sequence[nn.Module], layout: str) -> Projections:
     from qftlab.decoding.layouts import Folded
 
     return Folded(modules, layout)
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether calling the module is `F.linear` and nothing else."""
-    return type(module) is nn.Linear and not is_hooked(module)
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody looks at, or changes, what the module takes or gives."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def linear_groups(layer: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:
-    """The linear modules of a layer, those of one input together: queries, keys, values; output; gate, up; down."""
-    attention, mlp = layer.self_attn, layer.mlp
-    qkv = attention.q_proj, attention.k_proj, attention.v_proj
-    return qkv, (attention.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
 
 
 def _norm(x: Tensor, norm: nn.Module) -> Tensor:

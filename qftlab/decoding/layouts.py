@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from qftlab.decoding.decoder import PIN, DecoderLayer, Projections, is_hooked, is_plain_linear, linear_groups
-from qftlab.model.head import causal_model
+from qftlab.model.head import PIN, Projections, causal_model, is_forward_hooked, is_plain_linear, linear_groups
 
 log = logging.getLogger(__name__)
 LAYOUTS = ("plain", "joined", "transposed", "tiled")
@@ -179,7 +178,7 @@ def check_foldable(module: nn.Module) -> None:
     base = module.get_base_layer() if is_adapted else module
     if type(base) is not nn.Linear or isinstance(base.weight, DTensor):
         raise ValueError(f"layout must be plain for weights that are no plain matrix, got {type(base).__name__}")
-    if any(map(is_hooked, module.modules())):
+    if any(map(is_forward_hooked, module.modules())):
         raise ValueError(f"layout must be plain for modules with hooks, got one on {type(module).__name__}")
     for name in _active(module) if is_adapted else ():
         if name in module.lora_variant or module.lora_bias.get(name, False):
@@ -281,7 +280,10 @@ class _Products:
     def __init__(self, layers: Sequence[nn.Module], head: nn.Module, name: str) -> None:
         self.name = name
         count = max(1, ENOUGH_BYTES // sum(p.nbytes for p in layers[0].parameters()))
-        self.layers, self.count = [DecoderLayer(layer, name) for layer in layers[:count]], len(layers)
+        self.layers, self.count = (
+            [[Folded(group, name) for group in linear_groups(layer)] for layer in layers[:count]],
+            len(layers),
+        )
         vocabulary, width = head.weight.shape
         part = nn.Linear(width, min(vocabulary, HEAD_ROWS), bias=False, device="meta")
         part.weight = nn.Parameter(head.weight[:HEAD_ROWS], requires_grad=False)
@@ -291,12 +293,12 @@ class _Products:
     def seconds(self, rows: int) -> float:
         """What the products of a step of `rows` rows take."""
         clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-        weight, sizes = self.head.modules[0].weight, [part.modules[0].in_features for part in self.layers[0].parts]
+        weight, sizes = self.head.modules[0].weight, [part.modules[0].in_features for part in self.layers[0]]
         x, y, up, down = (weight.new_ones(rows, size) for size in sizes)
         layers = self.layers[:1] if rows >= MANY else self.layers  # with many rows it is not memory that takes the time
         start = clock()
-        for layer in layers:
-            layer.qkv(x), layer.output(y), layer.up.each(up), layer.down(down)
+        for qkv, output, gate_up, last in layers:
+            qkv(x), output(y), gate_up.each(up), last(down)
         middle = clock()
         self.head(x)
         return self.count / len(layers) * (middle - start) + self.heads * (clock() - middle)

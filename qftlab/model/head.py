@@ -6,15 +6,18 @@ With those, `qftlab.maths.logprobs` takes a loss without the logits.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from qftlab.maths.logprobs import HeadTerm
 
+PIN = "QFTLAB_LAYOUT"  # the environment variable that names the layout of every decoder
 PLAIN = (Tensor, nn.Parameter)  # no shards, no quantised storage
 
 
@@ -125,3 +128,42 @@ def _row_terms(adapter: nn.Module, hidden: Tensor) -> tuple[list[HeadTerm], Tens
         change = adapter.trainable_tokens_delta[name].to(main.weight) - main.weight[columns]
         terms.append(HeadTerm(hidden, change, columns))
     return terms, None
+
+
+class Projections:
+    """Several linear modules of one input, of any kind, each called by itself: nothing is copied."""
+
+    num_bytes = 0  # of a snapshot
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = tuple(modules)
+        # A plain product needs no call of a module.
+        self._each = [partial(F.linear, weight=m.weight, bias=m.bias) if is_plain_linear(m) else m for m in modules]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, in) → (N, sum of all out)."""
+        return self._each[0](x) if len(self._each) == 1 else torch.cat([part(x) for part in self._each], dim=-1)
+
+    def each(self, x: Tensor) -> Sequence[Tensor]:
+        """(N, in) → (N, out) of each module."""
+        return [part(x) for part in self._each]
+
+    def refresh_(self) -> None:
+        """There is no snapshot that could grow old."""
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling the module is `F.linear` and nothing else."""
+    return type(module) is nn.Linear and not is_forward_hooked(module)
+
+
+def is_forward_hooked(module: nn.Module) -> bool:
+    """Whether somebody looks at, or changes, what the module takes or gives."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def linear_groups(layer: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:
+    """The linear modules of a layer, those of one input together: queries, keys, values; output; gate, up; down."""
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv = attention.q_proj, attention.k_proj, attention.v_proj
+    return qkv, (attention.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)

@@ -74,30 +74,6 @@ class Example:
         return sum(self.loss_mask)
 
 
-def row_to_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row's turns: of any layout that `qftlab.rows.schemas` knows; its answer is the last, "" where it has none.
-
-    Raises:
-        ValueError: if the row has no such layout.
-    """
-    from qftlab.rows.schemas import convert_row
-
-    row = convert_row({"output": "", **row} if "instruction" in row else dict(row), "row")
-    if "messages" in row:
-        return row["messages"]
-    asked = row.get("prompt")
-    if "chosen" not in row and "instruction" in row:
-        question = f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
-        asked = [{"role": "user", "content": question}]
-    return [*asked, {"role": "assistant", "content": row.get("chosen") or row.get("output", "")}]
-
-
-def row_to_prompt(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The turns that a row's answer replies to; raises as `row_to_messages`."""
-    messages = row_to_messages(row)
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
-
-
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
@@ -332,10 +308,7 @@ class _Renderer:
         free = (chr(c) for c in range(0xF0000, 0xFFFFD) if chr(c) not in used)
         self.hidden = dict(zip(self.control, free, strict=False))
         if len(self.hidden) < len(self.control):
-            raise ValueError(
-                f"messages must leave {len(self.control)} of the characters U+F0000 to U+FFFFC free, one for each "
-                f"control token that could be typed, got {len(self.hidden)}: remove some"
-            )
+            raise ValueError(f"messages must leave {len(self.control)} of U+F0000-U+FFFFC free, got {len(self.hidden)}")
         self.messages = [self._hide(m) for m in messages]
         if tools:
             self.options["tools"] = self._hide_in(tools, ())

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qftlab.rows.batches import Example, count_trained
-from qftlab.rows.chat import Message, is_trained, render_chat, row_to_messages
-from qftlab.rows.schemas import convert_row, remarks, unrendered
+from qftlab.rows.chat import Message, is_trained, render_chat
+from qftlab.rows.schemas import convert_row, remarks, row_to_messages, unrendered
 from qftlab.rows.sources import load
 
 log = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from qftlab.rows.batches import Example, count_trained
-from qftlab.rows.chat import render_prompt, row_to_messages, row_to_prompt
+from qftlab.rows.chat import render_prompt
 from qftlab.rows.examples import REFUSED, encoded, pair_side, prompt_row
-from qftlab.rows.schemas import KNOWN, PICTURES, kind_of, remarks
+from qftlab.rows.schemas import KNOWN, PICTURES, kind_of, remarks, row_to_messages, row_to_prompt
 from qftlab.settings import check_at_least
 
 NOT_PLAIN = {*KNOWN, *PICTURES, "label", "kto_tag"} - {"instruction", "input", "output"}

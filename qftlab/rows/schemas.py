@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from qftlab.rows.chat import MASKS, THOUGHTS, DataError, checked_text, loaded, turns
 
@@ -395,3 +396,25 @@ LAYOUTS = (
     Schema("prompt", "problem", "prompt", _has("question"), _prompted),
 )
 SCHEMAS = {schema.name: schema for schema in LAYOUTS}
+
+
+def row_to_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row's turns: of any layout that is known here; its answer is the last, "" where it has none.
+
+    Raises:
+        ValueError: if the row has no such layout.
+    """
+    row = convert_row({"output": "", **row} if "instruction" in row else dict(row), "row")
+    if "messages" in row:
+        return row["messages"]
+    asked = row.get("prompt")
+    if "chosen" not in row and "instruction" in row:
+        question = f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
+        asked = [{"role": "user", "content": question}]
+    return [*asked, {"role": "assistant", "content": row.get("chosen") or row.get("output", "")}]
+
+
+def row_to_prompt(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The turns that a row's answer replies to; raises as `row_to_messages`."""
+    messages = row_to_messages(row)
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages

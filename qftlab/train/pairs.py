@@ -11,8 +11,8 @@ from qftlab.decoding.decoder import decoder_for
 from qftlab.decoding.engine import Completion, generate
 from qftlab.maths.sampling import SamplingParams
 from qftlab.rows.batches import Example
-from qftlab.rows.chat import row_to_prompt
 from qftlab.rows.examples import Pair
+from qftlab.rows.schemas import row_to_prompt
 from qftlab.settings import check_at_least
 from qftlab.train.rollouts import Reward
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -116,9 +116,14 @@ class RewardStep(nn.Module):
         return {name: round(value, 6) for name, value in zip(names, means, strict=True)}
 
 
-def ended(example: Example) -> Example:
-    """A document up to its last trained token: a score is read at `<|im_end|>`, not at the newline behind it."""
-    end = len(example.loss_mask) - example.loss_mask[::-1].index(True)
+def ended(example: Example, markers: Collection[int] = ()) -> Example:
+    """A document up to its last trained token: a score is read at `<|im_end|>`, not at the newline behind it.
+
+    Nothing of an empty answer is trained, but it has an end, and a score: that of the last of `markers`.
+    """
+    is_trained = any(example.loss_mask)
+    flags = example.loss_mask if is_trained else [token in markers for token in example.input_ids]
+    end = len(flags) - flags[::-1].index(True)
     return Example(example.input_ids[:end], example.loss_mask[:end])
 
 
@@ -228,12 +233,7 @@ class ModelReward:
     def _example(self, prompt: list[dict], text: str) -> Example:
         said = {"role": "assistant", "content": text}
         [document] = render_chat(self.tokenizer, [*prompt, said], train_on="last")
-        if any(document.loss_mask):
-            return ended(document)
-        # Nothing of an empty answer would be trained, but it has an end, and a score.
-        markers = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
-        end = max(i for i, token in enumerate(document.input_ids) if token in markers) + 1
-        return Example(document.input_ids[:end], document.loss_mask[:end])
+        return ended(document, {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()})
 
 
 class ImplicitReward:

@@ -20,8 +20,9 @@ from qftlab.maths.sampling import SamplingParams
 from qftlab.maths.verify import is_finite
 from qftlab.model.head import bump_weights_version_, module_mode
 from qftlab.rows.batches import Example, batches, first_fit_decreasing, pack, pad, split_step
-from qftlab.rows.chat import render_prompt, row_to_prompt
+from qftlab.rows.chat import render_prompt
 from qftlab.rows.examples import Usage
+from qftlab.rows.schemas import row_to_prompt
 from qftlab.settings import PolicyConfig, TrainConfig
 from qftlab.train.distributed import Ranks, autocast
 from qftlab.train.loop import MicroBatch

@@ -14,7 +14,7 @@ from qftlab.maths.sampling import SamplingParams
 from qftlab.maths.verify import countdown_reward
 from qftlab.model.head import module_mode
 from qftlab.rows.batches import Example, pad
-from qftlab.rows.chat import row_to_messages
+from qftlab.rows.schemas import row_to_messages
 from qftlab.train.step import Step, to_device
 
 Answer = tuple[list[dict], list[int], str, dict]  # prompt, completion ids, text, row: what a reward function takes

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from qftlab import cli
 from qftlab.model.loading import load_model, save_model
-from qftlab.rows.chat import render_chat, render_prompt, row_to_messages
+from qftlab.rows.chat import render_chat, render_prompt
 from qftlab.rows.examples import NOTHING, REFUSED, encode_pairs, encode_rows
-from qftlab.rows.schemas import KNOWN, SCHEMAS, DataError, convert_row, remarks, unrendered
+from qftlab.rows.schemas import KNOWN, SCHEMAS, DataError, convert_row, remarks, row_to_messages, unrendered
 from qftlab.rows.sources import load, load_rows
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.rollouts import encode_prompts

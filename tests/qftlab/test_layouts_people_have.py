@@ -10,10 +10,9 @@ import json
 import pytest
 
 from qftlab import cli
-from qftlab.rows.chat import row_to_prompt
 from qftlab.rows.examples import encode_pairs, encode_rows
 from qftlab.rows.lengths import row_lengths
-from qftlab.rows.schemas import DataError, convert_row
+from qftlab.rows.schemas import DataError, convert_row, row_to_prompt
 from qftlab.rows.sources import load, load_rows
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.rollouts import encode_prompts

@@ -364,9 +364,10 @@ def test_adapters_need_no_second_model(tokenizer) -> None:
                    PolicyConfig(beta=0.1, reference="base"))  # fmt: skip
 
 
-def test_weights_that_cannot_be_fused_are_used_as_they_are(tokenizer, caplog) -> None:
+def test_weights_that_cannot_be_fused_are_used_as_they_are(tokenizer, caplog, monkeypatch) -> None:
     from peft import LoraConfig, get_peft_model
 
+    monkeypatch.delenv("QFTLAB_LAYOUT", raising=False)
     caplog.set_level("INFO")
     model = get_peft_model(random_model(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     sampler = ModelSampler(model, tokenizer, PolicyConfig(max_new_tokens=3))

@@ -32,7 +32,7 @@ TRAIN = {
     "sharding": "ddp",
 }  # fmt: skip
 LORA = {"rank": 0, "alpha": 32.0, "dropout": 0.0, "targets": "all", "tokens": ()}
-RUN = {
+RUN = {"columns": {}, 
     "model": "tiny", "data": ("x",), "new_tokens": (), "max_length": None, "held_out": (), "dtype": "float32",
     "device": "auto", "resume": None, "quant": "none", "lora": LORA,
 }  # fmt: skip

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qftlab.rows.chat import encode_plain, render_chat, render_prompt, row_to_messages
+from qftlab.rows.chat import encode_plain, render_chat, render_prompt
+from qftlab.rows.schemas import row_to_messages
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
 
 REAL = ("qwen2.5-0.5b", "qwen2.5-0.5b-instruct", "qwen3-0.6b")
@@ -158,7 +159,7 @@ def test_typed_control_tokens_stay_text_beside_private_characters():
                     for content in (private[: -len(control)] + "".join(control), "x"))  # fmt: skip
     ids = tokenizer.convert_tokens_to_ids(control)
     assert list(map(found.count, ids)) == list(map(plain.count, ids))
-    with pytest.raises(ValueError, match=r"messages must leave 3 of the characters U\+F0000 to U\+FFFFC free.*got 2"):
+    with pytest.raises(ValueError, match=r"messages must leave 3 of U\+F0000-U\+FFFFC free, got 2"):
         render_prompt(tokenizer, [{"role": "user", "content": private[:-2]}])
 
 

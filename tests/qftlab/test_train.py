@@ -471,8 +471,8 @@ def test_rows_that_cannot_be_trained_on_are_counted() -> None:
 
 
 def test_a_row_that_cannot_be_rendered_is_named() -> None:
-    bad = {"messages": [{"role": "assistant", "content": "first"}]}
-    with pytest.raises(ValueError, match="row 2: "):
+    bad = {"messages": [{"role": "assistant", "content": 1}]}
+    with pytest.raises(ValueError, match="row 2, turn 1 must have a text"):
         sft.encode_rows(load_tokenizer("tiny"), [*rows_of(("a", "b")), bad])
 
 
@@ -509,7 +509,7 @@ def test_sft_from_files_to_a_run_folder(little) -> None:
     assert len(losses) == 6 and losses[-1] < losses[0] and len(held) == 3 and held[-1] < held[0]
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     usage = json.loads((folder / "token_usage.json").read_text())
-    assert usage["rows"] == usage["documents"] == 60 and usage["tokens_seen"] > 0 and usage["too_long"] == []
+    assert usage["rows"] == usage["documents"] == 60 and usage["tokens_seen"] > 0 and usage["left_out"] == {}
     latest = run.resolve_model(little / "runs" / "latest")
     model, tokenizer = load_model(latest), load_tokenizer(latest)
     assert len(tokenizer) == 1002 and tokenizer.convert_tokens_to_ids("<|EDIT|>") == 1001
@@ -545,7 +545,7 @@ def test_a_run_leaves_out_what_is_longer_than_it_may_be(little, max_length: int 
     (little / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     train = TrainConfig(max_steps=1)
     folder = sft.sft(little_config(little, max_length=max_length, held_out=(), train=train))
-    assert json.loads((folder / "token_usage.json").read_text())["too_long"] == too_long
+    assert json.loads((folder / "token_usage.json").read_text())["left_out"] == {"too long": too_long}
 
 
 @pytest.mark.parametrize("steps", [0, 2])
