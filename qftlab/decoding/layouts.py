@@ -280,10 +280,8 @@ class _Products:
     def __init__(self, layers: Sequence[nn.Module], head: nn.Module, name: str) -> None:
         self.name = name
         count = max(1, ENOUGH_BYTES // sum(p.nbytes for p in layers[0].parameters()))
-        self.layers, self.count = (
-            [[Folded(group, name) for group in linear_groups(layer)] for layer in layers[:count]],
-            len(layers),
-        )
+        self.layers = [[Folded(group, name) for group in linear_groups(layer)] for layer in layers[:count]]
+        self.count = len(layers)
         vocabulary, width = head.weight.shape
         part = nn.Linear(width, min(vocabulary, HEAD_ROWS), bias=False, device="meta")
         part.weight = nn.Parameter(head.weight[:HEAD_ROWS], requires_grad=False)

@@ -121,8 +121,7 @@ def ended(example: Example, markers: Collection[int] = ()) -> Example:
 
     Nothing of an empty answer is trained, but it has an end, and a score: that of the last of `markers`.
     """
-    is_trained = any(example.loss_mask)
-    flags = example.loss_mask if is_trained else [token in markers for token in example.input_ids]
+    flags = example.loss_mask if any(example.loss_mask) else [token in markers for token in example.input_ids]
     end = len(flags) - flags[::-1].index(True)
     return Example(example.input_ids[:end], example.loss_mask[:end])
 
