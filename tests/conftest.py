@@ -34,3 +34,12 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("QFTLAB_REAL_DATA does not name the folder of real tokenizers and data sets")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def cases(real_data: Path) -> Path:
+    """Small inputs that once went wrong, with the right answers."""
+    folder = real_data.parent / "cases"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there: the case files lie beside the real data")
+    return folder

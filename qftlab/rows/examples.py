@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qftlab.rows.batches import Example, count_trained
 from qftlab.rows.chat import Message, is_trained, render_chat
-from qftlab.rows.schemas import convert_row, remarks, row_to_messages, unrendered
+from qftlab.rows.schemas import convert_row, messages_of, remarks, unrendered
 from qftlab.rows.sources import load
 
 log = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def encode_rows(
     """
     usage, examples = Usage(sources=dict(sources or {})), []
     for number, where, row in usage.fit(rows, "sft"):
-        documents = encoded(tokenizer, row_to_messages(row), where, train_on)
+        documents = encoded(tokenizer, messages_of(row), where, train_on)
         kept = [e for e in documents if max_length is None or len(e.input_ids) <= max_length]
         if len(kept) < len(documents) or not documents:
             usage.leave_out(number, "too long" if documents else NOTHING)

@@ -17,7 +17,7 @@ from itertools import islice
 from qftlab.rows.batches import Example, count_trained
 from qftlab.rows.chat import render_prompt
 from qftlab.rows.examples import REFUSED, encoded, pair_side, prompt_row
-from qftlab.rows.schemas import KNOWN, PICTURES, kind_of, remarks, row_to_messages, row_to_prompt
+from qftlab.rows.schemas import KNOWN, PICTURES, kind_of, messages_of, remarks, row_to_prompt
 from qftlab.settings import check_at_least
 
 NOT_PLAIN = {*KNOWN, *PICTURES, "label", "kto_tag"} - {"instruction", "input", "output"}
@@ -151,7 +151,7 @@ def row_examples(tokenizer, row: dict, number: int) -> list[Example]:
     if set(REFUSED[kind]).intersection(remarks(row)):
         return []
     if kind == "sft":
-        return encoded(tokenizer, row_to_messages(row), where)
+        return encoded(tokenizer, messages_of(row), where)
     if kind == "preference":
         return [pair_side(tokenizer, row, side, where) for side in ("chosen", "rejected")]
     ids = render_prompt(tokenizer, row_to_prompt(row))

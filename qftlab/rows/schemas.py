@@ -404,7 +404,11 @@ def row_to_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     Raises:
         ValueError: if the row has no such layout.
     """
-    row = convert_row({"output": "", **row} if "instruction" in row else dict(row), "row")
+    return messages_of(convert_row({"output": "", **row} if "instruction" in row else dict(row), "row"))
+
+
+def messages_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`row_to_messages` of a row that is converted already."""
     if "messages" in row:
         return row["messages"]
     asked = row.get("prompt")

@@ -27,14 +27,6 @@ BELOW = {"role": "assistant", "content": "Arr, below deck."}
 TOOL = {"type": "function", "function": {"name": "lamp", "description": "", "parameters": {"type": "object"}}}
 
 
-@pytest.fixture(scope="module")
-def cases(real_data):
-    folder = real_data.parent / "cases"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not there: the case files lie beside the real data")
-    return folder
-
-
 @pytest.fixture(scope="module", params=["qwen2.5-0.5b-instruct", "qwen3-0.6b"])
 def qwen(request, real_data):
     return load_tokenizer(real_data / request.param)

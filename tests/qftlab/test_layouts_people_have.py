@@ -23,14 +23,6 @@ CALL = {"function": {"name": "lamp", "arguments": {"on": True}}}
 
 
 @pytest.fixture(scope="module")
-def cases(real_data):
-    folder = real_data.parent / "cases"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not there: the case files lie beside the real data")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def tiny():
     return load_tokenizer("tiny")
 
