@@ -13,8 +13,9 @@ from dataclasses import replace
 
 from benchmarks.preference_runs import both_marks, countdown_base, percent, run_experiments
 from qftlab.evaluate import mcnemar
+from qftlab.rows.countdown import fresh_problems
 from qftlab.settings import PolicyConfig, TrainConfig
-from qftlab.train.rloo import fit_policy, fresh_problems
+from qftlab.train.rloo import fit_policy
 from qftlab_course.stage_builders import right
 from qftlab_course.stages import recipe
 

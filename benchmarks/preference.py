@@ -25,7 +25,7 @@ from qftlab.rows.batches import Example, batches
 from qftlab.rows.examples import Pair
 from qftlab.settings import PreferenceLoss, TrainConfig
 from qftlab.train.dpo import PairSource, PairStep, Reference, fit_encoded_pairs
-from qftlab.train.loop import make_optimizer
+from qftlab.train.optimizer import make_optimizer
 from qftlab.train.step import to_device
 
 

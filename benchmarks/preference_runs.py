@@ -27,8 +27,8 @@ from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.settings import PreferenceLoss, TrainConfig
 from qftlab.train.dpo import fit_encoded_pairs, fit_pairs
-from qftlab.train.pairs import SampledPairs, sample_pairs
 from qftlab.train.sft import fit_rows
+from qftlab_course.sampled_pairs import SampledPairs, sample_pairs
 from qftlab_course.stage_builders import right
 from qftlab_course.stages import stage
 from qftlab_course.world.style import is_polite, style_pairs

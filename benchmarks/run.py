@@ -19,6 +19,7 @@ MODULES = {
     "preference": ("C5",),
     "policy": ("C6", "G6"),
     "adapters": ("G7",),
+    "rows": ("C9",),
 }
 IDS = sorted(name for names in MODULES.values() for name in names)
 GPU_SECONDS = 540  # a lent machine gives one command 600 seconds

@@ -29,13 +29,15 @@ from .model.lora import (
     save_adapters as save_adapters,
 )
 from .rows.batches import (
+    Example as Example,
     batches as batches,
     count_trained as count_trained,
     first_fit_decreasing as first_fit_decreasing,
     pack as pack,
     pad as pad,
 )
-from .rows.chat import Example as Example, render_chat as render_chat, render_prompt as render_prompt
+from .rows.chat import render_chat as render_chat, render_prompt as render_prompt
+from .rows.countdown import fresh_problems as fresh_problems
 from .rows.examples import encode_pairs as encode_pairs, encode_rows as encode_rows
 from .rows.schemas import row_to_messages as row_to_messages
 from .rows.sources import load as load, load_rows as load_rows
@@ -61,12 +63,11 @@ from .train.reward import (
 from .train.rloo import (
     PolicyStep as PolicyStep,
     fit_policy as fit_policy,
-    fresh_problems as fresh_problems,
     rloo as rloo,
 )
 from .train.sft import fit_examples as fit_examples, fit_rows as fit_rows, held_out_loss as held_out_loss, sft as sft
 from .train.step import Step as Step, count_trained_tokens as count_trained_tokens, to_device as to_device
-from .rows.split import contamination as contamination
+from .evaluate import contamination as contamination
 from .train.rollouts import encode_prompts as encode_prompts
 
 __version__: str

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from qftlab.settings import THINKING
+
 PROGRAM = "python -m qftlab"
 log = logging.getLogger(__name__)
 
@@ -160,9 +162,12 @@ def hide_loading_bars() -> None:
 def load_for(config) -> tuple:
     """Model, tokenizer and the options of `generate`."""
     from qftlab.maths.sampling import SamplingParams
+    from qftlab.rows.tokenizer import set_thinking_
 
     params = SamplingParams(**dataclasses.asdict(config.sampling))
     model, tokenizer = load_named(config.model, config.dtype, config.device)
+    if config.thinking != "auto":
+        set_thinking_(tokenizer, THINKING[config.thinking])
     return model, tokenizer, {"max_new_tokens": config.max_new_tokens, "params": params, "seed": config.seed}
 
 
@@ -205,6 +210,6 @@ COMMANDS = {
                        "lengths --data data/instructions/train.jsonl --max_length 64",
                        "qftlab.rows.commands:LengthsConfig", text_of("qftlab.rows.commands:measure")),
     "split": Command("a seeded split without a prompt on both sides, or (--against) what two sets share",
-                     "split --data rows.jsonl --output runs/split", "qftlab.rows.commands:SplitConfig",
-                     text_of("qftlab.rows.commands:divide")),
+                     "split --data rows.jsonl --output runs/split", "qftlab.evaluate:SplitConfig",
+                     text_of("qftlab.evaluate:divide")),
 }  # fmt: skip

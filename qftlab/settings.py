@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
 AGENT, EDIT = "<|AGENT|>", "<|EDIT|>"
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 REWARDS = ("countdown", "reasoned", "answer", "exact", "mode", "model")  # see qftlab.train.reward.named_rewards
-DTYPES = ("float32", "bfloat16", "float16", "auto")
+Names = tuple[str, ...] | str  # of files, rewards, tokens; one text is one name, an empty one none
+Thinking = Literal["auto", "on", "off"]
+THINKING = {"auto": None, "on": True, "off": False}  # what chat templates take as enable_thinking
 
 
 def check_at_least(low: float, **values: float | None) -> None:
@@ -37,11 +39,18 @@ def check_choice(allowed: tuple[str, ...], **values: str) -> None:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def make_tuples(config: object, *fields: str) -> None:
-    """Names of sources given as one text become a tuple, in place; an empty text names none."""
-    for name in fields:
+def check_fields(config: object) -> None:
+    """Refuses a word that the type of its field does not name; sources given as one text become a tuple, in place.
+
+    Raises:
+        ValueError: naming the field and the allowed words.
+    """
+    for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
-        object.__setattr__(config, name, ((value,) if value else ()) if isinstance(value, str) else tuple(value))
+        if get_origin(kind) is Literal:
+            check_choice(get_args(kind), **{name: value})
+        elif kind == Names:
+            object.__setattr__(config, name, ((value,) if value else ()) if isinstance(value, str) else tuple(value))
 
 
 @dataclass(frozen=True)
@@ -66,12 +75,11 @@ class LoRAConfig:
     alpha: float = 32.0
     dropout: float = 0.0
     targets: Literal["all", "attention", "mlp"] = "all"
-    tokens: tuple[str, ...] | str = ()
+    tokens: Names = ()
 
     def __post_init__(self) -> None:
-        make_tuples(self, "tokens")
+        check_fields(self)
         check_at_least(0, rank=self.rank)
-        check_choice(("all", "attention", "mlp"), targets=self.targets)
         if not 0 < self.alpha < float("inf"):
             raise ValueError(f"alpha must be positive and finite, got {self.alpha}")
         if not 0 <= self.dropout < 1:
@@ -139,14 +147,12 @@ class TrainConfig:
     sharding: Literal["ddp", "fsdp"] = "ddp"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_at_least(1, max_steps=self.max_steps, batch_size=self.batch_size, log_every=self.log_every,
                        micro_batch_size=self.micro_batch_size, keep=self.keep)  # fmt: skip
         check_at_least(0, weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm, seed=self.seed,
                        eval_every=self.eval_every, patience=self.patience, save_every=self.save_every)  # fmt: skip
         check_at_least(2, tokens_per_micro_batch=self.tokens_per_micro_batch)
-        check_choice(("cosine", "linear", "constant"), schedule=self.schedule)
-        check_choice(("weights", "autocast", "master"), precision=self.precision)
-        check_choice(("ddp", "fsdp"), sharding=self.sharding)
         if self.tokens_per_micro_batch and self.micro_batch_size:
             raise ValueError(
                 f"tokens_per_micro_batch must be alone, got {self.tokens_per_micro_batch} beside micro_batch_size "
@@ -173,6 +179,10 @@ class RunConfig:
         max_length: the most tokens an example may have; longer ones are left out and counted; None is the model's
             context.
         held_out: what is never trained on and measured (see train.eval_every).
+        thinking: what prompts are asked with, where the chat template can be asked for it (Qwen3): `on`, `off`, or
+            `auto`: every answer as it is, one without thinking as if thinking had been off. If no answer thinks, or
+            with `on` and `off`, the template that is saved asks so by itself.
+        num_proc: processes that make examples of the rows.
         dtype: of the weights; `auto` is the checkpoint's own.
         device: `auto` is the GPU where there is one.
         resume: a run folder, or `last` for the newest in `output`, that goes on from its last checkpoint with the
@@ -188,13 +198,15 @@ class RunConfig:
     kind: ClassVar[str] = "rows"  # what files of `data` hold
 
     model: str = "tiny"
-    data: tuple[str, ...] | str = ()
+    data: Names = ()
     columns: dict[str, str] = field(default_factory=dict)
     output: str = "runs"
-    new_tokens: tuple[str, ...] = ()
+    new_tokens: Names = ()
     max_length: int | None = None
-    held_out: tuple[str, ...] | str = ()
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    held_out: Names = ()
+    thinking: Thinking = "auto"
+    num_proc: int = 1
+    dtype: Dtype = "float32"
     device: str = "auto"
     resume: str | None = None
     quant: Literal["none", "8bit", "4bit"] = "none"
@@ -202,12 +214,11 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_at_least(2, max_length=self.max_length)
-        check_choice(DTYPES, dtype=self.dtype)
-        check_choice(("none", "8bit", "4bit"), quant=self.quant)
+        check_at_least(1, num_proc=self.num_proc)
         if self.quant != "none" and not self.lora.rank:
             raise ValueError(f"quant must be none without adapters, got {self.quant}: --lora.rank 16")
-        make_tuples(self, "data", "held_out", "new_tokens")
         self.check_data()
 
     def check_data(self) -> None:
@@ -239,12 +250,8 @@ class SFTConfig(RunConfig):
     """
 
     output: str = "runs/sft"
-    new_tokens: tuple[str, ...] = (AGENT, EDIT)
+    new_tokens: Names = (AGENT, EDIT)
     train_on: Literal["all", "last"] = "all"
-
-    def __post_init__(self) -> None:
-        check_choice(("all", "last"), train_on=self.train_on)
-        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -270,8 +277,7 @@ class PreferenceLoss:
     reference: Literal["start", "base", "none"] = "start"
 
     def __post_init__(self) -> None:
-        check_choice(("sigmoid", "ipo"), loss_type=self.loss_type)
-        check_choice(("start", "base", "none"), reference=self.reference)
+        check_fields(self)
         check_at_least(0, nll_weight=self.nll_weight)
         if not 0 < self.beta < math.inf:
             raise ValueError(f"beta must be positive and finite, got {self.beta}")
@@ -350,8 +356,7 @@ class PolicyConfig:
         check_at_least(1, max_new_tokens=self.max_new_tokens, updates_per_rollout=self.updates_per_rollout,
                        rollout_batch_size=self.rollout_batch_size)  # fmt: skip
         check_at_least(0, sample_every=self.sample_every, beta=self.beta)
-        check_choice(("start", "base"), reference=self.reference)
-        check_choice(("keep", "mask", "zero"), truncated=self.truncated)
+        check_fields(self)
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
         if not 0 < self.epsilon < 1:
@@ -419,14 +424,14 @@ class RLOOConfig(RunConfig):
     output: str = "runs/rloo"
     train: TrainConfig = field(default_factory=lambda: TrainConfig(lr=1e-4, schedule="constant"))
     problems: int = 0
-    rewards: tuple[str, ...] | str = ("countdown",)
+    rewards: Names = ("countdown",)
     reward_model: str = ""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
 
     def __post_init__(self) -> None:
         check_at_least(0, problems=self.problems)
-        make_tuples(self, "rewards")
+        check_fields(self)
         for name in self.rewards:
             check_choice(REWARDS, rewards=name)
         if not self.rewards:
@@ -513,6 +518,7 @@ class AnswerConfig:
     Args:
         model: `tiny`, a run folder (runs/sft/latest), a model folder, or a name on the Hugging Face hub.
         max_new_tokens: the most tokens an answer may have.
+        thinking: `on` or `off`, where the chat template can be asked for it (Qwen3); `auto` leaves it to the template.
         seed: of the sampling.
         dtype: of the weights; `auto` is the checkpoint's own.
         device: `auto` is the GPU where there is one.
@@ -524,12 +530,14 @@ class AnswerConfig:
 
     model: str = "tiny"
     max_new_tokens: int = 128
+    thinking: Thinking = "auto"
     seed: int = 0
     dtype: Dtype = "float32"
     device: str = "auto"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_at_least(1, max_new_tokens=self.max_new_tokens)
 
 
@@ -549,14 +557,13 @@ class GenerateConfig(AnswerConfig):
     prompt: str = ""
     raw: bool = False
     num_generations: int = 1
-    stop: tuple[str, ...] | str = ()
+    stop: Names = ()
     format: Literal["text", "jsonl"] = "text"
     batch_size: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(1, num_generations=self.num_generations, batch_size=self.batch_size)
-        check_choice(("text", "jsonl"), format=self.format)
 
 
 @dataclass(frozen=True)
@@ -589,10 +596,9 @@ class ExportConfig:
     model: str = "runs/sft/latest"
     output: str = "exported"
     base: str = ""
-    data: tuple[str, ...] | str = ()
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
+    data: Names = ()
+    dtype: Dtype = "auto"
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        check_choice(DTYPES, dtype=self.dtype)
-        make_tuples(self, "data")
+        check_fields(self)

@@ -13,6 +13,7 @@ from qftlab.model.head import context_length
 from qftlab.model.loading import extend_model
 from qftlab.model.lora import add_adapters
 from qftlab.rows.batches import Example, batches
+from qftlab.rows.countdown import fresh_problems
 from qftlab.rows.examples import documents, encode_pairs, encode_rows
 from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import extend_tokenizer
@@ -20,9 +21,9 @@ from qftlab.settings import TrainConfig
 from qftlab.train.dpo import fit_encoded_pairs
 from qftlab.train.loop import TrainResult
 from qftlab.train.optimizer import total_steps
-from qftlab.train.pairs import sample_pairs
-from qftlab.train.rloo import fit_prompts, fresh_problems, prompts_for
+from qftlab.train.rloo import fit_prompts, prompts_for
 from qftlab.train.sft import fit_examples
+from qftlab_course.sampled_pairs import sample_pairs
 from qftlab_course.stage_recipes import Recipe
 from qftlab_course.world.style import style_pairs
 

@@ -215,6 +215,7 @@ def beam_search(
     num_return_sequences: int = 1,
     repetition_penalty: float = 1.0,
     stop_token_ids: Sequence[int] | None = None,
+    thinking: bool | None = None,
     decoder: Decoder | None = None,
     batch_size: int = 64,
     on_step: Callable[[BeamStep], None] | None = None,
@@ -235,6 +236,7 @@ def beam_search(
             transformers, so that below 1 it favours them too; with one beam it acts on logits, as greedy decoding's
             does. 1 is off.
         stop_token_ids: tokens that end a completion; by default `default_stop_ids(model, tokenizer)`.
+        thinking: as in `generate`.
         decoder: as in `generate`.
         batch_size: beams decoded together, of one prompt at least.
         on_step: called with what each step decided for each prompt.
@@ -256,7 +258,7 @@ def beam_search(
     plan = _BeamOptions(num_beams, max_new_tokens, length_penalty, early_stopping, num_return_sequences,
                         repetition_penalty, frozenset(stop_ids), min(len(tokenizer), num_rows), num_rows,
                         on_step)  # fmt: skip
-    encoded = encode_prompts(tokenizer, prompts)
+    encoded = encode_prompts(tokenizer, prompts, thinking)
     check_prompts(encoded, model, max_new_tokens)
     searches = [_Search(i, ids, plan) for i, ids in enumerate(encoded)]
     by_length = sorted(searches, key=lambda search: len(search.prompt_ids))

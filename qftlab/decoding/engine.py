@@ -23,8 +23,13 @@ END_OF_TURN = "<|im_end|>"
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 
 
-def encode_prompts(tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
+def encode_prompts(tokenizer, prompts: Sequence[Prompt], thinking: bool | None = None) -> list[list[int]]:
     """Token ids of each prompt: text as the tokenizer reads it, messages as a chat prompt, ids as they are.
+
+    Args:
+        tokenizer: with a chat template, if there are messages.
+        prompts: a list of them.
+        thinking: of messages, as in `render_prompt`.
 
     Raises:
         TypeError: for a prompt of another kind, or prompts that are not a list of them.
@@ -34,14 +39,14 @@ def encode_prompts(tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
         raise TypeError(f"prompts must be a list of prompts, got {type(prompts).__name__}: write [prompt]")
     if prompts and isinstance(prompts[0], Mapping | int):
         raise TypeError("prompts must be a list of prompts, got one list of messages or ids: write [prompt]")
-    return [_encode(tokenizer, prompt, i) for i, prompt in enumerate(prompts)]
+    return [_encode(tokenizer, prompt, i, thinking) for i, prompt in enumerate(prompts)]
 
 
-def _encode(tokenizer, prompt: Prompt, index: int) -> list[int]:
+def _encode(tokenizer, prompt: Prompt, index: int, thinking: bool | None) -> list[int]:
     if isinstance(prompt, str):
         ids = tokenizer(prompt).input_ids
     elif isinstance(prompt, Sequence) and prompt and all(isinstance(item, Mapping) for item in prompt):
-        ids = render_prompt(tokenizer, list(prompt))
+        ids = render_prompt(tokenizer, list(prompt), thinking=thinking)
     elif isinstance(prompt, Sequence) and all(isinstance(item, int) for item in prompt):
         ids = list(prompt)
     else:
@@ -268,6 +273,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
     num_generations: int = 1,
+    thinking: bool | None = None,
     return_logprobs: bool = False,
     decoder: Decoder | None = None,
     on_text: Callable[[int, str], None] | None = None,
@@ -288,6 +294,7 @@ def generate(
         seed: with the row id (prompt index * num_generations + generation), the whole of the randomness.
         batch_size: rows decoded together; halved, with one log line, when memory runs out.
         num_generations: completions of each prompt; they share its prefill.
+        thinking: Qwen3's `enable_thinking`, of messages; None leaves the chat template its default.
         return_logprobs: whether completions carry log-probabilities.
         decoder: a `Decoder` of the same model, to keep its snapshot and CUDA graphs from call to call; by default one
             made anew, in the layout that pays on this machine (`decoder_for`).
@@ -304,7 +311,7 @@ def generate(
             the model's context, logits that are no numbers, or a model of another family.
     """
     rows = _plan_rows(model, tokenizer, prompts, max_new_tokens, params, stop, stop_token_ids, seed, batch_size,
-                      num_generations, return_logprobs, on_text is not None)  # fmt: skip
+                      num_generations, thinking, return_logprobs, on_text is not None)  # fmt: skip
     with _bar(len(rows), progress) as advance:
         for row in _run(model, decoder, rows, batch_size):
             row.tell(on_text)
@@ -324,7 +331,7 @@ def stream(model, tokenizer, prompt: Prompt, **options) -> Iterator[str]:
     Args:
         model, tokenizer: as in `generate`.
         prompt: one prompt of any kind.
-        options: max_new_tokens, params, stop, stop_token_ids, seed and decoder of `generate`.
+        options: max_new_tokens, params, stop, stop_token_ids, seed, thinking and decoder of `generate`.
 
     Yields:
         Pieces of text that joined are `generate`'s text: whole characters, and nothing of a stop string.
@@ -339,7 +346,7 @@ def stream(model, tokenizer, prompt: Prompt, **options) -> Iterator[str]:
 
 def _plan_rows(
     model, tokenizer, prompts, max_new_tokens=128, params=GREEDY, stop=(), stop_token_ids=None, seed=0, batch_size=1,
-    num_generations=1, return_logprobs=False, is_streaming=False,
+    num_generations=1, thinking=None, return_logprobs=False, is_streaming=False,
 ) -> list[_Row]:  # fmt: skip
     """A row for every completion, in the order of the results, once everything has been checked."""
     for name, value in {"batch_size": batch_size, "num_generations": num_generations}.items():
@@ -350,7 +357,7 @@ def _plan_rows(
         raise TypeError(f"stop must be texts, got {stop!r:.60}: ids go to stop_token_ids")
     if "" in stop:
         raise ValueError("stop strings must not be empty, got '': leave it out")
-    encoded = encode_prompts(tokenizer, prompts)
+    encoded = encode_prompts(tokenizer, prompts, thinking)
     limits = check_prompts(encoded, model, max_new_tokens)
     each = [params] * len(encoded) if isinstance(params, SamplingParams) else list(params)
     if not all(isinstance(p, SamplingParams) for p in each):

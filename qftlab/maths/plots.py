@@ -6,6 +6,7 @@ Colours are Okabe and Ito's (distinct to colour-blind eyes); a marker, dash or h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +18,11 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":")
 HATCHES = ("", "///", "...", "xx", "\\\\\\", "++", "oo", "--")
 FONT_SIZE = 12  # points, the smallest text of a picture
+# Where the loss says little: what a run's records hold in its place, the axis, and the title.
+TELLING = (
+    (("reward",), "mean reward of an answer", "The reward of the sampled answers"),
+    (("chosen_logprob", "rejected_logprob"), "log-probability (nats an answer)", "The margin grows; look where to"),
+)
 TOKEN_FONT = "DejaVu Sans Mono"  # comes with matplotlib and has the signs of `visible`
 
 
@@ -94,3 +100,30 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
         part = values[max(0, i + 1 - window) : i + 1]
         means.append(sum(part) / len(part))
     return means
+
+
+def draw_curves(
+    path: Path,
+    losses: Sequence[float],
+    held_out: Sequence[tuple[int, float]] = (),
+    records: Sequence[dict] = (),
+) -> None:
+    """Writes what a run is judged by as a PNG: its rewards, both log-probabilities of pairs, or else its losses."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    ax = figure.subplots()
+    for names, ylabel, title in TELLING:
+        found = [record for record in records if names[0] in record]
+        if found:
+            curves = {name: [record[name] for record in found] for name in names}
+            loss_curve([record["step"] for record in found], curves, ax=ax)
+            values = [value for curve in curves.values() for value in curve]
+            if any(values):
+                ax.set_ylim(min(0.0, 1.05 * min(values)), max(0.0, 1.05 * max(values)))
+            finish(ax, "optimizer step", ylabel, title)
+            break
+    else:
+        measured = tuple(zip(*held_out, strict=True)) if held_out else None
+        loss_curve(range(1, len(losses) + 1), losses, held_out=measured, ax=ax)
+    figure.savefig(path, dpi=120)

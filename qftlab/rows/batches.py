@@ -5,20 +5,74 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+import numpy as np
 
-from qftlab.rows.chat import IGNORED, Example
+if TYPE_CHECKING:  # what reads rows alone starts at once
+    import torch
+    from torch import Tensor
 
+IGNORED = -100  # transformers' label for "not trained"
 # Documents are grouped with others of about their length: a group is closed when padding it would waste this share.
 MAX_WASTE = 0.3
 
 
+class Example:
+    """One document as the model sees it, in four bytes and a bit a token.
+
+    Args:
+        input_ids: token ids, (T,).
+        loss_mask: True where the token is trained (it is *predicted*, from the tokens before it), (T,).
+    """
+
+    __slots__ = ("bits", "ids")  # int32 (T,), and the mask packed as numpy's `packbits` does
+
+    def __init__(self, input_ids: Sequence[int], loss_mask: Sequence[bool]) -> None:
+        if len(input_ids) != len(loss_mask):
+            raise ValueError(f"loss_mask must have {len(input_ids)} entries, got {len(loss_mask)}")
+        self.ids = np.asarray(input_ids, dtype=np.int32)
+        self.bits = np.packbits(np.asarray(loss_mask, dtype=bool))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Example) and self.input_ids == other.input_ids and self.loss_mask == other.loss_mask
+
+    def __repr__(self) -> str:
+        return f"Example(input_ids={self.input_ids}, loss_mask={self.loss_mask})"
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Token ids, (T,), as a new list."""
+        return self.ids.tolist()
+
+    @property
+    def mask(self) -> np.ndarray:
+        """True where the token is trained, (T,)."""
+        return np.unpackbits(self.bits, count=len(self.ids)).view(bool)
+
+    @property
+    def loss_mask(self) -> list[bool]:
+        """`mask` as a new list."""
+        return self.mask.tolist()
+
+    def labels(self) -> list[int]:
+        """Ids where trained, −100 elsewhere; always −100 at the first token, which nothing predicts."""
+        labels = np.where(self.mask, self.ids, IGNORED)
+        labels[:1] = IGNORED
+        return labels.tolist()
+
+    @property
+    def num_trained(self) -> int:
+        """How many tokens are trained."""
+        return int(self.mask.sum())
+
+
 def count_trained(examples: Sequence[Example]) -> int:
     """How many tokens of these examples are trained."""
-    return sum(sum(example.loss_mask[1:]) for example in examples)
+    return sum(int(example.mask[1:].sum()) for example in examples)
 
 
 def _refuse_empty(examples: Sequence[Example]) -> None:
@@ -33,11 +87,13 @@ def pack(examples: Sequence[Example]) -> dict[str, Tensor | int]:
         `input_ids`, `labels`, `position_ids` (1, T), positions restarting at each document; `cu_seq_lens_q` and
         `cu_seq_lens_k` (N + 1,) int32; `max_length_q` and `max_length_k`.
     """
+    import torch
+
     _refuse_empty(examples)
-    lengths = [len(e.input_ids) for e in examples]
+    lengths = list(map(len, examples))
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     return {
-        "input_ids": torch.tensor([[token for e in examples for token in e.input_ids]]),
+        "input_ids": torch.from_numpy(np.concatenate([e.ids for e in examples])).long().unsqueeze(0),
         "labels": torch.tensor([[label for e in examples for label in e.labels()]]),
         "position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0),
         "cu_seq_lens_q": bounds,
@@ -56,16 +112,18 @@ def pad(examples: Sequence[Example], pad_id: int, *, side: str = "right") -> dic
     Raises:
         ValueError: for a side that is neither "left" nor "right".
     """
+    import torch
+
     _refuse_empty(examples)
     if side not in ("left", "right"):
         raise ValueError(f'side must be "left" or "right", got {side!r}')
-    width = max(len(e.input_ids) for e in examples)
+    width = max(map(len, examples))
 
     def fill(values: list[int], filler: int) -> list[int]:
         gap = [filler] * (width - len(values))
         return gap + values if side == "left" else values + gap
 
-    mask = torch.tensor([fill([1] * len(e.input_ids), 0) for e in examples])
+    mask = torch.tensor([fill([1] * len(e), 0) for e in examples])
     return {
         "input_ids": torch.tensor([fill(e.input_ids, pad_id) for e in examples]),
         "attention_mask": mask,
@@ -192,14 +250,19 @@ class PackedLayout:
 
     def joined(self, pieces: Sequence[Tensor]) -> Tensor:
         """Rectangles → (T, H, d), each token from its first place."""
-        return torch.cat([piece.flatten(0, 1) for piece in pieces])[self.back]
+        return self._placed(pieces)[self.back]
 
     def summed(self, pieces: Sequence[Tensor]) -> Tensor:
         """Rectangles with zeros where padded → (T, H, d), each token the sum over its places."""
         if not self.is_shared:
             return self.joined(pieces)
-        places = torch.cat([piece.flatten(0, 1) for piece in pieces])
+        places = self._placed(pieces)
         return places.new_zeros(len(self.back), *places.shape[1:]).index_add_(0, self.places, places)
+
+    def _placed(self, pieces: Sequence[Tensor]) -> Tensor:
+        import torch
+
+        return torch.cat([piece.flatten(0, 1) for piece in pieces])
 
     def _cut(self, places: Tensor) -> list[Tensor]:
         pieces = places.split([n * t for n, t in self.shapes])
@@ -213,6 +276,9 @@ def packed_layout(documents: Sequence[Tensor], device: torch.device | str = "cpu
         documents: where each document's tokens stand in the row, int64; documents may share tokens.
         device: of the layout.
     """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
     documents, tables, group, used = sorted(documents, key=len), [], [], 0
     for i, document in enumerate(documents):
         group.append(document)

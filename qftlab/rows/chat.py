@@ -8,10 +8,12 @@ whole conversation's ids, and special-token text that somebody typed stays text.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from qftlab.rows.batches import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,8 +35,8 @@ PART_FORMS = {"text": "{}", "reasoning": "<think>\n{}\n</think>\n\n", "tool_call
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "complex_cot", "message_thinking")
 MASKS = ("weight", "train", "loss_weight")  # of a turn; 0 or false: it is not trained
 THINKING = re.compile(r"(?:\s*<think>(.*?)</think>|((?:(?!<think>).)*?)\n</think>\n)(.*)", re.DOTALL)
-IGNORED = -100  # transformers' label for "not trained"
-EMPTY_THINKING = "<think>\n\n</think>\n\n"
+SURROGATE = re.compile("[\ud800-\udfff]")
+OPEN, CLOSE = "<think>", "</think>"
 
 
 class DataError(ValueError):
@@ -45,33 +47,7 @@ class DataError(ValueError):
 # `tool_calls`, in the form of the OpenAI protocol, and then no content, and `reasoning_content`; they are trained as
 # the template writes them. A weight of 0 keeps a turn from that (`MASKS`). The first turn may hold `tools`, for all.
 Message = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Example:
-    """One document as the model sees it.
-
-    Args:
-        input_ids: token ids, (T,).
-        loss_mask: True where the token is trained (it is *predicted*, from the tokens before it), (T,).
-    """
-
-    input_ids: list[int]
-    loss_mask: list[bool]
-
-    def __post_init__(self) -> None:
-        if len(self.input_ids) != len(self.loss_mask):
-            raise ValueError(f"loss_mask must have {len(self.input_ids)} entries, got {len(self.loss_mask)}")
-
-    def labels(self) -> list[int]:
-        """Ids where trained, −100 elsewhere; always −100 at the first token, which nothing predicts."""
-        pairs = zip(self.input_ids, self.loss_mask, strict=True)
-        return [token if kept and i else IGNORED for i, (token, kept) in enumerate(pairs)]
-
-    @property
-    def num_trained(self) -> int:
-        """How many tokens are trained."""
-        return sum(self.loss_mask)
+Piece = tuple[str, bool]  # of a rendered text, and whether it is trained
 
 
 def render_prompt(
@@ -90,9 +66,11 @@ def render_prompt(
         allowed: control tokens the assistant may say, `ASSISTANT_TOKENS` by default.
 
     Raises:
-        ValueError: if the tokenizer has no chat template, there is no message, or one lacks a known role or a text.
+        ValueError: if the tokenizer has no chat template, there is no message, one lacks a known role or a text, or
+            thinking is asked for of a template that knows none.
     """
-    return _Renderer(tokenizer, messages, thinking, allowed).prompt()
+    renderer = Renderer(tokenizer, messages, thinking, allowed)
+    return [token for text, _ in renderer.documents("none")[0] for token in renderer.encode(text)]
 
 
 def render_chat(
@@ -113,7 +91,8 @@ def render_chat(
         tokenizer: one with a chat template.
         messages: the turns; at least one by the assistant, not the first, which is a greeting.
         train_on: "all" assistant turns, or the "last" only.
-        thinking: Qwen3's `enable_thinking`; None leaves the template its default.
+        thinking: Qwen3's `enable_thinking`, as the prompt will be asked with. By None each turn is rendered as it is:
+            one without thinking as the answer to a prompt with thinking off.
         allowed: control tokens the assistant may say, `ASSISTANT_TOKENS` by default.
 
     Returns:
@@ -122,21 +101,21 @@ def render_chat(
 
     Raises:
         ValueError: for an unknown `train_on`, a message without role or text, no assistant turn, or a template whose
-            prompt is not a prefix of the whole (the message shows the first differing token).
+            prompt is not a prefix of the whole (the message shows where they part); for thinking asked for of
+            a template that knows none, or of a turn that has none.
     """
-    if train_on not in ("all", "last"):
-        raise ValueError(f'train_on must be "all" or "last", got {train_on!r}')
-    renderer = _Renderer(tokenizer, messages, thinking, allowed)
-    answers = [i for i, m in enumerate(renderer.messages) if i and m["role"] == "assistant"]
-    if not answers:
-        roles = [m["role"] for m in messages]
-        raise ValueError(f"messages must hold an assistant turn after a user turn to be trained, got roles {roles}")
-    trained = [i for i in (answers[-1:] if train_on == "last" else answers) if is_trained(renderer.messages[i])]
-    spans = [renderer.span(i) for i in trained]
-    final = renderer.text(answers[-1] + 1)
-    if all(final.startswith(renderer.text(i + 1)) for i in trained):
-        return [renderer.whole(answers[-1], spans)]
-    return [renderer.whole(i, [span]) for i, span in zip(trained, spans, strict=True)]
+    renderer = Renderer(tokenizer, messages, thinking, allowed)
+    return [renderer.example(pieces) for pieces in renderer.documents(train_on)]
+
+
+def knows_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template can be asked with thinking on or off, as Qwen3's can."""
+    return "enable_thinking" in str(tokenizer.chat_template)
+
+
+def thinks(turn: Message) -> bool:
+    """Whether a turn holds thinking."""
+    return bool(turn.get("reasoning_content")) or CLOSE in str(turn.get("content"))
 
 
 def is_trained(turn: Message) -> bool:
@@ -151,7 +130,7 @@ def checked_text(text: str, where: str) -> str:
     Raises:
         DataError: if it does.
     """
-    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+    if not text.isascii() and SURROGATE.search(text):
         raise DataError(f"{where} holds half a surrogate pair, which is no character: remove it")
     return text
 
@@ -285,10 +264,10 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-class _Renderer:
+class Renderer:
     """One conversation: its template text with typed control tokens hidden, and the way from there to ids."""
 
-    def __init__(self, tokenizer, messages, thinking, allowed) -> None:
+    def __init__(self, tokenizer, messages, thinking=None, allowed=None) -> None:
         messages = turns(messages, "messages")
         if not tokenizer.chat_template:
             name = tokenizer.name_or_path or "the tokenizer"
@@ -296,14 +275,17 @@ class _Renderer:
         self.tokenizer = tokenizer
         self.control = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self.allowed = set(ASSISTANT_TOKENS if allowed is None else allowed)
-        self.options = {} if thinking is None else {"enable_thinking": thinking}
+        self.thinking, self.knows_thinking = thinking, knows_thinking(tokenizer)
+        if thinking is not None and not self.knows_thinking:
+            raise ValueError(f"thinking must be left alone: the chat template has no enable_thinking, got {thinking}")
+        self.options: dict[str, Any] = {}
         tools = [tool for m in messages for tool in m.pop("tools", None) or ()]
         for name, is_used in (("tool_calls", any(m.get("tool_calls") for m in messages)), ("tools", bool(tools))):
             if is_used and name not in str(tokenizer.chat_template):
                 owner = tokenizer.name_or_path or "the tokenizer"
                 raise ValueError(f"{owner} has a chat template without {name}: write them into a turn's content")
-        knows_thinking = "reasoning_content" in str(tokenizer.chat_template)
-        messages = [_thinking_apart(m) if knows_thinking else _thinking_aloud(m) for m in messages]
+        takes_thoughts = "reasoning_content" in str(tokenizer.chat_template)
+        messages = [_thinking_apart(m) if takes_thoughts else _thinking_aloud(m) for m in messages]
         used = set().union(*_texts([*messages, *tools]))
         free = (chr(c) for c in range(0xF0000, 0xFFFFD) if chr(c) not in used)
         self.hidden = dict(zip(self.control, free, strict=False))
@@ -312,7 +294,7 @@ class _Renderer:
         self.messages = [self._hide(m) for m in messages]
         if tools:
             self.options["tools"] = self._hide_in(tools, ())
-        self.texts: dict[tuple[int, bool], str] = {}
+        self.texts: dict[tuple, str] = {}
 
     def _hide(self, message: Message) -> Message:
         """Puts one private character in the place of each control token that was typed, not meant.
@@ -338,67 +320,107 @@ class _Renderer:
                     value = value.replace(token, stand_in)
         return value
 
-    def text(self, turns: int, *, prompt: bool = False) -> str:
+    def text(self, turns: int, thinking: bool | None = None, *, prompt: bool = False) -> str:
         """The template's text of the first turns."""
-        if (turns, prompt) not in self.texts:
-            try:
-                self.texts[turns, prompt] = self.tokenizer.apply_chat_template(
-                    self.messages[:turns], tokenize=False, add_generation_prompt=prompt, **self.options
-                )
-            except Exception as error:  # a template is a program, and may raise anything
-                raise ValueError(
-                    f"the chat template cannot write these turns: {error or type(error).__name__}"
-                ) from error
-        return self.texts[turns, prompt]
+        key = turns, thinking, prompt
+        if key not in self.texts:
+            text = self._written(self.messages[:turns], thinking, prompt)
+            self.texts[key] = text if prompt or turns < 2 else self._reopened(text, turns, thinking)
+        return self.texts[key]
 
-    def prompt(self) -> list[int]:
-        """Ids of all turns and the header of the next."""
-        text = self.text(len(self.messages), prompt=True)
-        return self._parts(text, self._starts(text, len(self.messages)), [])[0]
+    def _written(self, messages: Sequence[Message], thinking: bool | None, prompt: bool) -> str:
+        options = self.options if thinking is None else {**self.options, "enable_thinking": thinking}
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **options)
+        except Exception as error:  # a template is a program, and may raise anything
+            raise ValueError(f"the chat template cannot write these turns: {error or type(error).__name__}") from error
+
+    def _reopened(self, text: str, turns: int, thinking: bool | None) -> str:
+        """The text with the last turn's thinking, where the template opens it in the prompt and drops it here (R1)."""
+        last = self.messages[turns - 1]
+        said = str(last.get("content") or "")
+        if last["role"] != "assistant" or not said.startswith(OPEN):
+            return text
+        prompt, mark = self.text(turns - 1, thinking, prompt=True), "\U000ffffd"
+        if text.startswith(prompt) or not _squeezed(prompt).endswith(OPEN):
+            return text
+        marked = self._written([*self.messages[: turns - 1], {**last, "content": mark}], thinking, False)
+        return prompt + said.removeprefix(OPEN).lstrip("\n") + marked.partition(mark)[2]
+
+    def mode(self, turn: int) -> bool | None:
+        """The thinking a turn is asked with: what is wanted of all, or else off if it answers that, and on if not."""
+        if self.thinking is not None or not self.knows_thinking:
+            return self.thinking
+        prompt, whole = self.text(turn, False, prompt=True), self.text(turn + 1, False)
+        return not (whole.startswith(prompt) and _squeezed(whole[len(prompt) :]).startswith(self._said(turn)))
+
+    def _said(self, turn: int) -> str:
+        """All that a turn says, thinking first, without blanks."""
+        return _squeezed(_thinking_aloud(self.messages[turn])["content"] or "")
 
     def span(self, turn: int) -> tuple[int, int]:
         """Where the trained text of an assistant turn begins and ends, in the text rendered up to this turn."""
-        prompt, whole = self.text(turn, prompt=True), self.text(turn + 1)
+        mode = self.mode(turn)
+        prompt, whole = self.text(turn, mode, prompt=True), self.text(turn + 1, mode)
         if not whole.startswith(prompt):
             raise ValueError(self._difference(turn, prompt, whole))
         start, end = len(prompt), len(whole.rstrip("\n"))
-        said = _squeezed(_thinking_aloud(self.messages[turn])["content"] or "")
-        is_own = said.startswith("<think>") and _squeezed(whole[start:]).startswith(said)
-        start += len(EMPTY_THINKING) if whole.startswith(EMPTY_THINKING, start) and not is_own else 0
+        said = self._said(turn).removeprefix(OPEN if _squeezed(prompt).endswith(OPEN) else "")
         written = _squeezed(whole[start:end])
         after = written.removeprefix(said)
         if not written.startswith(said) or not (self.messages[turn].get("tool_calls") or after in self.control):
-            shown = f"{whole[start:end]!r:.200}"
+            hint = ": it has no thinking, which its prompt asks for" if CLOSE in written and CLOSE not in said else ""
             raise ValueError(
-                f"turn {turn + 1} must stand as it is before an end token, but the chat template writes {shown}"
+                f"turn {turn + 1} must stand as it is before an end token, but the chat template writes "
+                f"{whole[start:end]!r:.200}{hint}"
             )
         return start, end
 
-    def whole(self, turn: int, spans: list[tuple[int, int]]) -> Example:
-        """Ids and mask of the conversation up to a turn.
+    def documents(self, train_on: str) -> list[list[Piece]]:
+        """What `render_chat` encodes, and for "none" what `render_prompt` does; raises what they raise."""
+        if train_on == "none":
+            text = self.text(len(self.messages), self.thinking, prompt=True)
+            return [self._pieces(text, self._starts(text, len(self.messages)), [])]
+        if train_on not in ("all", "last"):
+            raise ValueError(f'train_on must be "all" or "last", got {train_on!r}')
+        answers = [i for i, m in enumerate(self.messages) if i and m["role"] == "assistant"]
+        if not answers:
+            roles = [m["role"] for m in self.messages]
+            raise ValueError(f"messages must hold an assistant turn after a user turn to be trained, got roles {roles}")
+        trained = [i for i in (answers[-1:] if train_on == "last" else answers) if is_trained(self.messages[i])]
+        spans = [self.span(i) for i in trained]
+        final = self.text(answers[-1] + 1, self.mode(answers[-1]))
+        if all(final.startswith(self.text(i + 1, self.mode(i))) for i in trained):
+            return [self.whole(answers[-1], spans)]
+        return [self.whole(i, [span]) for i, span in zip(trained, spans, strict=True)]
+
+    def whole(self, turn: int, spans: list[tuple[int, int]]) -> list[Piece]:
+        """The conversation up to a turn, in pieces.
 
         The text is cut where a trained span begins: a prompt's ids are then a prefix of the whole's by construction,
         even if the answer starts with white space that the tokenizer would merge with the header's newline.
         """
-        text, head = self.text(turn + 1), len(self.text(turn, prompt=True))
+        mode = self.mode(turn)
+        text, head = self.text(turn + 1, mode), len(self.text(turn, mode, prompt=True))
         is_last_cut = any(start >= head for start, _ in spans)
-        return Example(*self._parts(text, self._starts(text, turn + (not is_last_cut)), spans))
+        return self._pieces(text, self._starts(text, turn + (not is_last_cut)), spans)
 
     def _starts(self, text: str, turns: int) -> list[int]:
         """Where the assistant began to speak in earlier turns."""
-        heads = [self.text(i, prompt=True) for i in range(1, turns) if self.messages[i]["role"] == "assistant"]
+        bare = True if self.knows_thinking else None  # earlier turns are shown without thinking
+        heads = [self.text(i, bare, prompt=True) for i in range(1, turns) if self.messages[i]["role"] == "assistant"]
         return [len(head) for head in heads if text.startswith(head)]
 
-    def _parts(self, text: str, starts: list[int], spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
-        """Ids and mask of a text that is cut at `starts` and at both ends of the trained `spans`."""
+    def _pieces(self, text: str, starts: list[int], spans: list[tuple[int, int]]) -> list[Piece]:
+        """A text that is cut at `starts` and at both ends of the trained `spans`."""
         cuts = sorted({0, len(text), *starts, *(edge for span in spans for edge in span)})
-        ids: list[int] = []
-        mask: list[bool] = []
-        for start, end in zip(cuts[:-1], cuts[1:], strict=True):
-            part = self.encode(text[start:end])
-            ids += part
-            mask += [any(a <= start and end <= b for a, b in spans)] * len(part)
-        return ids, mask
+        return [(text[start:end], any(a <= start and end <= b for a, b in spans))
+                for start, end in zip(cuts[:-1], cuts[1:], strict=True)]  # fmt: skip
+
+    def example(self, pieces: Sequence[Piece]) -> Example:
+        """Ids and mask of a text in pieces, each encoded by itself."""
+        encoded = [(self.encode(text), kept) for text, kept in pieces]
+        return Example([i for ids, _ in encoded for i in ids], [kept for ids, kept in encoded for _ in ids])
 
     def encode(self, text: str) -> list[int]:
         """Template text → ids: control tokens where the template or the assistant put them, everything else as text."""
@@ -415,12 +437,11 @@ class _Renderer:
         return ids
 
     def _difference(self, turn: int, prompt: str, whole: str) -> str:
-        a, b = self.encode(prompt), self.encode(whole)
-        at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-        shown = [repr(self.tokenizer.decode(ids[at : at + 1])) for ids in (a, b)]
+        at = len(os.path.commonprefix([prompt, whole]))
+        before, asked, written = prompt[max(0, at - 20) : at], prompt[at : at + 20], whole[at : at + 20]
         return (
-            f"the prompt of turn {turn} must be a prefix of the conversation, but token {at} is {shown[0]} in the "
-            f"prompt and {shown[1]} in the whole: this chat template cannot be trained on as it is "
+            f"the prompt of turn {turn} must be a prefix of the conversation, but after {before!r} the prompt goes on "
+            f"with {asked!r} and the whole with {written!r}: this chat template cannot be trained on as it is "
             "(try thinking=True or False)"
         )
 

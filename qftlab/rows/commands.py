@@ -1,4 +1,4 @@
-"""The commands `data`, `lengths` and `split`: their settings, and functions that return what they have to say."""
+"""The commands `data` and `lengths`: their settings, and functions that return what they have to say."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from qftlab.rows.sources import DataError, LoadReport, load, stream
-from qftlab.settings import check_at_least, make_tuples
-
-Names = tuple[str, ...] | str
+from qftlab.rows.sources import DataError, LoadReport, stream
+from qftlab.settings import THINKING, Names, Thinking, check_at_least, check_fields
 
 
 @dataclass(frozen=True)
 class ReadConfig:
-    """What the three commands share: which rows are read, and how.
+    """What all commands that read rows share: which rows are read, and how.
 
     Args:
         data: files (.json, .jsonl, .csv, .parquet) or patterns of them, folders in the hub's format, or names on the
@@ -39,7 +37,7 @@ class ReadConfig:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        make_tuples(self, "data")
+        check_fields(self)
         check_at_least(1, limit=self.limit)
         if not self.data:
             raise ValueError("data must name at least one file of rows, got none: --data rows.jsonl")
@@ -76,7 +74,6 @@ class DataConfig(ReadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        make_tuples(self, "skip")
         if self.output and not self.output.endswith(".jsonl"):
             raise ValueError(f"output must end in .jsonl, got {self.output!r}")
 
@@ -90,6 +87,7 @@ class LengthsConfig(ReadConfig):
         model: whose tokenizer: `tiny`, a folder, or a name on the hub.
         max_length: also say which rows are longer than so many tokens.
         policy: what to do with those: `truncate` keeps the prompt, `skip` leaves them out, `error` fails.
+        thinking: `on`, `off`, or `auto`, as in `sft`.
         batch_size: rows tokenised at once.
 
     Raises:
@@ -99,44 +97,13 @@ class LengthsConfig(ReadConfig):
     model: str = "tiny"
     max_length: int | None = None
     policy: Literal["truncate", "skip", "error"] = "skip"
+    thinking: Thinking = "auto"
     batch_size: int = 1000
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(2, max_length=self.max_length)
         check_at_least(1, batch_size=self.batch_size)
-
-
-@dataclass(frozen=True)
-class SplitConfig(ReadConfig):
-    """Splits rows so that no prompt is on both sides; with `against`, reports what two sets have in common.
-
-    Args:
-        data: files, patterns, folders or hub names, one or [several]; with `against`, the training set.
-        output: new folder, gets train.jsonl and test.jsonl; without it the split is only described.
-        test: share of the rows on the test side.
-        seed: another seed, another split.
-        against: a test set: files, folders or hub names; nothing is split, the overlap is reported.
-        n: words in a row that count as copied, for `against`; of a script without blanks, its characters.
-
-    Raises:
-        ValueError: for a value out of range.
-    """
-
-    output: str = ""
-    test: float = 0.2
-    seed: int = 0
-    against: Names = ()
-    n: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        make_tuples(self, "against")
-        check_at_least(2, n=self.n)
-        if not 0 < self.test < 1:
-            raise ValueError(f"test must be in (0, 1), got {self.test}")
-        if self.output and self.against:
-            raise ValueError(f"output must not stand beside against, which writes nothing; got {self.output!r}")
 
 
 def describe(config: DataConfig) -> str:
@@ -186,69 +153,31 @@ def measure(config: LengthsConfig) -> str:
     Raises:
         ValueError: for rows that cannot be read or rendered; under the policy "error", if any row is too long.
     """
-    from qftlab.rows.lengths import FIRST, LengthStats, limited, row_examples, row_lengths
+    from qftlab.rows.lengths import FIRST, LengthStats, limited, row_documents
     from qftlab.rows.tokenizer import load_tokenizer
 
     tokenizer, report, stats = load_tokenizer(config.model), LoadReport(), LengthStats()
-    window: list[dict] = []  # the rows of the batch in work
-    rows = _kept(config.read(report), window)
     done, affected, truncated, named = 0, 0, 0, []
-    for batch in row_lengths(tokenizer, rows, batch_size=config.batch_size):
-        stats.add(chain.from_iterable(batch))
-        for i, lengths in enumerate(batch):
-            if lengths and (config.max_length is None or max(lengths) <= config.max_length):
+    for batch in row_documents(tokenizer, config.read(report), thinking=THINKING[config.thinking],
+                               batch_size=config.batch_size):  # fmt: skip
+        stats.add(len(document) for documents in batch for document in documents)
+        for number, documents in enumerate(batch, done + 1):
+            longest = max(map(len, documents), default=0)
+            if documents and longest <= (config.max_length or longest):
                 continue
             affected += 1
-            kept = row_examples(tokenizer, window[i], done + i + 1) if lengths else []
-            done_to = [what for example in kept if (what := limited(example, config.max_length, config.policy)[1])]
+            done_to = [what for e in documents if (what := limited(e, config.max_length, config.policy)[1])]
             truncated += "truncated" in done_to
             if len(named) < FIRST:
                 reason = done_to[0] if done_to else "nothing to train in it"
-                named.append(f" row {done + i + 1}: {max(lengths, default=0):,} tokens, {reason}")
+                named.append(f" row {number}: {longest:,} tokens, {reason}")
         done += len(batch)
-        window.clear()
     lines = [report.summary(), stats.summary()]
     if affected:
         limit = f"max_length {config.max_length}, {config.policy}" if config.max_length else "no max_length"
         lines += [f"{affected:,} rows affected ({limit}), {truncated:,} of them truncated and kept:", *named]
     if affected and config.policy == "error" and config.max_length is not None:
         raise ValueError("\n".join([*lines, "raise max_length, or choose the policy truncate or skip"]))
-    return "\n".join(lines)
-
-
-def _kept(rows: Iterable[dict], window: list[dict]) -> Iterator[dict]:
-    """The rows, each also put into `window`, which whoever reads them empties."""
-    for row in rows:
-        window.append(row)
-        yield row
-
-
-def divide(config: SplitConfig) -> str:
-    """Splits, or compares with `against`, and returns the report; writes both sides where asked.
-
-    Raises:
-        ValueError: for rows that cannot be read or have no prompt.
-        FileExistsError: if an output file exists.
-    """
-    from qftlab.rows.split import contamination, split_rows
-
-    report = LoadReport()
-    if config.against:
-        protected = load(config.against, bad=config.bad, columns=config.columns).rows
-        train = config.read(report)
-        return "\n".join([contamination(train, protected, n=config.n).summary(), report.summary()])
-    rows = list(config.read(report))
-    made = split_rows(rows, test=config.test, seed=config.seed)
-    lines = [report.summary(), made.summary()]
-    if config.output:
-        folder = Path(config.output)
-        for name in ("train", "test"):
-            if (folder / f"{name}.jsonl").exists():
-                raise FileExistsError(f"{folder / name}.jsonl exists: choose another output or remove it")
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, side in (("train", made.train), ("test", made.test)):
-            write_rows(side, folder / f"{name}.jsonl")
-        lines.append(f"written to {folder}")
     return "\n".join(lines)
 
 

@@ -97,3 +97,9 @@ def countdown_row(problem: CountdownProblem) -> dict:
         "numbers": list(problem.numbers),
         "target": problem.target,
     }
+
+
+def fresh_problems(count: int, seed: int) -> list[dict]:
+    """Rows of Countdown problems from the training side, drawn anew from a seed; held-out ones are never among them."""
+    chance = random.Random(f"problems {seed}")
+    return [countdown_row(random_problem(chance)) for _ in range(count)]

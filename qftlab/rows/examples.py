@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qftlab.rows.batches import Example, count_trained
-from qftlab.rows.chat import Message, is_trained, render_chat
-from qftlab.rows.schemas import convert_row, messages_of, remarks, unrendered
+from qftlab.rows.schemas import convert_row, kind_of, remarks, unrendered
 from qftlab.rows.sources import load
 
 log = logging.getLogger(__name__)
@@ -31,6 +30,7 @@ class Usage:
             a pair differ and come to the same ids.
         unrendered: field → number of rows in which it holds something that no template shows.
         sources: the rows of each source, in order, so that a row can be named by its file.
+        thinking: conversations in which there is thinking.
     """
 
     rows: int = 0
@@ -44,23 +44,26 @@ class Usage:
     left_out: dict[str, list[int]] = field(default_factory=dict)
     unrendered: dict[str, int] = field(default_factory=dict)
     sources: dict[str, int] = field(default_factory=dict)
+    thinking: int = 0
 
-    def fit(self, rows: Iterable[dict], wanted: str) -> Iterator[tuple[int, str, dict]]:
+    def fit(self, rows: Iterable[dict], wanted: str, start: int = 0) -> Iterator[tuple[int, str, dict]]:
         """Number, place and row in the lab's form, of every row that can be trained on; the others are counted.
 
         Args:
             rows: of any layout.
-            wanted: "sft", "preference" or "problem"; any row has a prompt, so any is a problem.
+            wanted: "sft", "preference" or "problem"; any row has a prompt, so any is a problem. "": as it is.
+            start: rows before the first of them.
 
         Raises:
             DataError: for a row of no such layout, naming its place.
         """
-        for number, raw in enumerate(rows, 1):
-            self.rows, where = number, place_of(number, self.sources)
-            row = prompt_row(raw, where) if wanted == "problem" else convert_row(dict(raw), where, wanted=wanted)
+        for number, raw in enumerate(rows, start + 1):
+            self.rows, where = self.rows + 1, place_of(number, self.sources)
+            is_any = wanted in ("", "problem")
+            row = prompt_row(raw, where) if is_any else convert_row(dict(raw), where, wanted=wanted)
             for name in unrendered(row):
                 self.unrendered[name] = self.unrendered.get(name, 0) + 1
-            why = next((found for found in remarks(row) if found in REFUSED[wanted]), None)
+            why = next((found for found in remarks(row) if found in REFUSED[wanted or kind_of(row)]), None)
             if why is None:
                 yield number, where, row
             else:
@@ -70,13 +73,22 @@ class Usage:
         """Counts a row that is not trained on."""
         self.left_out.setdefault(why, []).append(number)
 
+    def merge(self, other: Usage) -> None:
+        """Takes in what was counted of further rows."""
+        self.rows += other.rows
+        self.thinking += other.thinking
+        for why, numbers in other.left_out.items():
+            self.left_out.setdefault(why, []).extend(numbers)
+        for name, count in other.unrendered.items():
+            self.unrendered[name] = self.unrendered.get(name, 0) + count
+
     def close(self, examples: Sequence[Example]) -> None:
         """Measures what is kept, and logs what became of the rows: as a warning where some were left out.
 
         Raises:
             ValueError: if nothing is kept.
         """
-        lengths = sorted(len(example.input_ids) for example in examples) or [0]
+        lengths = sorted(len(example) for example in examples) or [0]
         self.documents, self.tokens, self.trained_tokens = len(examples), sum(lengths), count_trained(examples)
         self.longest, self.mean_length = lengths[-1], sum(lengths) / len(lengths)
         self.median_length, self.p95_length = lengths[len(lengths) // 2], lengths[int(0.95 * (len(lengths) - 1))]
@@ -115,21 +127,6 @@ def prompt_row(row: Mapping, where: str) -> dict:
     return {name: value for name, value in made.items() if name != "output"} if is_bare else made
 
 
-def encoded(tokenizer, messages: Sequence[Message], where: str, train_on: str = "all") -> list[Example]:
-    """A conversation's documents by the loss-mask contract; none where nothing is trained.
-
-    Raises:
-        ValueError: if it cannot be rendered, naming its place.
-    """
-    answers = [turn for turn in messages[1:] if turn["role"] == "assistant"]
-    if not any(map(is_trained, answers[-1:] if train_on == "last" else answers)):
-        return []
-    try:
-        return render_chat(tokenizer, messages, train_on=train_on)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
 def encode_rows(
     tokenizer,
     rows: Sequence[dict],
@@ -137,6 +134,7 @@ def encode_rows(
     max_length: int | None = None,
     train_on: str = "all",
     sources: Mapping[str, int] | None = None,
+    **options,
 ) -> tuple[list[Example], Usage]:
     """Rows as examples by the loss-mask contract; rows that cannot be trained on are left out and counted.
 
@@ -146,14 +144,16 @@ def encode_rows(
         max_length: the most tokens an example may have; longer ones are left out, never cut.
         train_on: "all" assistant turns or the "last".
         sources: rows by source, as `load_wanted` gives them: messages then name the file as well.
+        options: `thinking` as in `render_chat`; `num_proc` processes; `cache`, a folder that keeps many rows' examples.
 
     Raises:
         ValueError: if a row cannot be rendered (its place is named), or no row is left.
     """
+    from qftlab.rows.encoding import encode
+
     usage, examples = Usage(sources=dict(sources or {})), []
-    for number, where, row in usage.fit(rows, "sft"):
-        documents = encoded(tokenizer, messages_of(row), where, train_on)
-        kept = [e for e in documents if max_length is None or len(e.input_ids) <= max_length]
+    for number, documents in encode(tokenizer, rows, "sft", usage, train_on=train_on, **options):
+        kept = [e for e in documents if max_length is None or len(e) <= max_length]
         if len(kept) < len(documents) or not documents:
             usage.leave_out(number, "too long" if documents else NOTHING)
         examples += kept
@@ -172,7 +172,7 @@ class Pair:
     @property
     def length(self) -> int:
         """Tokens of both documents."""
-        return len(self.chosen.input_ids) + len(self.rejected.input_ids)
+        return len(self.chosen) + len(self.rejected)
 
 
 def place_of(number: int, sources: Mapping[str, int]) -> str:
@@ -207,7 +207,12 @@ def load_wanted(
 
 
 def encode_pairs(
-    tokenizer, rows: Sequence[dict], *, max_length: int | None = None, sources: Mapping[str, int] | None = None
+    tokenizer,
+    rows: Sequence[dict],
+    *,
+    max_length: int | None = None,
+    sources: Mapping[str, int] | None = None,
+    **options,
 ) -> tuple[list[Pair], Usage]:
     """Preference rows as pairs by the loss-mask contract; pairs that teach nothing are left out and counted.
 
@@ -217,13 +222,16 @@ def encode_pairs(
             whatever else `qftlab.rows.sources` reads as a preference row. Of equal scores neither answer is better.
         max_length: the most tokens a prompt with its answer may have; longer ones are left out, never cut.
         sources: rows by source, as `load_wanted` gives them: messages then name the file as well.
+        options: as in `encode_rows`.
 
     Raises:
         ValueError: if a row is no preference row or cannot be rendered (its place is named), or no pair is left.
     """
+    from qftlab.rows.encoding import encode
+
     usage, pairs = Usage(sources=dict(sources or {})), []
-    for number, where, row in usage.fit(rows, "preference"):
-        pair = Pair(*(pair_side(tokenizer, row, side, where) for side in ("chosen", "rejected")), number)
+    for number, sides in encode(tokenizer, rows, "preference", usage, **options):
+        pair = Pair(*sides, number)
         if why := _reason(pair, max_length):
             usage.leave_out(number, why)
         else:
@@ -232,18 +240,11 @@ def encode_pairs(
     return pairs, usage
 
 
-def pair_side(tokenizer, row: dict, side: str, where: str) -> Example:
-    """The document of one answer, "chosen" or "rejected", of a preference row in the lab's form."""
-    messages = [*row["prompt"], {"role": "assistant", "content": row[side]}]
-    [document] = encoded(tokenizer, messages, f"{where}, {side!r}", "last")
-    return document
-
-
 def _reason(pair: Pair, max_length: int | None) -> str | None:
     """Why a pair is left out, if it is."""
     if pair.chosen.input_ids == pair.rejected.input_ids:
         return "equal tokens"
-    longest = max(len(pair.chosen.input_ids), len(pair.rejected.input_ids))
+    longest = max(len(pair.chosen), len(pair.rejected))
     return "too long" if max_length is not None and longest > max_length else None
 
 

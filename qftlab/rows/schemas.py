@@ -42,6 +42,7 @@ RENDERED = set(
     "instruction input output messages prompt chosen rejected score_chosen score_rejected label kto_tag numbers target "
     "tests func_name reference skill".split()
 )
+PLAIN = {"instruction", "input", "output"}
 IN_TURNS = {"role", "content", "tool_calls", "reasoning_content", "tool_call_id", "tools", "name", *MASKS}
 EMPTY = (None, "", [], {})
 PICTURES = ("images", "image", "videos", "video", "audios", "audio")
@@ -85,6 +86,9 @@ def convert_row(
     """
     if not isinstance(row, dict):
         raise DataError(f"{where} must be an object with instruction and output, got {type(row).__name__}")
+    if row.keys() == PLAIN and schema in ("auto", "alpaca") and not columns and wanted in ("", "sft"):
+        if all(isinstance(text, str) for text in row.values()):  # nothing to convert, as in most rows
+            return {name: checked_text(text, f"{where}, {name!r}") for name, text in row.items()}
     row = _named(row, where, columns or {})
     found = SCHEMAS.get(schema) or next((s for s in SCHEMAS.values() if s.fits(row)), None)
     if found is None:

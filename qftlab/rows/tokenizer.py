@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qftlab.files import resolve
+from qftlab.rows.chat import knows_thinking
 
 NEW_TOKENS = ("<|AGENT|>", "<|EDIT|>")
+DEFAULT = "{%%- if enable_thinking is not defined %%}{%%- set enable_thinking = %s %%}{%%- endif %%}"
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,18 @@ def not_loadable(source: str, error: Exception) -> FileNotFoundError:
         f'{source} is no folder here, and the hub did not give it: {reason}; give "tiny", the folder of a saved model, '
         "or check the name and the connection"
     )
+
+
+def set_thinking_(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> None:
+    """Has the chat template ask with thinking on or off where nobody says which; saved with it, so every tool asks so.
+
+    Raises:
+        ValueError: for a template that cannot be asked for it.
+    """
+    if not knows_thinking(tokenizer):
+        raise ValueError("thinking must be left to a chat template that has no enable_thinking: leave it at auto")
+    ours = "|".join(re.escape(DEFAULT % word) for word in ("true", "false"))
+    tokenizer.chat_template = DEFAULT % str(thinking).lower() + re.sub(f"^({ours})", "", tokenizer.chat_template)
 
 
 def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str] = NEW_TOKENS) -> ExtensionReport:

@@ -61,7 +61,7 @@ class Checkpoints:
     def best(self) -> Path | None:
         """The checkpoint of the lowest held-out loss so far, if it was measured and that step was saved."""
         last = self.last()
-        step = best_step(read_state(last)["result"].get("held_out", ())) if last else None
+        step = read_state(last)["result"].get("best_step") if last else None
         path = None if step is None else self._path(step)
         return path if path and path.is_dir() else None
 
@@ -196,12 +196,6 @@ class Checkpoints:
 def step_of(path: Path) -> int:
     """The optimizer step of a checkpoint's folder."""
     return int(path.name.removeprefix("step-"))
-
-
-def best_step(held_out: Sequence[Sequence[float]]) -> int | None:
-    """The step of the lowest of (step, held-out loss) pairs, the first of equals; None without a finite loss."""
-    finite = [(loss, step) for step, loss in held_out if loss - loss == 0]
-    return int(min(finite)[1]) if finite else None
 
 
 def read_state(path: Path) -> dict:

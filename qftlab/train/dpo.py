@@ -22,8 +22,9 @@ from qftlab.rows.examples import Pair, documents, encode_pairs, load_wanted
 from qftlab.settings import DPOConfig, PreferenceLoss, RunConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, fingerprint, training_identity
 from qftlab.train.distributed import Ranks, autocast, per_process, wrap
-from qftlab.train.loop import MicroBatch, NonFiniteLoss, TrainResult, train
-from qftlab.train.run import RunFolder, Stage, load_extended, run_stage
+from qftlab.train.loop import TrainResult, train
+from qftlab.train.optimizer import MicroBatch, NonFiniteLoss
+from qftlab.train.run import RunFolder, Stage, ask_as_trained_, load_extended, row_options, run_stage
 from qftlab.train.step import IGNORED, Frozen, Step, to_device
 
 REFERENCE = "reference.safetensors"
@@ -206,7 +207,7 @@ class PairSource:
         config, pairs = self.config, [self.pairs[i] for i in numbers]
         lengths, budget = [p.length for p in pairs], config.tokens_per_micro_batch
         if not config.packing:  # a rectangle has two rows for each pair
-            lengths = [max(len(p.chosen.input_ids), len(p.rejected.input_ids)) for p in pairs]
+            lengths = [max(len(p.chosen), len(p.rejected)) for p in pairs]
             budget = budget and budget // 2
         groups = split_step(lengths, packing=config.packing, budget=budget, rows=config.micro_batch_size)
         mean = torch.tensor(sum(sum(p.chosen.loss_mask[1:]) for p in pairs) / len(pairs))
@@ -293,6 +294,7 @@ def fit_pairs(
     loss: PreferenceLoss | None = None,
     *,
     max_length: int | None = None,
+    thinking: bool | None = None,
     held_out_rows: Sequence[dict] = (),
     **options,
 ) -> TrainResult:
@@ -304,6 +306,7 @@ def fit_pairs(
         config: the settings of the loop; its batch sizes count pairs.
         loss: what is minimised, DPO with β 0.1 by default.
         max_length: the most tokens a prompt with its answer may have, by default the model's context.
+        thinking: what prompts will be asked with, as in `render_chat`.
         held_out_rows: rows whose loss and preference accuracy are measured.
         options: `reference_model` (another model that the policy is held to, in place of `loss.reference`), `cache` (a
             file that keeps the reference's log-probabilities), and `on_log`, `progress`, `checkpoints` and `resume`
@@ -320,9 +323,9 @@ def fit_pairs(
         NonFiniteLoss: if the loss is no number, naming the pair by its row.
         OSError: if a checkpoint cannot be written.
     """
-    limit = max_length or context_length(model)
-    pairs, _ = encode_pairs(tokenizer, rows, max_length=limit)
-    held_out = encode_pairs(tokenizer, held_out_rows, max_length=limit)[0] if held_out_rows else ()
+    limits = {"max_length": max_length or context_length(model), "thinking": thinking}
+    pairs, _ = encode_pairs(tokenizer, rows, **limits)
+    held_out = encode_pairs(tokenizer, held_out_rows, **limits)[0] if held_out_rows else ()
     return fit_encoded_pairs(model, pairs, config, loss, held_out=held_out, **options)
 
 
@@ -362,9 +365,8 @@ def read_pairs(config: RunConfig, wrap: Callable = lambda model, tokenizer: mode
     held_out_rows, held_out_sources = load_wanted(config.held_out, "preference", config.columns)
     model, tokenizer = load_extended(config)
     model = wrap(model, tokenizer)
-    limit = config.max_length or context_length(model)
-    pairs, usage = encode_pairs(tokenizer, rows, max_length=limit, sources=sources)
-    held_out = (
-        encode_pairs(tokenizer, held_out_rows, max_length=limit, sources=held_out_sources)[0] if held_out_rows else []
-    )
+    options = row_options(config, model)
+    pairs, usage = encode_pairs(tokenizer, rows, sources=sources, **options)
+    held_out = encode_pairs(tokenizer, held_out_rows, sources=held_out_sources, **options)[0] if held_out_rows else []
+    ask_as_trained_(tokenizer, config, usage)
     return model, tokenizer, pairs, held_out, usage

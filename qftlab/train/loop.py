@@ -17,7 +17,7 @@ from torch import nn
 
 from qftlab.model.head import module_mode
 from qftlab.settings import TrainConfig
-from qftlab.train.checkpoint import Checkpoints, best_step
+from qftlab.train.checkpoint import Checkpoints
 from qftlab.train.distributed import Ranks, RankShare, autocast, prepared, reshard_
 from qftlab.train.meter import Meter
 from qftlab.train.optimizer import (
@@ -25,7 +25,6 @@ from qftlab.train.optimizer import (
     MasterWeights,
     MicroBatch,
     NonFiniteLoss,
-    StepReport,
     learning_rate,
     make_optimizer,
     named_trainable,
@@ -34,8 +33,7 @@ from qftlab.train.optimizer import (
 )
 from qftlab.train.step import count_trained_tokens
 
-__all__ = ["MicroBatch", "NonFiniteLoss", "Source", "StepReport", "TrainResult", "learning_rate", "make_optimizer",
-           "optimizer_step", "total_steps", "train"]  # fmt: skip
+__all__ = ["Source", "TrainResult", "says_loss", "train"]
 log = logging.getLogger(__name__)
 
 
@@ -53,17 +51,25 @@ class Source(Protocol):
 class TrainResult:
     """What a run gave, what came before a resume included.
 
-    `losses` are nats per trained token, one for each finished optimizer step; `held_out` pairs (step, loss).
+    `losses` are nats per trained token, one for each finished optimizer step; `held_out` pairs (step, loss), and
+    `best_step` is that of the lowest, the first of equals.
     """
 
     steps: int = 0
     losses: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+    best_step: int | None = None
     tokens: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0
     interrupted: bool = False
     stopped_early: bool = False
+
+    def add_held_out(self, step: int, loss: float) -> None:
+        """Notes a held-out loss; one that is no number is never the best."""
+        self.held_out.append((step, loss))
+        finite = [(loss, step) for step, loss in self.held_out if loss - loss == 0]
+        self.best_step = min(finite)[1] if finite else None
 
 
 def says_loss(record: dict) -> str:
@@ -148,11 +154,6 @@ def train(
 
 class _Run:
     """A run of `train` under way: what it was given, its optimizer, and the result so far."""
-
-    unit: str
-    take: Callable[[], dict]
-    headline: Callable[[dict], str]
-    rate: Callable[[TrainConfig, int, int], float]
 
     def __init__(self, step, source, config, count, held_out, on_log, checkpoints, signals) -> None:
         self.signals = signals
@@ -246,7 +247,7 @@ class _Run:
             found = self.held_out()
         reshard_(self.step)
         loss, figures = found if isinstance(found, tuple) else (found, {})
-        r.held_out.append((r.steps, loss))
+        r.add_held_out(r.steps, loss)
         said = self.note({"step": r.steps, "held_out_loss": loss, **figures})
         log.info("step %d/%d: %s", r.steps, self.total, said)
 
@@ -255,7 +256,7 @@ class _Run:
         r, every = self.result, self.config.save_every
         if self.checkpoints is None or not every or r.steps == self.saved:
             return False
-        is_best = best_step(r.held_out) == r.steps and (r.steps > 0 or self.config.patience > 0)
+        is_best = r.best_step == r.steps and (r.steps > 0 or self.config.patience > 0)
         return is_best or (r.steps > 0 and (r.steps % every == 0 or r.steps == self.total))
 
     def save(self) -> None:
@@ -267,8 +268,7 @@ class _Run:
 
     def has_lost_patience(self) -> bool:
         """Whether the last `patience` held-out losses brought no new lowest one."""
-        steps = [step for step, _ in self.result.held_out]
-        best = best_step(self.result.held_out)
+        steps, best = [step for step, _ in self.result.held_out], self.result.best_step
         return 0 < self.config.patience < len(steps) - (steps.index(best) if best is not None else 0)
 
     def stop_early(self) -> None:

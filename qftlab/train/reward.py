@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from qftlab.model.attention import register_packed_attention
 from qftlab.model.head import context_length, module_mode
 from qftlab.rows.batches import Example, pack, pad
 from qftlab.rows.chat import render_chat, render_prompt
-from qftlab.rows.examples import Pair, documents, encode_pairs
+from qftlab.rows.examples import Pair, documents, encode_pairs, place_of
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.settings import AGENT, EDIT, RewardConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, training_identity
@@ -220,7 +220,7 @@ class ModelReward:
     def many(self, answers: Sequence[tuple]) -> list[float]:
         """The scores of answers, each (prompt, completion_ids, text, row)."""
         examples = [self._example(prompt, text) for prompt, _, text, _ in answers]
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
         device, found = next(self.model.parameters()).device, [0.0] * len(examples)
         for start in range(0, len(order), self.batch_size):
             part = order[start : start + self.batch_size]
@@ -282,6 +282,19 @@ class ImplicitReward:
 WANTED = {
     "countdown": ("numbers", "target"), "reasoned": ("numbers", "target"), "exact": ("output",), "mode": ("mode",),
 }  # fmt: skip
+
+
+def check_columns(names: Sequence[str], rows: Sequence[Mapping], sources: Mapping[str, int]) -> None:
+    """Refuses rows that lack what a named reward reads.
+
+    Raises:
+        ValueError: naming the reward, what is missing and the row's place.
+    """
+    for name in names:
+        for number, row in enumerate(rows, 1):
+            if missing := [column for column in WANTED.get(name, ()) if column not in row]:
+                raise ValueError(f"rewards {name} wants {' and '.join(missing)} in each row, got {', '.join(row)} in "
+                                 f"{place_of(number, sources)}: add it, or name another of --rewards")  # fmt: skip
 
 
 def named_rewards(names: Sequence[str], tokenizer, reward_model: str = "", device: str = "cpu") -> dict[str, Reward]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import random
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -19,8 +18,7 @@ from qftlab.decoding.decoder import best_layout
 from qftlab.maths.losses import clipped_policy_loss, is_clipped, kl_estimate, penalised_advantages, sum_by_document
 from qftlab.model.head import context_length
 from qftlab.rows.batches import Example
-from qftlab.rows.countdown import countdown_row, random_problem
-from qftlab.rows.examples import load_wanted, place_of
+from qftlab.rows.examples import load_wanted
 from qftlab.settings import PolicyConfig, RLOOConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, read_state, training_identity
 from qftlab.train.distributed import Ranks, per_process, wrap
@@ -143,6 +141,7 @@ def fit_policy(
     policy: PolicyConfig | None = None,
     *,
     max_length: int | None = None,
+    thinking: bool | None = None,
     held_out_rows: Sequence[dict] = (),
     **options,
 ) -> TrainResult:
@@ -156,6 +155,7 @@ def fit_policy(
         config: the settings of the loop; its batch counts prompts.
         policy: how answers are sampled and what is minimised.
         max_length: the most tokens of a prompt, by default what the model's context leaves.
+        thinking: what prompts are asked with, as in `render_prompt`.
         held_out_rows: rows whose mean reward under greedy decoding is measured.
         options: `sampler` (a server in place of the model), and `on_log`, `progress`, `checkpoints` and `resume` as in
             `fit_rows`; with `resume` the model given must be the one the run started from. `on_log` also gets what
@@ -174,19 +174,19 @@ def fit_policy(
         NonFiniteLoss, OSError: as `train`.
     """
     policy = policy or PolicyConfig()
-    prompts, held_out = prompts_for(model, tokenizer, policy, max_length, rows, held_out_rows)
+    prompts, held_out = prompts_for(model, tokenizer, policy, max_length, rows, held_out_rows, thinking=thinking)
     functions = dict(rewards) if isinstance(rewards, Mapping) else {getattr(rewards, "__name__", "reward"): rewards}
     return fit_prompts(model, tokenizer, prompts, functions, config, policy, held_out=held_out, **options)
 
 
 def prompts_for(
-    model, tokenizer, policy: PolicyConfig, max_length: int | None, *sets, sources=()
+    model, tokenizer, policy: PolicyConfig, max_length: int | None, *sets, sources=(), thinking: bool | None = None
 ) -> list[list[Prompt]]:
     """Rows of each set as prompts that leave room for an answer; an empty set stays empty."""
     context = context_length(model)
     room = None if context is None else context - policy.max_new_tokens
     limit = min((n for n in (max_length, room) if n is not None), default=None)
-    return [encode_prompts(tokenizer, rows, max_length=limit, sources=files) if rows else []
+    return [encode_prompts(tokenizer, rows, max_length=limit, thinking=thinking, sources=files) if rows else []
             for rows, files in zip_longest(sets, sources)]  # fmt: skip
 
 
@@ -337,18 +337,14 @@ def rloo(config: RLOOConfig, *, progress: bool = False) -> Path:
 
 def prepare(config: RLOOConfig) -> Stage:
     """Reads prompts, rewards and model."""
-    from qftlab.train.reward import WANTED, named_rewards
+    from qftlab.rows.countdown import fresh_problems
+    from qftlab.train.reward import check_columns, named_rewards
 
     rows, sources = load_wanted(config.data, columns=config.columns)
     rows = rows or fresh_problems(config.problems, config.train.seed)
     held_out_rows, held_out_sources = load_wanted(config.held_out, columns=config.columns)
-    placed = [(place_of(number, files), row) for found, files in ((rows, sources), (held_out_rows, held_out_sources))
-              for number, row in enumerate(found, 1)]  # fmt: skip
-    for name in config.rewards:
-        for place, row in placed:
-            if missing := [column for column in WANTED.get(name, ()) if column not in row]:
-                raise ValueError(f"rewards {name} wants {' and '.join(missing)} in each row, got {', '.join(row)} in "
-                                 f"{place}: add it, or name another of --rewards")  # fmt: skip
+    check_columns(config.rewards, rows, sources)
+    check_columns(config.rewards, held_out_rows, held_out_sources)
     model, tokenizer = load_extended(config)
     prompts, held_out = prompts_for(model, tokenizer, config.policy, config.max_length, rows, held_out_rows,
                                     sources=(sources, held_out_sources))  # fmt: skip
@@ -366,9 +362,3 @@ def prepare(config: RLOOConfig) -> Stage:
     identity = policy_identity(model, config.train, config.policy, prompts, held_out, rewards)
     begin = (lambda checkpoints: None) if config.server.url else (lambda checkpoints: keep_layout_(checkpoints, model))
     return Stage(model, tokenizer, identity, fit, begin=begin)
-
-
-def fresh_problems(count: int, seed: int) -> list[dict]:
-    """Rows of Countdown problems from the training side, drawn anew from a seed; held-out ones are never among them."""
-    chance = random.Random(f"problems {seed}")
-    return [countdown_row(random_problem(chance)) for _ in range(count)]

@@ -25,7 +25,7 @@ from qftlab.rows.examples import Usage
 from qftlab.rows.schemas import row_to_prompt
 from qftlab.settings import PolicyConfig, TrainConfig
 from qftlab.train.distributed import Ranks, autocast
-from qftlab.train.loop import MicroBatch
+from qftlab.train.optimizer import MicroBatch
 from qftlab.train.step import IGNORED, Step, to_device
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,12 @@ class ModelSampler:
 
 
 def encode_prompts(
-    tokenizer, rows: Sequence[dict], *, max_length: int | None = None, sources: Mapping[str, int] | None = None
+    tokenizer,
+    rows: Sequence[dict],
+    *,
+    max_length: int | None = None,
+    thinking: bool | None = None,
+    sources: Mapping[str, int] | None = None,
 ) -> list[Prompt]:
     """The prompts of rows; what answers the rows hold is not looked at.
 
@@ -124,6 +129,7 @@ def encode_prompts(
         rows: with "prompt" (text or messages), "messages" (up to the last answer), or "instruction" and "input";
             preference rows and Countdown problems as well.
         max_length: the most tokens of a prompt; longer ones are left out and counted.
+        thinking: as in `render_prompt`.
         sources: rows by source, as `load_wanted` gives them: messages then name the file as well.
 
     Raises:
@@ -133,7 +139,7 @@ def encode_prompts(
     for number, where, row in usage.fit(rows, "problem"):
         messages = row_to_prompt(row)
         try:
-            ids = render_prompt(tokenizer, messages)
+            ids = render_prompt(tokenizer, messages, thinking=thinking)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {error}") from error
         if max_length is not None and len(ids) > max_length:

@@ -17,10 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from qftlab.decoding.engine import known_id
 from qftlab.files import aside, not_written, sha256
+from qftlab.model.head import context_length
 from qftlab.model.loading import extend_model, load_model, save_model
 from qftlab.model.lora import add_adapters
-from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
-from qftlab.settings import RunConfig
+from qftlab.rows.chat import knows_thinking
+from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer, set_thinking_
+from qftlab.settings import THINKING, RunConfig
 from qftlab.train.checkpoint import Checkpoints, step_of
 from qftlab.train.distributed import Ranks, processes, training_dtype, unsharded
 from qftlab.train.loop import TrainResult
@@ -28,12 +30,6 @@ from qftlab.train.loop import TrainResult
 log = logging.getLogger(__name__)
 METRICS, MODEL, CHECKPOINTS = "metrics.jsonl", "model", "checkpoints"
 LATEST, FINAL = "latest", "final"  # pointers: to the last run that ended, and to its model
-
-# Where the loss says little: what records hold in its place, the axis, and the title.
-TELLING = (
-    (("reward",), "mean reward of an answer", "The reward of the sampled answers"),
-    (("chosen_logprob", "rejected_logprob"), "log-probability (nats an answer)", "The margin grows; look where to"),
-)
 
 
 class RunFolder:
@@ -124,6 +120,8 @@ class RunFolder:
             return
         self._metrics.close()
         if losses:
+            from qftlab.maths.plots import draw_curves
+
             records = [record for _, record in _records(self.path / METRICS)]
             draw_curves(self.path / "curves.png", losses, held_out, records)
         if not is_whole:
@@ -193,35 +191,6 @@ def _records(path: Path) -> Iterator[tuple[str, dict]]:
                 raise ValueError(f"{path}, line {number} must be a record with its step, got {line!r:.80}: remove that "
                                  "line") from None  # fmt: skip
             yield line, record
-
-
-def draw_curves(
-    path: Path,
-    losses: Sequence[float],
-    held_out: Sequence[tuple[int, float]] = (),
-    records: Sequence[dict] = (),
-) -> None:
-    """Writes what a run is judged by as a PNG: its rewards, both log-probabilities of pairs, or else its losses."""
-    from matplotlib.figure import Figure
-
-    from qftlab.maths.plots import finish, loss_curve
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    ax = figure.subplots()
-    for names, ylabel, title in TELLING:
-        found = [record for record in records if names[0] in record]
-        if found:
-            curves = {name: [record[name] for record in found] for name in names}
-            loss_curve([record["step"] for record in found], curves, ax=ax)
-            values = [value for curve in curves.values() for value in curve]
-            if any(values):
-                ax.set_ylim(min(0.0, 1.05 * min(values)), max(0.0, 1.05 * max(values)))
-            finish(ax, "optimizer step", ylabel, title)
-            break
-    else:
-        measured = tuple(zip(*held_out, strict=True)) if held_out else None
-        loss_curve(range(1, len(losses) + 1), losses, held_out=measured, ax=ax)
-    figure.savefig(path, dpi=120)
 
 
 def point(pointer: Path, target: str) -> Path:
@@ -357,7 +326,7 @@ def begin(run: RunFolder, checkpoints: Checkpoints, config: RunConfig, model, to
 
 def run_identity(config: RunConfig) -> dict:
     """The settings of a run that a resumed one must share, those of the loop aside; data count by their documents."""
-    free = ("data", "held_out", "output", "device", "resume", "train", "server")  # another address is no other run
+    free = "data held_out output device resume train server num_proc".split()  # another address is no other run
     return {name: value for name, value in asdict(config).items() if name not in free}
 
 
@@ -368,6 +337,8 @@ def load_extended(config: RunConfig) -> tuple:
     dtype = training_dtype(config.dtype, device)
     model, tokenizer = load_model(name, dtype=dtype, device=device, quant=config.quant), load_tokenizer(name)
     tokens = []
+    if config.thinking != "auto":
+        set_thinking_(tokenizer, THINKING[config.thinking])
     if config.new_tokens:
         report = extend_tokenizer(tokenizer, config.new_tokens)
         extend_model(model, tokenizer, report)
@@ -381,6 +352,19 @@ def load_extended(config: RunConfig) -> tuple:
             torch.manual_seed(config.train.seed)  # the same in every process
             model = add_adapters(model, config.lora, token_ids=tokens)
     return model, tokenizer
+
+
+def row_options(config: RunConfig, model) -> dict:
+    """What `encode_rows` and `encode_pairs` are told by a configuration."""
+    return {"max_length": config.max_length or context_length(model), "thinking": THINKING[config.thinking],
+            "num_proc": config.num_proc, "cache": Path(config.output) / "encoded"}  # fmt: skip
+
+
+def ask_as_trained_(tokenizer: PreTrainedTokenizerBase, config: RunConfig, usage) -> None:
+    """Has the template that is saved ask with thinking off, if no answer that is trained thinks."""
+    if config.thinking == "auto" and knows_thinking(tokenizer) and not usage.thinking:
+        set_thinking_(tokenizer, False)
+        log.info("no answer thinks: the chat template that is saved asks with thinking off unless it is told otherwise")
 
 
 def best_device(name: str = "auto") -> str:

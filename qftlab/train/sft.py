@@ -21,8 +21,9 @@ from qftlab.rows.examples import encode_rows, load_wanted
 from qftlab.settings import SFTConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, training_identity
 from qftlab.train.distributed import per_process, wrap
-from qftlab.train.loop import MicroBatch, TrainResult, train
-from qftlab.train.run import RunFolder, Stage, load_extended, run_stage
+from qftlab.train.loop import TrainResult, train
+from qftlab.train.optimizer import MicroBatch
+from qftlab.train.run import RunFolder, Stage, ask_as_trained_, load_extended, row_options, run_stage
 from qftlab.train.step import Step, no_grad_loss
 
 
@@ -49,7 +50,7 @@ class ExampleSource:
 
     def split(self, numbers: Sequence[int]) -> list[MicroBatch]:
         """Examples by number, as micro-batches within `micro_batch_size` rows or `tokens_per_micro_batch` tokens."""
-        config, lengths = self.config, [len(self.examples[i].input_ids) for i in numbers]
+        config, lengths = self.config, [len(self.examples[i]) for i in numbers]
         groups = split_step(lengths, packing=config.packing, budget=config.tokens_per_micro_batch,
                             rows=config.micro_batch_size)  # fmt: skip
         parts = [[numbers[i] for i in group] for group in groups]
@@ -63,7 +64,7 @@ def held_out_loss(step: torch.nn.Module, examples: Sequence[Example], config: Tr
     """A function that measures the loss (nats a trained token) on these examples, a step's rows at a time."""
     source = ExampleSource(examples, config)
     size = config.micro_batch_size or config.batch_size
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
     parts = [order[i : i + size] for i in range(0, len(order), size)]
     return lambda: no_grad_loss(step, [m.tensors for part in parts for m in source.split(part)])
 
@@ -97,11 +98,9 @@ def fit_rows(
     *,
     max_length: int | None = None,
     train_on: str = "all",
+    thinking: bool | None = None,
     held_out_rows: Sequence[dict] = (),
-    on_log: Callable[[dict], None] | None = None,
-    progress: bool = False,
-    checkpoints: Checkpoints | str | Path | None = None,
-    resume: bool = False,
+    **options,
 ) -> TrainResult:
     """Fine-tunes `model` in place on rows: what a notebook calls.
 
@@ -112,22 +111,21 @@ def fit_rows(
         config: the settings of the loop.
         max_length: the most tokens a row may have, by default the model's context; longer ones are left out.
         train_on: "all" assistant turns or the "last".
+        thinking: what prompts will be asked with, as in `render_chat`.
         held_out_rows: rows whose loss is measured.
-        on_log: gets every step's metrics.
-        progress: whether to draw a bar.
-        checkpoints: a folder for checkpoints (see `train`); without one nothing is saved.
-        resume: whether to go on from the last of them, if there is one; the weights of `model` are then replaced.
+        options: `on_log`, which gets every step's metrics; `progress`, whether to draw a bar; `checkpoints`, a folder
+            for them (see `train`), without which nothing is saved; `resume`, whether to go on from the last of them, if
+            there is one: the weights of `model` are then replaced.
 
     Raises:
         ValueError: if no row can be trained on, or a checkpoint is damaged or of another run.
         NonFiniteLoss: if the loss is no number; rows are then counted from 0 among those kept.
         OSError: if a checkpoint cannot be written.
     """
-    limit = max_length or context_length(model)
-    examples, _ = encode_rows(tokenizer, rows, max_length=limit, train_on=train_on)
-    held_out = encode_rows(tokenizer, held_out_rows, max_length=limit, train_on=train_on)[0] if held_out_rows else ()
-    return fit_examples(model, examples, config, held_out=held_out, on_log=on_log, progress=progress,
-                        checkpoints=checkpoints, resume=resume)  # fmt: skip
+    how = {"max_length": max_length or context_length(model), "train_on": train_on, "thinking": thinking}
+    examples, _ = encode_rows(tokenizer, rows, **how)
+    held_out = encode_rows(tokenizer, held_out_rows, **how)[0] if held_out_rows else ()
+    return fit_examples(model, examples, config, held_out=held_out, **options)
 
 
 def sft(config: SFTConfig, *, progress: bool = False) -> Path:
@@ -156,9 +154,10 @@ def prepare(config: SFTConfig) -> Stage:
     rows, sources = load_wanted(config.data, "sft", config.columns)
     held_out_rows, held_out_sources = load_wanted(config.held_out, "sft", config.columns)
     model, tokenizer = load_extended(config)
-    options = {"max_length": config.max_length or context_length(model), "train_on": config.train_on}
+    options = row_options(config, model) | {"train_on": config.train_on}
     examples, usage = encode_rows(tokenizer, rows, sources=sources, **options)
     held_out = encode_rows(tokenizer, held_out_rows, sources=held_out_sources, **options)[0] if held_out_rows else ()
+    ask_as_trained_(tokenizer, config, usage)
 
     def fit(run: RunFolder, **options) -> TrainResult:
         result = fit_examples(model, examples, config.train, held_out=held_out, **options)

@@ -26,7 +26,8 @@ from qftlab.model.attention import register_packed_attention
 from qftlab.rows.batches import Example, pack
 from qftlab.settings import TrainConfig, check_at_least
 from qftlab.train.checkpoint import Checkpoints
-from qftlab.train.loop import MicroBatch, TrainResult, train
+from qftlab.train.loop import TrainResult, train
+from qftlab.train.optimizer import MicroBatch
 from qftlab.train.step import Step
 from qftlab_course.world.corpus import END, Document, documents, tokenizer_text
 

@@ -606,7 +606,7 @@ def test_in_a_real_kernel(tmp_path: Path) -> None:
 def test_oracles_agree_with_the_library() -> None:
     from qftlab.rows.batches import Example, pad
     from qftlab.settings import TrainConfig
-    from qftlab.train.loop import learning_rate
+    from qftlab.train.optimizer import learning_rate
     from qftlab_course.exercises import nb02
 
     for step in range(20):

@@ -10,6 +10,7 @@ import os
 import resource
 import subprocess
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,9 @@ from random_models import random_model
 from qftlab.rows.batches import Example
 from qftlab.settings import TrainConfig
 from qftlab.train import checkpoint
-from qftlab.train.checkpoint import Checkpoints, best_step, flatten, training_identity
-from qftlab.train.loop import NonFiniteLoss
-from qftlab.train.optimizer import MasterWeights, bare_name, make_optimizer, named_trainable
+from qftlab.train.checkpoint import Checkpoints, flatten, training_identity
+from qftlab.train.loop import TrainResult
+from qftlab.train.optimizer import MasterWeights, NonFiniteLoss, bare_name, make_optimizer, named_trainable
 from qftlab.train.sft import fit_examples
 from qftlab.train.step import Step
 
@@ -97,14 +98,13 @@ def test_an_optimizer_that_has_not_stepped_has_no_state(tmp_path) -> None:
 
 def test_old_ones_go_after_the_new_one_and_the_best_stays(tmp_path) -> None:
     saved, (weights, optimizer) = Checkpoints(tmp_path, keep=2), moved()
-    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: math.nan, 5: 1.0}
-    for step in losses:
-        held_out = [(s, loss) for s, loss in losses.items() if s <= step]
-        saved.save(weights, optimizer, {"steps": step, "held_out": held_out})
+    result = TrainResult()
+    for step, loss in {1: 3.0, 2: 1.0, 3: 2.0, 4: math.nan, 5: 1.0}.items():
+        result.add_held_out(step, loss)
+        saved.save(weights, optimizer, {**asdict(result), "steps": step})
     assert [p.name for p in saved.all()] == ["step-000002", "step-000004", "step-000005"]
     assert saved.best().name == "step-000002" and saved.last().name == "step-000005"
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
-    assert best_step([(1, math.nan)]) is None and best_step([]) is None
 
 
 def test_what_a_killed_process_left_is_no_checkpoint_and_goes(tmp_path) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import random
 import re
 import shutil
 from pathlib import Path
@@ -19,17 +18,14 @@ from torch.testing import assert_close
 
 from benchmarks import harness, preference
 from qftlab.files import sha256
-from qftlab.maths.verify import countdown_reward
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import add_adapters
 from qftlab.rows.batches import Example
-from qftlab.rows.countdown import countdown_row, random_problem
 from qftlab.rows.examples import Pair, encode_pairs
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.settings import DPOConfig, LoRAConfig, PreferenceLoss, TrainConfig
 from qftlab.train.dpo import PairSource, PairStep, Reference, count_pairs, dpo, fit_encoded_pairs, fit_pairs
-from qftlab.train.loop import NonFiniteLoss
-from qftlab.train.pairs import sample_pairs
+from qftlab.train.optimizer import NonFiniteLoss
 from qftlab_course.world.style import ENDING, STYLE_SKILLS, is_polite, style_pairs
 
 CONSTANT = {"warmup_ratio": 0, "schedule": "constant", "weight_decay": 0.0}
@@ -395,44 +391,6 @@ def test_the_style_set_differs_in_style_alone(tokenizer) -> None:
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held}
     pairs, usage = encode_pairs(tokenizer, train)
     assert usage.documents == 320 and not usage.left_out
-
-
-def test_sampled_pairs_put_right_against_best_wrong_and_count_the_rest(tokenizer) -> None:
-    """A verifier of parity gives every kind of group; the same seed gives the same pairs."""
-    chance = random.Random(0)
-    rows = [countdown_row(random_problem(chance)) for _ in range(24)]
-    model = load_model("tiny")
-    seen: list[tuple] = []
-
-    def reward(prompt: list[dict], ids: list[int], text: str, row: dict) -> float:
-        seen.append((prompt[-1]["content"], row["instruction"]))
-        assert tokenizer.decode(ids).startswith(text)
-        return (1.0, 0.1, 0.0, 0.0)[(len(ids) + row["target"]) % 4]
-
-    options = {"num_generations": 4, "max_new_tokens": 12, "seed": 3}
-    first = sample_pairs(model, tokenizer, rows, reward, **options)
-    assert all(prompt == instruction for prompt, instruction in seen) and len(seen) == 96
-    assert len(first.pairs) + first.all_right + first.all_wrong + first.unfinished == first.num_prompts == 24
-    assert first.pairs and len(first.rows) == len(first.pairs)
-    for pair, row in zip(first.pairs, first.rows, strict=True):
-        assert row["score_chosen"] == 1 > row["score_rejected"]
-        assert row["prompt"][-1]["content"] == rows[pair.number - 1]["instruction"]
-        for side in (pair.chosen, pair.rejected):
-            start = side.loss_mask.index(True)
-            assert side.input_ids[:start] == pair.chosen.input_ids[:start] and all(side.loss_mask[start:])
-    assert sample_pairs(model, tokenizer, rows, reward, **options) == first
-    assert sample_pairs(model, tokenizer, rows, reward, **{**options, "seed": 4}) != first
-    with pytest.raises(ValueError, match="num_generations must be at least 2, got 1"):
-        sample_pairs(model, tokenizer, rows, reward, num_generations=1)
-
-
-def test_equal_rewards_give_no_pair(tokenizer) -> None:
-    rows = [countdown_row(random_problem(random.Random(1)))] * 3
-    for value, field in ((1.0, "all_right"), (0.0, "all_wrong")):
-        found = sample_pairs(load_model("tiny"), tokenizer, rows, lambda *_, v=value: v, num_generations=2,
-                             max_new_tokens=3)  # fmt: skip
-        assert not found.pairs and getattr(found, field) == 3 and found.accuracy == value
-        assert countdown_reward("", rows[0]["numbers"], rows[0]["target"]) == 0
 
 
 # The benchmark

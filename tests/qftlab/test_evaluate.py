@@ -88,7 +88,6 @@ def test_pass_at_k() -> None:
 
 
 def test_matches() -> None:
-    assert evaluate.exact_match("5", "5") and not evaluate.exact_match("5 ", "5")
     for left, right in (("Moscow", "moscow."), (" 4  65\n95 ", "4 65 95"), ("“Paris”!", "paris"), ("ｆｉｖｅ", "five")):
         assert evaluate.normalised_match(left, right)
     for left, right in (("-5", "5"), ("5.5", "5"), ("46595", "4 65 95"), ("", ""), (".", ","), ("5 6", "5")):

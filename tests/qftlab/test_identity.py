@@ -12,7 +12,8 @@ from random_models import random_model
 from qftlab.rows.batches import Example
 from qftlab.settings import TrainConfig
 from qftlab.train import loop
-from qftlab.train.checkpoint import Checkpoints, best_step, fingerprint, frozen_fingerprint, refuse_difference
+from qftlab.train.checkpoint import Checkpoints, fingerprint, frozen_fingerprint, refuse_difference
+from qftlab.train.loop import TrainResult
 from qftlab.train.rollouts import rollout_seed
 from qftlab.train.sft import fit_examples
 
@@ -32,8 +33,11 @@ def test_at_most_twenty_differences_are_named(tmp_path) -> None:
 
 
 def test_the_best_step_is_the_first_of_the_lowest_finite_losses() -> None:
-    assert best_step([(0, 3.0), (4, math.nan), (2, 1.0), (6, 1.0), (8, -math.inf)]) == 2
-    assert best_step([]) is None and best_step([(0, math.inf)]) is None
+    result, best = TrainResult(), []
+    for step, loss in [(0, math.inf), (1, math.nan), (2, 3.0), (3, 1.0), (4, 1.0), (5, -math.inf), (6, 0.5)]:
+        result.add_held_out(step, loss)
+        best.append(result.best_step)
+    assert best == [None, None, 2, 3, 3, 3, 6]
 
 
 def test_fingerprints_by_hand() -> None:

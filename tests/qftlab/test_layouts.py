@@ -16,10 +16,10 @@ from qftlab.decoding.decoder import Decoder, decoder_for
 from qftlab.decoding.engine import generate
 from qftlab.decoding.layouts import LAYOUTS, Folded, choose_layout, fastest, layout_for, parse_layout
 from qftlab.model.loading import load_model
+from qftlab.rows.countdown import fresh_problems
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.settings import PolicyConfig, TrainConfig
-from qftlab.train.pairs import sample_pairs
-from qftlab.train.rloo import fit_policy, fresh_problems
+from qftlab.train.rloo import fit_policy
 from qftlab.train.rollouts import encode_prompts
 
 ROUNDING = 1e-5  # other orders of summation, fp32, logits up to 10: as in test_decoder.py
@@ -223,12 +223,3 @@ def test_a_resumed_run_goes_on_in_its_own_layout(tmp_path, monkeypatch) -> None:
     assert recorded(tmp_path / "stopped") == {"tiled"} and recorded(tmp_path / "other") == {"plain"}
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert any(not torch.equal(whole[name], other[name]) for name in whole), "the layout is seen in the weights"
-
-
-def test_sampled_pairs_say_their_layout(monkeypatch) -> None:
-    model, tokenizer, found = load_model("tiny"), load_tokenizer("tiny"), []
-    for pin in ("plain", "tiled"):
-        monkeypatch.setenv("QFTLAB_LAYOUT", pin)
-        options = {"num_generations": 2, "max_new_tokens": 4}
-        found.append(sample_pairs(model, tokenizer, fresh_problems(2, 0), reward, **options).layout)
-    assert found == ["plain", "tiled"]

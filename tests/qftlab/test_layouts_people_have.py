@@ -11,7 +11,7 @@ import pytest
 
 from qftlab import cli
 from qftlab.rows.examples import encode_pairs, encode_rows
-from qftlab.rows.lengths import row_lengths
+from qftlab.rows.lengths import row_documents
 from qftlab.rows.schemas import DataError, convert_row, row_to_prompt
 from qftlab.rows.sources import load, load_rows
 from qftlab.rows.tokenizer import load_tokenizer
@@ -234,7 +234,7 @@ def test_a_row_s_own_prompt_is_asked(cases, tiny) -> None:
 
 def test_lengths_take_what_the_other_commands_take(tiny, tmp_path, capsys) -> None:
     pair = {"prompt": "q", "chosen": "a", "rejected": "b b"}
-    found = [n for batch in row_lengths(tiny, [pair, {"prompt": "q"}, ROW]) for n in batch]
+    found = [[*map(len, several)] for batch in row_documents(tiny, [pair, {"prompt": "q"}, ROW]) for several in batch]
     [both] = encode_pairs(tiny, [pair])[0]
     [prompt] = encode_prompts(tiny, [{"prompt": "q"}])
     assert found == [[len(both.chosen.input_ids), len(both.rejected.input_ids)], [len(prompt.ids)],

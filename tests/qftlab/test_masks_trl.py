@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qftlab.rows.chat import EMPTY_THINKING, render_chat, render_prompt
+from qftlab.rows.chat import render_chat, render_prompt
 from qftlab.rows.tokenizer import load_tokenizer
 
 trl = pytest.importorskip("trl")
@@ -123,7 +123,7 @@ def test_qwen3_masks_are_trl_s_but_for_the_newline_and_the_think_block(real_data
     last = rows[-1]
     mine = tokenizer.decode(spans(last.input_ids, last.loss_mask)[-1])
     trl_s = tokenizer.decode(spans(*theirs(tokenizer, template, chat[: turns[-1] + 1]))[-1])
-    assert same(EMPTY_THINKING + mine + "\n") == same(trl_s)
+    assert same("<think>\n\n</think>\n\n" + mine + "\n") == same(trl_s)
     assert all(len(spans(row.input_ids, row.loss_mask)) == 1 for row in rows) or len(rows) == 1
 
 

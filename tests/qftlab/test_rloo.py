@@ -19,11 +19,12 @@ from qftlab.maths.losses import leave_one_out_advantages, sum_by_document
 from qftlab.model.loading import load_model, save_model
 from qftlab.model.lora import add_adapters
 from qftlab.rows.batches import Example, pack
+from qftlab.rows.countdown import fresh_problems
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.settings import REWARDS, LoRAConfig, PolicyConfig, RLOOConfig, TrainConfig
 from qftlab.train import rloo as module
 from qftlab.train.reward import WANTED, named_rewards
-from qftlab.train.rloo import PolicyStep, fit_policy, fresh_problems, rloo
+from qftlab.train.rloo import PolicyStep, fit_policy, rloo
 from qftlab.train.rollouts import ModelSampler, RewardError, RolloutSource, encode_prompts
 from qftlab.train.step import Frozen
 

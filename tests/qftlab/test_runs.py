@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from qftlab.maths.plots import draw_curves
 from qftlab.train import run
 
 
@@ -14,7 +15,7 @@ from qftlab.train import run
     "records", [[], [{"step": 1, "reward": -0.5}, {"step": 2, "reward": 0.5}]], ids=["loss", "reward"]
 )
 def test_the_curve_is_840_by_480_dots(tmp_path, records: list[dict]) -> None:
-    run.draw_curves(tmp_path / "curves.png", [1.0, 0.5], [(0, 1.1), (2, 0.6)], records)
+    draw_curves(tmp_path / "curves.png", [1.0, 0.5], [(0, 1.1), (2, 0.6)], records)
     head = (tmp_path / "curves.png").read_bytes()[:24]
     assert head.startswith(b"\x89PNG") and struct.unpack(">II", head[16:]) == (840, 480)
 

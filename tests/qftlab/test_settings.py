@@ -32,8 +32,9 @@ TRAIN = {
     "sharding": "ddp",
 }  # fmt: skip
 LORA = {"rank": 0, "alpha": 32.0, "dropout": 0.0, "targets": "all", "tokens": ()}
-RUN = {"columns": {}, 
-    "model": "tiny", "data": ("x",), "new_tokens": (), "max_length": None, "held_out": (), "dtype": "float32",
+RUN = {
+    "columns": {}, "thinking": "auto", "num_proc": 1, "model": "tiny", "data": ("x",),
+    "new_tokens": (), "max_length": None, "held_out": (), "dtype": "float32",
     "device": "auto", "resume": None, "quant": "none", "lora": LORA,
 }  # fmt: skip
 SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -45,7 +46,8 @@ POLICY = {
 }  # fmt: skip
 SERVER = {"url": "", "model": "policy", "key": "OPENAI_API_KEY", "threads": 32, "retries": 2, "timeout": 600.0,
           "adapters": ""}  # fmt: skip
-MADE = {"seed": 0, "dtype": "float32", "device": "auto", "max_new_tokens": 128, "model": "tiny", "sampling": SAMPLING}
+MADE = {"thinking": "auto", "seed": 0, "dtype": "float32", "device": "auto", "max_new_tokens": 128, "model": "tiny",
+        "sampling": SAMPLING}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,14 @@ from random_signals import disturbed
 
 from qftlab.files import bundled, sha256
 from qftlab.model.loading import save_model
+from qftlab.rows.countdown import fresh_problems
 from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.settings import DPOConfig, PolicyConfig, RewardConfig, RLOOConfig, RunConfig, SFTConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, read_state
 from qftlab.train.dpo import dpo
 from qftlab.train.reward import reward
-from qftlab.train.rloo import fresh_problems, rloo
+from qftlab.train.rloo import rloo
 from qftlab.train.sft import sft
 
 STAGES = {"sft": sft, "dpo": dpo, "rloo": rloo, "reward": reward}

@@ -20,7 +20,6 @@ ASKED_FOR = ("progress", "resume", "return_logprobs", "with_entropy", "is_stream
 NUMBERS = {
     "generate": {"max_new_tokens": 128, "seed": 0, "batch_size": 64, "num_generations": 1},
     "beam_search": {"num_beams": 4, "max_new_tokens": 128, "num_return_sequences": 1, "batch_size": 64},
-    "sample_pairs": {"num_generations": 8, "max_new_tokens": 64, "batch_size": 256, "seed": 0},
     "split_rows": {"test": 0.2, "seed": 0},
     "contamination": {"n": 8},
     "dpo_loss": {"beta": 0.1, "label_smoothing": 0.0, "nll_weight": 0.0},

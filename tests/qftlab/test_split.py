@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qftlab import cli
+from qftlab.evaluate import contamination, prompt_key, prompt_text, split_rows
 from qftlab.files import bundled
 from qftlab.rows.sources import load, load_rows
-from qftlab.rows.split import contamination, prompt_key, prompt_text, split_rows
 
 
 def row(question: str, answer: str = "a") -> dict:

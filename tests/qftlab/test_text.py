@@ -119,9 +119,15 @@ def test_masks_equal_trl_s_but_for_newlines_and_the_inserted_think_block(real_da
 @pytest.mark.parametrize("thinking", [None, True, False])
 def test_qwen3_thinking_block_of_the_template_is_not_trained(real_data, thinking):
     tokenizer = load_tokenizer(real_data / "qwen3-0.6b")
-    rendered = render_chat(tokenizer, CHAT[:2], thinking=thinking)[0]
-    assert "<think>" in tokenizer.decode(rendered.input_ids)
-    assert shown(tokenizer, rendered) == ["4", "<|im_end|>"]
+    if thinking:
+        with pytest.raises(ValueError, match="turn 2 .*it has no thinking, which its prompt asks for"):
+            render_chat(tokenizer, CHAT[:2], thinking=True)
+    else:
+        rendered = render_chat(tokenizer, CHAT[:2], thinking=thinking)[0]
+        assert "<think>" in tokenizer.decode(rendered.input_ids)
+        assert shown(tokenizer, rendered) == ["4", "<|im_end|>"]
+        asked = render_prompt(tokenizer, CHAT[:1], thinking=False)
+        assert rendered.input_ids[: rendered.loss_mask.index(True)] == asked
     own = [CHAT[0], {"role": "assistant", "content": "<think>\neasy\n</think>\n\n4"}]
     if thinking is not False:
         assert "".join(shown(tokenizer, render_chat(tokenizer, own, thinking=thinking)[0])).startswith("<think>\neasy")
@@ -214,7 +220,7 @@ def test_chats_that_cannot_be_trained_are_refused():
     with pytest.raises(ValueError, match=r"must be a list of turns, got \[\]"):
         render_prompt(tokenizer, [])
     tokenizer.chat_template = "{% for m in messages %}{{ loop.length }}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ValueError, match="token 0 is '1' in the prompt and '2' in the whole"):
+    with pytest.raises(ValueError, match="the prompt goes on with '1What is .*' and the whole with '2What is"):
         render_chat(tokenizer, CHAT[:2])
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):

@@ -26,6 +26,7 @@ from transformers import (
 
 from qftlab import cli
 from qftlab.files import bundled, sha256
+from qftlab.maths.plots import draw_curves
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.loading import load_model, save_model
 from qftlab.rows.batches import Example, pack, pad
@@ -34,7 +35,8 @@ from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.settings import SFTConfig, TrainConfig
 from qftlab.train import loop, run, sft
-from qftlab.train.loop import MicroBatch, NonFiniteLoss, learning_rate, make_optimizer, train
+from qftlab.train.loop import train
+from qftlab.train.optimizer import MicroBatch, NonFiniteLoss, learning_rate, make_optimizer
 from qftlab.train.step import Step, count_trained_tokens
 
 V = 64
@@ -696,7 +698,7 @@ def test_a_folder_of_runs_stands_for_its_last_one(tmp_path):
 def test_the_curve_is_what_a_run_is_judged_by(tmp_path, monkeypatch, record: dict, title: str) -> None:
     seen = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: seen.extend(figure.axes))
-    run.draw_curves(tmp_path / "curves.png", [0.5, 0.4], records=[{"step": i, "loss": 0.5} | record for i in (1, 2)])
+    draw_curves(tmp_path / "curves.png", [0.5, 0.4], records=[{"step": i, "loss": 0.5} | record for i in (1, 2)])
     [ax] = seen
     drawn = [y for line in ax.lines for y in line.get_ydata()]
     assert ax.get_title(loc="left").startswith(title) and set(drawn) == set(record.values() or [0.5, 0.4])
