@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.harness import Benchmark, MismatchError, Options, Side, compare, judge
-from qftlab.rows.encoding import encode
+from qftlab.rows.encoding import Chunks, encode
 from qftlab.rows.examples import Usage, encode_rows
 from qftlab.rows.tokenizer import load_tokenizer
 
@@ -79,7 +79,27 @@ def c9(options: Options) -> Iterator[dict]:
     tracemalloc.stop()
     row["judged"].append(judge("bytes a token", [size / count_tokens(examples)], 6, 4.2, at_most=True))
     yield row
+    yield checked(qwen, conversations(options.sized(10_000, 60), 100), options)
     yield large(options)
+
+
+def checked(qwen, rows: list[dict], options: Options) -> dict:
+    """The share of encoding that goes into comparing what is trained with what was said."""
+    mine = Chunks.check
+
+    def without() -> list:
+        Chunks.check = lambda *_: None
+        try:
+            return encode_rows(qwen, rows)[0]
+        finally:
+            Chunks.check = mine
+
+    sides = [Side("qftlab, unchecked", without), Side("qftlab", lambda: encode_rows(qwen, rows)[0])]
+    row = compare(f"{len(rows)} rows of 100 tokens, every trained text compared", sides, options, count=count_tokens,
+                  same=lambda ours, theirs: "examples" if ours == theirs else "")  # fmt: skip
+    shares = [b / a - 1 for a, b in zip(*(side["rounds"] for side in row["sides"]), strict=True)]
+    row["judged"] = [judge("more with the check", shares, 0.1, None, at_most=True, is_judged=not options.quick)]
+    return row
 
 
 def large(options: Options) -> dict:

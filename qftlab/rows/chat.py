@@ -51,11 +51,7 @@ Piece = tuple[str, bool]  # of a rendered text, and whether it is trained
 
 
 def render_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    *,
-    thinking: bool | None = None,
-    allowed: Sequence[str] | None = None,
+    tokenizer, messages: Sequence[Message], *, thinking: bool | None = None, allowed: Collection[str] = ASSISTANT_TOKENS
 ) -> list[int]:
     """The ids of a conversation up to where the assistant is to speak.
 
@@ -63,24 +59,21 @@ def render_prompt(
         tokenizer: one with a chat template.
         messages: the turns so far.
         thinking: Qwen3's `enable_thinking`; None leaves the template its default.
-        allowed: control tokens the assistant may say, `ASSISTANT_TOKENS` by default.
+        allowed: control tokens the assistant may say.
 
     Raises:
         ValueError: if the tokenizer has no chat template, there is no message, one lacks a known role or a text, or
             thinking is asked for of a template that knows none.
     """
     renderer = Renderer(tokenizer, messages, thinking, allowed)
-    return [token for text, _ in renderer.documents("none")[0] for token in renderer.encode(text)]
+    pieces = enumerate(renderer.documents("none")[0])
+    return [token for i, (text, _) in pieces for token in renderer.encode(text, i > 0)]
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    *,
-    train_on: str = "all",
-    thinking: bool | None = None,
-    allowed: Sequence[str] | None = None,
-) -> list[Example]:
+    tokenizer, messages: Sequence[Message], *, train_on: str = "all", thinking: bool | None = None,
+    allowed: Collection[str] = ASSISTANT_TOKENS,
+) -> list[Example]:  # fmt: skip
     """A conversation as ids and loss mask, by the contract of this lab.
 
     Trained: the assistant's content and the `<|im_end|>` after it. Not trained: headers, other roles, the newline after
@@ -93,7 +86,7 @@ def render_chat(
         train_on: "all" assistant turns, or the "last" only.
         thinking: Qwen3's `enable_thinking`, as the prompt will be asked with. By None each turn is rendered as it is:
             one without thinking as the answer to a prompt with thinking off.
-        allowed: control tokens the assistant may say, `ASSISTANT_TOKENS` by default.
+        allowed: control tokens the assistant may say.
 
     Returns:
         One `Example`; or, where the template rewrites earlier turns (Qwen3 drops their thinking) and all turns are
@@ -267,14 +260,14 @@ def _squeezed(text: str) -> str:
 class Renderer:
     """One conversation: its template text with typed control tokens hidden, and the way from there to ids."""
 
-    def __init__(self, tokenizer, messages, thinking=None, allowed=None) -> None:
+    def __init__(self, tokenizer, messages, thinking=None, allowed=ASSISTANT_TOKENS) -> None:
         messages = turns(messages, "messages")
         if not tokenizer.chat_template:
             name = tokenizer.name_or_path or "the tokenizer"
             raise ValueError(f"{name} has no chat template: set tokenizer.chat_template")
         self.tokenizer = tokenizer
         self.control = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-        self.allowed = set(ASSISTANT_TOKENS if allowed is None else allowed)
+        self.allowed, self.joins = set(allowed), joins_words(tokenizer)
         self.thinking, self.knows_thinking = thinking, knows_thinking(tokenizer)
         if thinking is not None and not self.knows_thinking:
             raise ValueError(f"thinking must be left alone: the chat template has no enable_thinking, got {thinking}")
@@ -289,6 +282,7 @@ class Renderer:
         used = set().union(*_texts([*messages, *tools]))
         free = (chr(c) for c in range(0xF0000, 0xFFFFD) if chr(c) not in used)
         self.hidden = dict(zip(self.control, free, strict=False))
+        self.typed = {stand_in: token for token, stand_in in self.hidden.items()}
         if len(self.hidden) < len(self.control):
             raise ValueError(f"messages must leave {len(self.control)} of U+F0000-U+FFFFC free, got {len(self.hidden)}")
         self.messages = [self._hide(m) for m in messages]
@@ -301,12 +295,8 @@ class Renderer:
 
         In what an assistant says the allowed ones are meant; in the arguments of its tool calls none is.
         """
-        spared = self.allowed if message["role"] == "assistant" else ()
-        said = ("content", "reasoning_content")
-        return {
-            key: value if key == "role" else self._hide_in(value, spared if key in said else ())
-            for key, value in message.items()
-        }
+        spared = dict.fromkeys(("content", "reasoning_content") if message["role"] == "assistant" else (), self.allowed)
+        return {k: v if k == "role" else self._hide_in(v, spared.get(k, ())) for k, v in message.items()}
 
     def _hide_in(self, value, spared: Collection[str]):
         """The same for one value of a message: a text, or lists and dicts that hold texts."""
@@ -419,11 +409,17 @@ class Renderer:
 
     def example(self, pieces: Sequence[Piece]) -> Example:
         """Ids and mask of a text in pieces, each encoded by itself."""
-        encoded = [(self.encode(text), kept) for text, kept in pieces]
+        encoded = [(self.encode(text, i > 0), kept) for i, (text, kept) in enumerate(pieces)]
         return Example([i for ids, _ in encoded for i in ids], [kept for ids, kept in encoded for _ in ids])
 
-    def encode(self, text: str) -> list[int]:
+    def shown(self, text: str) -> str:
+        """Template text with the typed control tokens that are hidden in it."""
+        return re.sub("[\U000f0000-\U000ffffd]", lambda found: self.typed.get(found[0], found[0]), text)
+
+    def encode(self, text: str, is_later: bool = False) -> list[int]:
         """Template text → ids: control tokens where the template or the assistant put them, everything else as text."""
+        if self.joins and is_later:  # as it is encoded behind something: a newline, which is taken off again
+            return self.encode("\n" + text)[len(self.encode("\n")) :]
         if not any(stand_in in text for stand_in in self.hidden.values()):
             return self.tokenizer(text, add_special_tokens=False).input_ids
         ids: list[int] = []
@@ -431,9 +427,7 @@ class Renderer:
             if piece in self.hidden:
                 ids.append(self.tokenizer.convert_tokens_to_ids(piece))
             else:
-                for token, stand_in in self.hidden.items():
-                    piece = piece.replace(stand_in, token)
-                ids += encode_plain(self.tokenizer, piece)
+                ids += encode_plain(self.tokenizer, self.shown(piece))
         return ids
 
     def _difference(self, turn: int, prompt: str, whole: str) -> str:
@@ -444,6 +438,12 @@ class Renderer:
             f"with {asked!r} and the whole with {written!r}: this chat template cannot be trained on as it is "
             "(try thinking=True or False)"
         )
+
+
+def joins_words(tokenizer) -> bool:
+    """Whether a text is encoded with a blank before it that is not there, as SentencePiece does at its beginning."""
+    backend = tokenizer.backend_tokenizer
+    return "Prepend(" in str(backend.normalizer) or "Metaspace(" in str(backend.pre_tokenizer)
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

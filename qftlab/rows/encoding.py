@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from qftlab.files import aside
 from qftlab.rows.batches import Example
-from qftlab.rows.chat import Message, Piece, Renderer, is_trained, thinks
+from qftlab.rows.chat import Message, Piece, Renderer, is_trained, joins_words, thinks
 from qftlab.rows.schemas import kind_of, messages_of, row_to_prompt
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Outlines:
     """
 
     def __init__(self, tokenizer, thinking: bool | None) -> None:
-        self.tokenizer, self.thinking = tokenizer, thinking
+        self.tokenizer, self.thinking, self.joins = tokenizer, thinking, joins_words(tokenizer)
         self.control = [*tokenizer.get_added_vocab(), "<think>", "</think>", "<tool_", "</tool_"]
         self.known: dict[tuple, list | None] = {}
         self.counts: Counter[tuple] = Counter()
@@ -52,7 +52,7 @@ class Outlines:
     def documents(self, messages: Sequence[Message], train_on: str) -> list[list[Piece]] | None:
         """Each document in pieces; None where the template has to be asked."""
         key = (train_on, *[message["role"] for message in messages])
-        if not all(map(self._is_plain, messages)):
+        if self.joins or not all(map(self._is_plain, messages)):
             return None
         if key not in self.known:
             self.known[key] = self._outline(*key)
@@ -69,9 +69,17 @@ class Outlines:
         return made
 
     def examples(self, messages: Sequence[Message], train_on: str) -> list[Example]:
-        """The documents by the template itself."""
+        """The documents by the template itself.
+
+        Raises:
+            ValueError: if they cannot be rendered, or the tokenizer cannot spell them.
+        """
         renderer = self._renderer(messages)
-        return [renderer.example(pieces) for pieces in renderer.documents(train_on)]
+        documents = renderer.documents(train_on)
+        trained = [text for pieces in documents for text, kept in pieces if kept]
+        spelled = [self.tokenizer.backend_tokenizer.decode(renderer.encode(t, True), False) for t in trained]
+        check_spelling(self.tokenizer, list(map(renderer.shown, trained)), spelled)
+        return [renderer.example(pieces) for pieces in documents]
 
     def _renderer(self, messages: Sequence[Message]) -> Renderer:
         return Renderer(self.tokenizer, messages, self.thinking)
@@ -133,6 +141,7 @@ class Chunks(Dataset):
         """
         made: list[tuple[int, list]] = [(number, []) for number, _, _ in rows]
         texts: list[str] = []
+        trained: list[tuple[str, int]] = []  # place, and number among the texts
         for (_, where, row), (_, found) in zip(rows, made, strict=True):
             for place, messages, train_on in chats_of(row, where, self.train_on):
                 try:
@@ -142,12 +151,41 @@ class Chunks(Dataset):
                     found += self.outlines.examples(messages, train_on) if documents is None else documents
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{place}: {error}") from error
-                texts += [text for document in documents or () for text, _ in document]
+                for text, kept in chain.from_iterable(documents or ()):
+                    trained += [(place, len(texts))] if kept else ()
+                    texts.append(text)
         fast = self.tokenizer.backend_tokenizer
         fast.no_truncation()
         fast.no_padding()
-        ids = iter(fast.encode_batch_fast(texts, add_special_tokens=False))
+        encodings = fast.encode_batch_fast(texts, add_special_tokens=False)
+        self.check([(place, texts[i], encodings[i].ids) for place, i in trained])
+        ids = iter(encodings)
         return [(number, [d if isinstance(d, Example) else _joined(d, ids) for d in found]) for number, found in made]
+
+    def check(self, trained: Sequence[tuple[str, str, list[int]]]) -> None:
+        """Refuses the place of a text that its ids do not spell, of (place, text, ids) each."""
+        spelled = self.tokenizer.backend_tokenizer.decode_batch([ids for *_, ids in trained], skip_special_tokens=False)
+        for (place, text, _), decoded in zip(trained, spelled, strict=True):
+            if decoded != text:
+                check_spelling(self.tokenizer, [text], [decoded], place)
+
+
+def check_spelling(tokenizer, texts: Sequence[str], decoded: Sequence[str], place: str = "") -> None:
+    """Refuses texts that the tokenizer cannot spell; blanks, and what it normalises, aside.
+
+    Raises:
+        ValueError: showing where they part.
+    """
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    for both in zip(texts, decoded, strict=True):
+        wanted, got = (normalizer.normalize_str(text) if normalizer else text for text in both)
+        wanted, got = ("".join(text.replace("\u2581", " ").split()) for text in (wanted, got))
+        if wanted != got:
+            at = len(os.path.commonprefix([wanted, got]))
+            raise ValueError(
+                f"{place}{': ' * bool(place)}the tokenizer must spell what is trained, but makes {got[at : at + 20]!r} "
+                f"of {wanted[at : at + 20]!r}: take another tokenizer, or leave the row out"
+            )
 
 
 def chats_of(row: dict, where: str, train_on: str) -> list[tuple[str, Sequence[Message], str]]:

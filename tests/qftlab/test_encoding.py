@@ -8,12 +8,17 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qftlab import cli
 from qftlab.files import bundled
 from qftlab.rows import encoding
 from qftlab.rows.batches import Example
-from qftlab.rows.chat import DataError, render_chat
+from qftlab.rows.chat import DataError, render_chat, render_prompt
 from qftlab.rows.encoding import Outlines, encode
 from qftlab.rows.examples import Usage, encode_pairs, encode_rows
 from qftlab.rows.schemas import row_to_messages
@@ -96,6 +101,33 @@ def test_a_template_that_changes_one_text_in_many_is_found_out(caplog) -> None:
     assert outlines.documents(chat("b"), "all") is not None  # the first and the second are compared
     with caplog.at_level(logging.INFO, "qftlab"), pytest.raises(ValueError, match="must stand as it is"):
         outlines.documents(chat("zz"), "all")
+
+
+def test_a_tokenizer_that_begins_every_text_with_a_blank_encodes_pieces_as_the_whole(real_data) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(real_data / "tinylm/hf")  # SentencePiece's
+    turns = "{%- for m in messages %}{{ m.role }}\n{{ m.content }}</s>\n{%- endfor %}\n"
+    tokenizer.chat_template = turns + "{%- if add_generation_prompt %}assistant\n{%- endif %}"
+    said = [{"role": "user", "content": "Once upon"}, {"role": "assistant", "content": "a time"}]
+    [example], _ = encode_rows(tokenizer, [{"messages": said}])
+    text = tokenizer.apply_chat_template(said, tokenize=False)
+    whole = tokenizer(text[: text.rindex("</s>") + 4], add_special_tokens=False).input_ids
+    assert example.input_ids[: len(whole)] == whole and [example] == render_chat(tokenizer, said)
+    prompt = render_prompt(tokenizer, said[:1])
+    assert example.input_ids[: len(prompt)] == prompt and example.loss_mask.index(True) == len(prompt)
+
+
+@pytest.mark.parametrize("answer", ["seen unseen", " seen <|im_end|> unseen"])
+def test_what_a_tokenizer_cannot_spell_is_refused_by_its_row(answer: str) -> None:
+    words = {"[UNK]": 0, "<|im_end|>": 1, "user": 2, "assistant": 3, "seen": 4, "im_end": 5}
+    backend = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer, backend.decoder = Whitespace(), Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, additional_special_tokens=["<|im_end|>"])
+    turns = "{%- for m in messages %}{{ m.role }} {{ m.content }}<|im_end|>{%- endfor %}"
+    tokenizer.chat_template = turns + "{%- if add_generation_prompt %}assistant {%- endif %}"
+    rows = [{"instruction": "seen", "input": "", "output": text} for text in ("seen seen", answer)]
+    assert encode_rows(tokenizer, rows[:1])[0][0].input_ids == [2, 4, 1, 3, 4, 4, 1]
+    with pytest.raises(ValueError, match="row 2: the tokenizer must spell what is trained, but makes '.*UNK"):
+        encode_rows(tokenizer, rows)
 
 
 def test_several_processes_give_the_same_and_name_the_same_rows(tiny, rows, monkeypatch) -> None:
