@@ -90,13 +90,8 @@ for start in [
     "The capital of France is",
     "Shanghai Jiao Tong University:",
 ]:
-    print(
-        start,
-        "→",
-        generate(base.model, base.tokenizer, [start], max_new_tokens=48)[
-            0
-        ].text.strip(),
-    )
+    text = generate(base.model, base.tokenizer, [start], max_new_tokens=48)[0].text
+    print(start, "→", text.strip())
 
 # %% [markdown]
 # So it can calculate, and it knows things. Now ask it a question, the way you would ask a chat model.
@@ -106,11 +101,10 @@ for start in [
 
 # %%
 question = [{"role": "user", "content": "What is 47 + 38?"}]
-print(
-    generate(
-        base.model, base.tokenizer, [question], max_new_tokens=40, stop_token_ids=[]
-    )[0].text
+[answer] = generate(
+    base.model, base.tokenizer, [question], max_new_tokens=40, stop_token_ids=[]
 )
+print(answer.text)
 
 # %% [markdown]
 # It *continues*, because that is all it has learned: more text, more questions, answers to questions nobody asked. Now
