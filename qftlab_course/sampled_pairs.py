@@ -14,7 +14,7 @@ from qftlab.rows.batches import Example
 from qftlab.rows.examples import Pair
 from qftlab.rows.schemas import row_to_prompt
 from qftlab.settings import check_at_least
-from qftlab.train.rollouts import Reward
+from qftlab.train.rollouts import Prompt, Reward, score_all
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ def sample_pairs(
 
     Raises:
         ValueError: for fewer than two answers a prompt, and as `generate`.
+        RewardError: for a reward that fails or gives no number.
     """
     check_at_least(2, num_generations=num_generations)  # a pair needs two answers
     prompts = [row_to_prompt(row) for row in rows]
@@ -87,9 +88,10 @@ def sample_pairs(
     answers = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size,
                        params=SamplingParams(temperature=temperature), num_generations=num_generations,
                        decoder=decoder)  # fmt: skip
-    groups = [answers[i : i + num_generations] for i in range(0, len(answers), num_generations)]
-    scored = [[(reward(prompt, c.token_ids, c.text, row), c) for c in group]
-              for prompt, row, group in zip(prompts, rows, groups, strict=True)]  # fmt: skip
+    asked = [Prompt(prompt, [], row, i) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True), 1)]
+    scores = score_all("reward", reward, [(asked[i // num_generations], c) for i, c in enumerate(answers)])
+    every = list(zip(scores, answers, strict=True))
+    scored = [every[i : i + num_generations] for i in range(0, len(every), num_generations)]
     found = _paired(prompts, scored, right, seed, decoder.layout)
     log.info("%s", found.summary())
     return found

@@ -156,8 +156,8 @@ def first_token_reward(completion_ids: Sequence[int], wanted: int, others: Seque
 
 
 def is_finite(value: object) -> bool:
-    """Whether a reward is a number that can be averaged: a float, a tensor of one, not nan, not None."""
+    """Whether a reward is a number that can be averaged: a float, a tensor of one, not nan, not None, not 10**400."""
     try:
         return math.isfinite(value)
-    except TypeError:
+    except Exception:  # a tensor of two has one of its own
         return False

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -166,54 +168,66 @@ def score(
 
     Args:
         rewards: by name. A function with an attribute `many` is called once, as `many([(prompt, completion_ids, text,
-            row), …])`, and returns a list: the way to batch a reward model.
+            row), …])`, and returns a list: the way to batch a reward model. What they are given are copies.
         prompts: P of them.
         completions: G to each prompt, side by side.
         config: weights, and what a truncated answer earns.
 
     Raises:
-        RewardError: naming function and row, for one that fails or gives nan, infinity, or no number.
+        RewardError: naming function and row, for one that fails or gives anything but a number that a float can hold.
     """
     size = len(completions) // len(prompts)
     asked = [(prompts[i // size], c) for i, c in enumerate(completions)]
-    arguments = [(p.messages, c.token_ids, c.text, p.row) for p, c in asked]
-    columns = {name: _column(name, function, arguments, asked) for name, function in rewards.items()}
+    columns = {name: score_all(name, function, asked) for name, function in rewards.items()}
     rollouts = []
     for i, (prompt, completion) in enumerate(asked):
         each = {name: column[i] for name, column in columns.items()}
         total = sum(config.weights.get(name, 1.0) * value for name, value in each.items())
         if config.truncated == "zero" and completion.finish_reason != "stop":
             total = 0.0
+        if not is_finite(total):
+            raise RewardError(f"rewards must have a finite weighted sum, got {each} for row {prompt.number}")
         rollouts.append(Rollout(prompt.number, completion, each, total))
     return rollouts
 
 
-def _column(name: str, function: Reward, arguments: list[tuple], asked: list[tuple]) -> list[float]:
-    """What one function gives all answers."""
-    if many := getattr(function, "many", None):
-        try:
-            values = list(many(arguments))
-        except Exception as error:
-            rows = sorted({prompt.number for prompt, _ in asked})
-            raise RewardError(f"reward {name!r} failed on the answers to rows {rows[0]} to {rows[-1]}: "
-                              f"{type(error).__name__}: {error}") from error  # fmt: skip
-        if len(values) != len(arguments):
-            raise RewardError(f"reward {name!r} must give {len(arguments)} values, got {len(values)}")
-    else:
-        values = [_one(name, function, each, prompt) for each, (prompt, _) in zip(arguments, asked, strict=True)]
-    for value, (prompt, completion) in zip(values, asked, strict=True):
-        if not is_finite(value):
-            raise RewardError(f"reward {name!r} must be a finite number, got {value!r} for an answer to row "
-                              f"{prompt.number}: {completion.text!r:.200}")  # fmt: skip
-    return list(map(float, values))
+def score_all(name: str, function: Reward, asked: Sequence[tuple[Prompt, Completion]]) -> list[float]:
+    """What one function gives all answers; it gets copies, so that what it does to them reaches nobody else.
+
+    Raises:
+        RewardError: as `score`.
+    """
+    many, values = getattr(function, "many", None), []
+    if many:
+        rows = sorted({prompt.number for prompt, _ in asked})
+        with _naming(f"reward {name!r} failed on the answers to rows {rows[0]} to {rows[-1]}"):
+            values = list(many([_copied(*each) for each in asked]))
+        if len(values) != len(asked):
+            raise RewardError(f"reward {name!r} must give {len(asked)} values, got {len(values)}")
+    found = []
+    for i, (prompt, completion) in enumerate(asked):
+        where, said = f"an answer to row {prompt.number}", f"the answer was {completion.text!r:.200}"
+        with _naming(f"reward {name!r} failed on {where}", said):
+            value = values[i] if many else function(*_copied(prompt, completion))
+            shown = "" if is_finite(value) else " ".join(repr(value).split())
+        if shown:
+            raise RewardError(f"reward {name!r} must be a finite number, got {shown:.200} for {where}; {said}")
+        found.append(float(value))
+    return found
 
 
-def _one(name: str, function: Reward, arguments: tuple, prompt: Prompt) -> float:
+@contextmanager
+def _naming(what: str, *more: str) -> Iterator[None]:
+    """Makes whatever a reward function raises one sentence that names it; `sys.exit` as well."""
     try:
-        return function(*arguments)
-    except Exception as error:
-        what = f"{type(error).__name__}: {error}; the answer was {arguments[2]!r:.200}"
-        raise RewardError(f"reward {name!r} failed on an answer to row {prompt.number}: {what}") from error
+        yield
+    except (Exception, SystemExit) as error:
+        reason = f"{what}: {type(error).__name__}: {' '.join(str(error).split())}"
+        raise RewardError("; ".join([reason, *more])) from error
+
+
+def _copied(prompt: Prompt, completion: Completion) -> tuple[list[dict], list[int], str, dict]:
+    return copy.deepcopy(prompt.messages), list(completion.token_ids), completion.text, copy.deepcopy(prompt.row)
 
 
 def equal_groups(rollouts: Sequence[Rollout], size: int) -> list[bool]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -391,6 +394,11 @@ def good(prompt: list[dict], ids: list[int], text: str, row: dict) -> float:
         (lambda: math.nan, r"reward 'fragile' must be a finite number, got nan for an answer to row \d"),
         (lambda: None, "must be a finite number, got None"),
         (lambda: 1 / 0, r"reward 'fragile' failed on an answer to row \d: ZeroDivisionError: division by zero"),
+        (lambda: 10**400, r"must be a finite number, got 1000+ for an answer to row \d"),
+        (lambda: 10**9999, r"reward 'fragile' failed on an answer to row \d: ValueError: Exceeds the limit"),
+        (lambda: torch.zeros(2), r"must be a finite number, got tensor\(\[0., 0.\]\) for an answer to row \d"),
+        (lambda: "1", "must be a finite number, got '1' for"),
+        (lambda: sys.exit(3), r"reward 'fragile' failed on an answer to row \d: SystemExit: 3; the answer was"),
     ],
 )
 def test_a_bad_reward_stops_the_run_and_nothing_is_lost(tokenizer, tmp_path, bad, message: str) -> None:
@@ -414,6 +422,52 @@ def test_a_bad_reward_stops_the_run_and_nothing_is_lost(tokenizer, tmp_path, bad
     whole = fit_policy(undisturbed, tokenizer, questions(), {"fragile": good}, config, policy)
     assert resumed.losses == whole.losses
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), undisturbed.parameters(), strict=True))
+
+
+def test_a_reward_gets_copies(tokenizer) -> None:
+    """What one does to row, prompt and ids reaches neither the next, nor its own next call, nor training."""
+    rows = [{"prompt": [{"role": "user", "content": "1?"}], "tags": ["a"]}, {"prompt": "2?", "tags": ["a"]}]
+    seen: list[tuple] = []
+
+    def rude(prompt: list[dict], ids: list[int], text: str, row: dict) -> float:
+        seen.append((len(prompt), prompt[0]["content"], len(row["tags"]), set(row)))
+        prompt[0]["content"] = "changed"
+        prompt.clear()
+        ids.clear()
+        row["tags"].append("b")
+        row.pop("prompt")
+        return float(len(seen))
+
+    def many(answers: list[tuple]) -> list[float]:
+        return [rude(*answer) for answer in answers]
+
+    class Many:
+        def __init__(self) -> None:
+            self.many = many
+
+    policy = PolicyConfig(num_generations=2, max_new_tokens=3)
+    config = TrainConfig(lr=1e-3, epochs=2, batch_size=2, **CONSTANT)
+    before = copy.deepcopy(rows)
+    fit_policy(random_model(), tokenizer, rows, {"a": rude, "b": Many(), "c": good}, config, policy)
+    assert rows == before and len(seen) == 2 * 2 * 2 * 2
+    assert {(count, tags) for count, _, tags, _ in seen} == {(1, 1)} and {said for _, said, *_ in seen} == {"1?", "2?"}
+
+
+@pytest.mark.parametrize(
+    ("many", "message"),
+    [
+        (lambda answers: [0.0], r"reward 'all' must give 4 values, got 1"),
+        (lambda answers: 7, r"reward 'all' failed on the answers to rows 1 to 2: TypeError"),
+        (lambda answers: [0.0, 0.0, 0.0, torch.ones(2)], r"reward 'all' must be a finite number, got tensor.* row \d"),
+        (lambda answers: (1 / (3 - i) for i in range(4)), "failed on the answers to rows 1 to 2: ZeroDivisionError"),
+        (lambda answers: [1e308] * 4, "rewards must have a finite weighted sum, got {'all': 1e[+]308} for row"),
+    ],
+)
+def test_many_rewards_of_any_odd_kind_stop_the_run(tokenizer, tmp_path, many, message: str) -> None:
+    function = SimpleNamespace(many=many)
+    policy = PolicyConfig(num_generations=2, max_new_tokens=3, weights={"all": 100.0})
+    with pytest.raises(RewardError, match=message):
+        fit_policy(random_model(), tokenizer, questions("one two"), {"all": function}, TrainConfig(max_steps=1), policy)
 
 
 def test_settings_that_do_not_fit_are_refused(tokenizer, tmp_path) -> None:
