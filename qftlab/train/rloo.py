@@ -350,12 +350,13 @@ def prepare(config: RLOOConfig) -> Stage:
                                     sources=(sources, held_out_sources))  # fmt: skip
     rewards = named_rewards(config.rewards, tokenizer, config.reward_model, config.device)
 
-    def fit(run: RunFolder, **options) -> TrainResult:
-        sampler = None
-        if config.server.url:
-            from qftlab.train.served import ServerSampler
+    sampler = None
+    if config.server.url:
+        from qftlab.train.served import ServerSampler
 
-            sampler = ServerSampler(config.server, model, tokenizer, config.policy)
+        sampler = ServerSampler(config.server, model, tokenizer, config.policy)
+
+    def fit(run: RunFolder, **options) -> TrainResult:
         return fit_prompts(model, tokenizer, prompts, rewards, config.train, config.policy, held_out=held_out,
                            sampler=sampler, **options)  # fmt: skip
 

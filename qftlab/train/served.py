@@ -16,6 +16,7 @@ from pathlib import Path
 
 from qftlab.decoding.engine import Completion, default_stop_ids
 from qftlab.model.loading import save_model
+from qftlab.model.lora import trained_token_ids
 from qftlab.settings import PolicyConfig, ServerConfig
 
 log = logging.getLogger(__name__)
@@ -37,13 +38,19 @@ class ServerSampler:
         policy: limits and temperature.
 
     Raises:
-        ValueError: for `server.adapters` without adapters on the model.
+        ValueError: for `server.adapters` without adapters on the model, or with rows of tokens that they train: vLLM
+            takes no adapters with such rows.
     """
 
     def __init__(self, server: ServerConfig, model, tokenizer, policy: PolicyConfig) -> None:
         self.server, self.model, self.tokenizer, self.policy = server, model, tokenizer, policy
         if server.adapters and not hasattr(model, "peft_config"):
             raise ValueError("server.adapters must go with adapters on the model, got none: --lora.rank 16")
+        if server.adapters and (rows := trained_token_ids(model)):
+            names = ", ".join(tokenizer.convert_ids_to_tokens(rows))
+            raise ValueError(f"server.adapters must go without rows of tokens, which vLLM refuses, got {names}: "
+                             "leave out lora.tokens and new_tokens, or export the model for the server and take "
+                             "--lora.from merge")  # fmt: skip
         self.stop_ids = set(default_stop_ids(model, tokenizer))
         self.name, self._sent, self._is_plain = server.model, 0, False
         self._lock, self._said = threading.Lock(), set()

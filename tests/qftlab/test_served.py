@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,9 +16,9 @@ from qftlab.decoding.engine import generate
 from qftlab.maths.sampling import SamplingParams
 from qftlab.model.lora import add_adapters
 from qftlab.rows.tokenizer import load_tokenizer
-from qftlab.settings import LoRAConfig, PolicyConfig, ServerConfig, TrainConfig
+from qftlab.settings import LoRAConfig, PolicyConfig, RLOOConfig, ServerConfig, TrainConfig
 from qftlab.train import served
-from qftlab.train.rloo import fit_policy
+from qftlab.train.rloo import fit_policy, rloo
 from qftlab.train.rollouts import encode_prompts
 from qftlab.train.served import ServerError, ServerSampler
 
@@ -184,6 +185,22 @@ def test_nobody_listening_and_nonsense_are_said_clearly(tokenizer) -> None:
         ServerConfig(url="localhost:8000")
     with pytest.raises(ValueError, match="server.adapters must go with adapters"):
         ServerSampler(ServerConfig(url="http://localhost:1", adapters="x"), model, tokenizer, POLICY)
+
+
+def test_rows_that_vllm_takes_no_adapters_with_are_refused_before_there_is_a_run(tokenizer, tmp_path) -> None:
+    """vLLM knows lora_A and lora_B only: `trainable_tokens_delta` made it refuse the first rollout."""
+    model = add_adapters(random_model(), LoRAConfig(rank=4), token_ids=[5, 7])
+    named = ", ".join(tokenizer.convert_ids_to_tokens([5, 7]))
+    server = ServerConfig(url="http://localhost:1", adapters=str(tmp_path))
+    with pytest.raises(ValueError, match=f"must go without rows of tokens, .* got {re.escape(named)}: leave"):
+        ServerSampler(server, model, tokenizer, POLICY)
+    assert ServerSampler(ServerConfig(url="http://localhost:1"), model, tokenizer, POLICY)
+    config = RLOOConfig(
+        problems=4, lora=LoRAConfig(2, tokens="<|im_end|>"), server=server, output=str(tmp_path / "runs")
+    )
+    with pytest.raises(ValueError, match=r"vLLM refuses, got <\|im_end\|>: leave out"):
+        rloo(config)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_adapters_reach_the_server_before_each_rollout(tokenizer, tmp_path) -> None:
