@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -34,6 +35,8 @@ def bundled(*parts: str) -> Path:
 def resolve(name_or_path: str | Path) -> str:
     """What transformers' `from_pretrained` is given: the bundled folder for "tiny", an existing folder, or a hub name.
 
+    A folder is named by its whole path, links followed: `latest` may point elsewhere tomorrow.
+
     Raises:
         FileNotFoundError: for what looks like a path and is no folder.
     """
@@ -41,11 +44,43 @@ def resolve(name_or_path: str | Path) -> str:
     if name == "tiny":
         return str(bundled("tiny"))
     if Path(name).is_dir():
-        return name
+        return str(Path(name).resolve())
     is_hub_name = isinstance(name_or_path, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
     if is_hub_name and name.split("/")[0] not in OWN_FOLDERS:
         return name
     raise FileNotFoundError(f'{name} is no folder: give "tiny", the folder of a saved model, or a name on the hub')
+
+
+def weight_files(source: str) -> list[Path]:
+    """The files that hold the weights (or the adapters) of a folder or hub name: safetensors, or else a folder's GGUF.
+
+    Args:
+        source: as `resolve` gives it; shards of the hub are fetched.
+
+    Raises:
+        ValueError: for an index that is none, or names anything but safetensors beside or below it.
+        OSError: if a folder has none, or the hub does not give them.
+    """
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    name = "adapter_model" if (Path(source) / "adapter_config.json").is_file() else "model"
+    if found := cached_file(source, f"{name}.safetensors", _raise_exceptions_for_missing_entries=False):
+        return [Path(found)]
+    index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    if index is None:
+        found = sorted(Path(source).glob("*.gguf"))
+        if Path(source).is_dir() and len(found) != 1:
+            raise FileNotFoundError(f"weights are read from .safetensors only, or one GGUF, got {len(found)}")
+        return found
+    try:
+        content = json.loads(Path(index).read_text(encoding="utf-8"))
+        _, names = content["metadata"], {str(name) for name in content["weight_map"].values()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} must be JSON with metadata and a weight_map, got {error!r}") from error
+    for name in sorted(names):
+        if Path(name).suffix != ".safetensors" or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{index} must name .safetensors files of its own folder, got {name}")
+    return [Path(file) for file in get_checkpoint_shard_files(source, index)[0]]
 
 
 @contextmanager
@@ -116,10 +151,22 @@ def flush(path: Path, deep: bool = True) -> None:
         os.close(number)
 
 
-def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+BLOCK, BLOCKS = 1 << 14, 1 << 12  # bytes read at a time; how many of a large file a quick digest reads
+
+
+def sha256(*paths: str | Path, quick: bool = False) -> str:
+    """The SHA-256 of files one after the other, in hexadecimal.
+
+    Args:
+        paths: of the files.
+        quick: of a file of more than 64 MiB take 4,096 blocks, evenly spaced. That tells models that were trained
+            apart, whose every matrix differs; two that differ in a few rows of a large embedding it may take for one.
+    """
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for path in map(Path, paths):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for start in range(0, size, max(BLOCK, quick * size // BLOCKS)):
+                file.seek(start)
+                digest.update(file.read(BLOCK))
     return digest.hexdigest()

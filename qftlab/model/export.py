@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qftlab.files import aside
 from qftlab.model.head import row_layers
-from qftlab.model.loading import load_model, save_model
+from qftlab.model.loading import END_OF_TURN, load_model, save_model
 from qftlab.model.lora import is_adapted, merge_adapters, trained_token_ids
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ UNITS, NUDGES = 4, 3
 CEILINGS = {torch.float32: 2**-10, torch.float16: 2**-7, torch.bfloat16: 2**-4}
 PROBES = ("47 + 38 =", "def add(a, b):\n    return", "The sum of the first 100 natural numbers is")
 NEW_TOKENS = 16
-END_OF_TURN = "<|im_end|>"
 
 
 class ExportError(ValueError):
@@ -129,16 +128,10 @@ def export_model(
 
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Weights, config, tokenizer and a generation config that ends a turn where the chat template does."""
+    """What `save_model` writes, in a folder that whoever may read it may enter."""
     save_model(model, tokenizer, folder)
-    settings = GenerationConfig.from_dict((model.generation_config or GenerationConfig()).to_diff_dict())
-    known = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    end = tokenizer.get_vocab().get(END_OF_TURN)
-    settings.eos_token_id = list(dict.fromkeys(i for i in (end, *known, tokenizer.eos_token_id) if i is not None))
-    settings.pad_token_id = settings.pad_token_id if settings.pad_token_id is not None else tokenizer.pad_token_id
-    settings.save_pretrained(folder)
     rights = (folder / "config.json").stat().st_mode & 0o777
-    folder.chmod(rights | (rights & 0o444) >> 2)  # who may read may enter; a temporary folder is the owner's alone
+    folder.chmod(rights | (rights & 0o444) >> 2)  # a temporary folder is the owner's alone
 
 
 @dataclass(frozen=True)

@@ -8,24 +8,25 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from qftlab.files import bundled
-from qftlab.model.head import row_layers
+from qftlab.files import bundled, resolve, sha256, weight_files
+from qftlab.model.head import causal_model, row_layers, weights_version
 from qftlab.settings import LoRAConfig
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 TARGETS = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's own names
+DIGEST = "base_sha256"  # in the metadata of WEIGHTS: the quick sha256 of the files that the base was loaded from
 
 
 @dataclass(frozen=True)
@@ -105,21 +106,47 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(sum(n for n, is_trained in sizes if is_trained), sum(n for n, _ in sizes))
 
 
+def check_continued(model, config: LoRAConfig, tokens: Mapping[str, int]) -> None:
+    """Refuses settings and tokens that are not those of a model's adapters: adapters that train on keep their own.
+
+    Args:
+        model: with adapters.
+        config: what is asked; a value that is the default asks for nothing.
+        tokens: those whose rows shall train, with their ids.
+
+    Raises:
+        ValueError: naming the first setting that differs.
+    """
+    own, none, known = model.peft_config["default"], LoRAConfig(), trained_token_ids(model)
+    targets = next((name for name, found in TARGETS.items() if {*found} == {*own.target_modules}), "others")
+    has = {"rank": own.r, "alpha": own.lora_alpha, "dropout": own.lora_dropout, "targets": targets}
+    asked = {name: getattr(config, name) for name in has}
+    wrong = [f"lora.{n} {asked[n]} for {has[n]}" for n in has if asked[n] not in (has[n], getattr(none, n))]
+    wrong += [f"a row for {text}, which they do not train" for text, number in tokens.items() if number not in known]
+    if wrong:
+        raise ValueError(f"adapters that train on keep theirs, got {wrong[0]}: leave it out, or --lora.from merge")
+
+
 def save_adapters(model, folder: str | Path) -> Path:
     """Writes the adapters and trained rows, not the base: adapter_model.safetensors and adapter_config.json, as peft's.
 
+    The second names the base by its whole path, or by its name on the hub; the metadata of the first have its digest.
+
     Raises:
-        ValueError: if the model has no adapters.
+        ValueError: if the model has no adapters, or rows that `extend_model` has set and no adapter trains.
     """
     if not is_adapted(model):
         raise ValueError("model must have adapters, got one without: add_adapters(model, config), or save_model")
-    folder = Path(folder)
+    if lost := sorted(getattr(causal_model(model), "_qftlab_new_rows", set()) - {*trained_token_ids(model)}):
+        raise ValueError(f"new rows must be trained to be saved with adapters: add_adapters(…, token_ids={lost})")
+    folder, (base, digest) = Path(folder), getattr(model, "_qftlab_base", None) or _base_of(causal_model(model))
     folder.mkdir(parents=True, exist_ok=True)
     # Never the whole embedding: its trained rows are in the state already.
     state = _peft().get_peft_model_state_dict(model, save_embedding_layers=False)
-    save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, folder / WEIGHTS)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", DIGEST: digest})
     settings = copy.copy(model.peft_config["default"])
-    settings.inference_mode, settings.base_model_name_or_path = True, _base_name(model)
+    settings.inference_mode, settings.base_model_name_or_path = True, base
     settings.save_pretrained(folder)
     return folder
 
@@ -128,7 +155,8 @@ def load_adapters(model: PreTrainedModel, folder: str | Path, *, is_trainable: b
     """Puts saved adapters and rows on the model they were trained on.
 
     Args:
-        model: the base; rows are added where the saved tokens have outgrown it.
+        model: the base; rows are added where the saved tokens have outgrown it. Whether it is the one that they were
+            trained on is not asked here (a base without their new tokens will do), but by `load_model`.
         folder: what `save_adapters` wrote, or peft itself with safetensors.
         is_trainable: whether training goes on.
 
@@ -143,31 +171,44 @@ def load_adapters(model: PreTrainedModel, folder: str | Path, *, is_trainable: b
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} holds no {' and no '.join(missing)}: is it the folder of saved adapters?")
     peft = _peft()
-    settings = peft.PeftConfig.from_pretrained(str(folder))
-    settings.inference_mode = not is_trainable
-    rows = settings.trainable_token_indices or []
-    last = max((i for ids in (rows.values() if isinstance(rows, dict) else [rows]) for i in ids), default=-1)
-    if last >= model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(last + 1, mean_resizing=False)
     try:
+        settings = peft.PeftConfig.from_pretrained(str(folder))
+        settings.inference_mode = not is_trainable
+        rows = settings.trainable_token_indices or []
+        last = max((i for ids in (rows.values() if isinstance(rows, dict) else [rows]) for i in ids), default=-1)
+        if last >= model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(last + 1, mean_resizing=False)
         state = load_file(folder / WEIGHTS)
         adapted = _wrapped(model, settings)
         loaded = peft.set_peft_model_state_dict(adapted, state)
-    except (RuntimeError, SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(_misfit(folder, settings, str(error).strip().split("\n")[-1].strip())) from error
+    except Exception as error:  # peft raises what it meets
+        raise _misfit(folder, str(error).strip().split("\n")[-1].strip() or type(error).__name__) from error
     # Of a tied pair only one is a parameter of its own, and only that one is saved.
     own = {name for name, _ in adapted.named_parameters() if _is_adapter(name)}
-    lost = sorted(own & set(loaded.missing_keys))
-    if lost or loaded.unexpected_keys:
-        raise ValueError(_misfit(folder, settings, f"{(lost or loaded.unexpected_keys)[0]} has no counterpart"))
+    lost = sorted(own & set(loaded.missing_keys)) or loaded.unexpected_keys
+    wrong = [f"{name} has no counterpart" for name in lost]
+    wrong += [f"{name} of {tensor.dtype}" for name, tensor in state.items() if not tensor.is_floating_point()]
+    if wrong:
+        raise _misfit(folder, wrong[0])
     return adapted
 
 
-def _misfit(folder: Path, settings, reason: str) -> str:
-    return (
-        f"adapters of {folder} must fit the model, got {reason}: "
-        f"load them on the base they name, {settings.base_model_name_or_path}"
-    )
+def check_base(model, folder: str | Path) -> None:
+    """Refuses saved adapters on a model that was loaded from other files than their base was, where that is known.
+
+    Raises:
+        ValueError: naming the folder, the base and both digests.
+    """
+    with safe_open(Path(folder) / WEIGHTS, "pt") as file:
+        recorded = (file.metadata() or {}).get(DIGEST)
+    base, found = model._qftlab_base
+    if recorded and found and recorded != found:
+        raise _misfit(folder, f"other weights in {base} (sha256 {found[:8]}, {recorded[:8]} when they were trained)")
+
+
+def _misfit(folder: str | Path, reason: str) -> ValueError:
+    way_out = "load them on the base that adapter_config.json names, as it was; --base gives its place, if it has moved"
+    return ValueError(f"adapters of {folder} must fit the model, got {reason}: {way_out}")
 
 
 def adapter_base(folder: str | Path) -> str | None:
@@ -179,9 +220,12 @@ def adapter_base(folder: str | Path) -> str | None:
     path = Path(folder) / CONFIG
     if not path.is_file():
         return None
-    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{path} must name its base_model_name_or_path, got {base!r}: load_model(base, lora=folder)")
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, LookupError, TypeError):
+        base = None
+    if not base or not isinstance(base, str):
+        raise ValueError(f"{path} must name its base_model_name_or_path, in JSON: load_model(base, lora=folder)")
     return base
 
 
@@ -203,6 +247,7 @@ def merge_adapters(model, *, in_place: bool = False) -> PreTrainedModel:
             "without quant"
         )
     merged = (model if in_place else copy.deepcopy(model)).merge_and_unload(safe_merge=True)
+    merged.config._name_or_path = ""  # it is on no disk, and no base for other adapters to name
     return merged.requires_grad_(True)
 
 
@@ -227,6 +272,7 @@ def _wrapped(model: PreTrainedModel, settings):
     for name, parameter in adapted.named_parameters():
         if _is_adapter(name):
             parameter.data = parameter.data.float()
+    adapted._qftlab_base = _base_of(model)
     return adapted.train(is_training)
 
 
@@ -234,13 +280,20 @@ def _is_adapter(name: str) -> bool:
     return "lora_" in name or "trainable_tokens_delta" in name
 
 
-def _base_name(model: PreTrainedModel) -> str:
-    """The name `load_model` takes for the base: "tiny" for the bundled one, whose path is another on every machine."""
-    path = model.config._name_or_path
+def _base_of(model: PreTrainedModel) -> tuple[str, str]:
+    """What `load_model` takes for the base, and the digest of its files; empty where it is on no disk as it is here.
+
+    It is "tiny" for the bundled one, whose path is another on every machine.
+    """
+    name = model.config._name_or_path
+    if not name or weights_version(model):
+        return "", ""
     try:
-        return "tiny" if Path(path).resolve() == bundled("tiny") else path
-    except FileNotFoundError:
-        return path
+        source = resolve(name)
+        files = weight_files(source)
+        return "tiny" if source == str(bundled("tiny")) else source, sha256(*files, quick=True) if files else ""
+    except (OSError, ValueError):
+        return name, ""
 
 
 def _peft():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qftlab.files import resolve
@@ -41,28 +42,35 @@ class ExtensionReport:
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """Loads a fast tokenizer: "tiny", a local folder, or a name on the hub.
+    """Loads a fast tokenizer: "tiny", a local folder (a GGUF file's own, where there is no other), or a hub name.
 
     Raises:
         FileNotFoundError: if there is no such folder, it holds no tokenizer, or the hub does not give it.
+        ValueError: if it is damaged, or asks for code of its own.
     """
     source = resolve(name_or_path)
-    path = Path(source)
+    path, options = Path(source), {}
     if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise FileNotFoundError(f"{path} has neither tokenizer.json nor vocab.json: is it the model's folder?")
+        if not (ggufs := sorted(path.glob("*.gguf"))):
+            raise FileNotFoundError(f"{path} has neither tokenizer.json nor vocab.json: is it the model's folder?")
+        options = {"gguf_file": ggufs[0].name}
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except OSError as error:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:  # of any kind: tokenizers raises Exception itself
         raise not_loadable(source, error) from error
 
 
-def not_loadable(source: str, error: Exception) -> FileNotFoundError:
-    """What to raise when transformers could not load `source`: its reason in one line, and the way out."""
-    reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-    if Path(source).is_dir():
-        way_out = "weights are read from .safetensors only (pickled files can run code), so save or copy them there"
-        return FileNotFoundError(f"{source} cannot be loaded: {reason}; {way_out}")
-    return FileNotFoundError(
+def not_loadable(source: str, error: Exception) -> OSError | ValueError:
+    """What to raise when transformers could not load `source`: its reason in one sentence, and the way out."""
+    reason = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
+    if isinstance(error, LookupError | TypeError | AttributeError):
+        reason = f"{type(error).__name__}, {reason}"
+    if "trust_remote_code" in str(error):
+        reason = "it asks for code of its own (auto_map), and no model's code is run here"
+    kind = FileNotFoundError if isinstance(error, OSError | SafetensorError) else ValueError
+    if kind is ValueError or Path(source).is_dir():
+        return kind(f"{source} cannot be loaded: {reason}; save or copy the model there anew, or give another")
+    return kind(
         f'{source} is no folder here, and the hub did not give it: {reason}; give "tiny", the folder of a saved model, '
         "or check the name and the connection"
     )

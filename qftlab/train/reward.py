@@ -24,6 +24,7 @@ from qftlab.maths.losses import preference_accuracy, sum_by_document
 from qftlab.maths.verify import answer_reward, countdown_reward, exact_reward, first_token_reward
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.head import context_length, module_mode
+from qftlab.model.loading import model_of_files
 from qftlab.rows.batches import Example, pack, pad
 from qftlab.rows.chat import render_chat, render_prompt
 from qftlab.rows.examples import Pair, documents, encode_pairs, place_of
@@ -201,13 +202,12 @@ class ModelReward:
         """From a folder (a run's as well) or the hub; no code of the repository is run.
 
         Raises:
-            ValueError: for a classifier with more or fewer labels than one.
+            FileNotFoundError, ValueError: as `load_model`, for a model without a head of rewards, and for a classifier
+                with more or fewer labels than one.
         """
         source = resolve(resolve_model(name))
         register_packed_attention()  # what a saved configuration may name
-        model = AutoModelForSequenceClassification.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+        model = model_of_files(AutoModelForSequenceClassification, source, dtype=dtype)
         if model.config.num_labels != 1:
             raise ValueError(f"a reward model must have one label, got {model.config.num_labels} in {name}")
         return cls(model.to(device).eval(), load_tokenizer(source))

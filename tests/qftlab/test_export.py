@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from random_models import random_model
 from test_lora import NEW, shaken
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qftlab.model import export
 from qftlab.model.export import CEILINGS, Card, ExportError, export_model
-from qftlab.model.loading import extend_model, load_model
-from qftlab.model.lora import add_adapters
+from qftlab.model.loading import extend_model, load_model, save_model
+from qftlab.model.lora import add_adapters, merge_adapters
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
 from qftlab.settings import LoRAConfig
 
@@ -238,3 +240,95 @@ def test_a_read_only_place_gives_a_clear_error(tmp_path) -> None:
             export_model(random_model(), load_tokenizer("tiny"), tmp_path / "out")
     finally:
         tmp_path.chmod(0o700)
+
+
+# Other readers
+
+ROPES = {
+    "qwen2": {"rope_theta": 1e6, "rope_type": "default"},
+    "qwen3": {"rope_theta": 1e6, "rope_type": "default"},
+    "llama": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 64},
+}  # fmt: skip
+
+
+def exported(family: str, folder: Path, tokenizer=None):
+    """A random model with another rotary base and two new tokens, and its tokenizer, exported."""
+    model, tokenizer = random_model(family, rope_parameters=ROPES[family]), tokenizer or load_tokenizer("tiny")
+    extend_model(model, tokenizer, extend_tokenizer(tokenizer))
+    export_model(model, tokenizer, folder)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("family", ROPES)
+def test_an_export_says_in_both_forms_what_transformers_4_and_5_read(family: str, tmp_path) -> None:
+    model, tokenizer = exported(family, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == ROPES[family]["rope_theta"]
+    assert ("rope_scaling" in config) == (family == "llama") and config["model_type"] == family
+    names = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert {"<|AGENT|>", "<|EDIT|>", "<|im_end|>"} <= set(names["additional_special_tokens"])
+    assert "extra_special_tokens" not in names, "transformers 4 refuses a list by that name"
+    again = load_tokenizer(tmp_path / "out")
+    assert again.extra_special_tokens == tokenizer.extra_special_tokens and again.get_vocab() == tokenizer.get_vocab()
+    assert load_model(tmp_path / "out").config.rope_parameters == model.config.rope_parameters
+
+
+def test_the_model_of_a_run_stops_where_an_export_stops(tmp_path) -> None:
+    """In plain transformers, which reads generation_config.json: at the end of a turn, not of a document only."""
+    model, tokenizer = adapted_tiny()
+    base = merge_adapters(model)
+    base.generation_config.eos_token_id = tokenizer.eos_token_id
+    save_model(base, tokenizer, tmp_path / "run")
+    save_model(model, tokenizer, tmp_path / "adapters")
+    export_model(model, tokenizer, tmp_path / "out")
+    found = [GenerationConfig.from_pretrained(tmp_path / name) for name in ("run", "adapters", "out")]
+    ends = [tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id]
+    assert [one.eos_token_id for one in found] == [ends] * 3 and [one.pad_token_id for one in found] == [997] * 3
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype=torch.float32)
+    likely = {"sequence_bias": [[[ends[0]], 1000.0]], "max_new_tokens": 50, "do_sample": False}
+    assert plain.generate(torch.tensor([[5, 6, 7]]), **likely)[0].tolist() == [5, 6, 7, ends[0]]
+
+
+READ = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
+folder, ids, text, messages = json.loads(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+with torch.no_grad():
+    logits = model(torch.tensor([ids])).logits
+    written = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
+print(json.dumps({"version": __version__, "logits": logits.tolist(), "written": written[0].tolist(),
+                  "ids": tokenizer(text).input_ids, "special": sorted(tokenizer.all_special_tokens),
+                  "chat": tokenizer.apply_chat_template(messages, add_generation_prompt=True)}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ROPES)
+def test_transformers_4_reads_an_export_as_it_is(family: str, tmp_path, real_data) -> None:
+    """QFTLAB_TRANSFORMERS4 names a Python with 4.57.6: `pip install transformers==4.57.6 torch==2.13.0` in a venv.
+
+    Llama has a tokenizer of the general class, whose name is another in 4.
+    """
+    python = os.environ.get("QFTLAB_TRANSFORMERS4")
+    if not python:
+        pytest.skip("QFTLAB_TRANSFORMERS4 names no Python with transformers 4.57")
+    tokenizer = load_tokenizer("tiny" if family != "llama" else real_data / "tinylm" / "hf")
+    tokenizer.chat_template = load_tokenizer("tiny").chat_template
+    model, _ = exported(family, tmp_path / "out", tokenizer)
+    ids, text = list(range(5, 250, 3)), "47 + 38 = <|AGENT|>85<|im_end|>\n def f(x):"
+    messages = [{"role": "user", "content": "Add 2 and 3."}]
+    asked = json.dumps([str(tmp_path / "out"), ids, text, messages])
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([python, "-c", READ, asked], capture_output=True, text=True, env=clean)
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    assert theirs["version"].startswith("4.57"), theirs["version"]
+    with torch.no_grad():
+        assert (torch.tensor(theirs["logits"]) - model(torch.tensor([ids])).logits).abs().max() < 1e-5
+    written = load_model(tmp_path / "out").generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
+    assert theirs["written"] == written[0].tolist() and theirs["ids"] == tokenizer(text).input_ids
+    assert theirs["special"] == sorted(tokenizer.all_special_tokens)
+    assert theirs["chat"] == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
