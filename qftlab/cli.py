@@ -177,6 +177,9 @@ def describe(parser, kind: type) -> None:
     """Gives every option the text that the dataclass's docstring has for it, and groups their plain titles."""
     helps = option_helps(kind)
     for action in parser._actions:
+        if action.dest.endswith("_"):  # `lora.from_` is `lora.from` here and in YAML: Python keeps that word
+            action.option_strings.insert(0, f"--{action.dest[:-1]}")
+            parser._option_string_actions[f"--{action.dest[:-1]}"] = action
         if action.dest in helps:
             action.help = helps[action.dest].replace("%", "%%")
     for group in parser._action_groups:

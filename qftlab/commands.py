@@ -56,8 +56,11 @@ def trains(function: str, chats: bool = True) -> Callable[[typing.Any], None]:
 def run_export(config) -> None:
     """Merges, checks and writes, and says what was checked."""
     from qftlab.model.export import Card, export_model
+    from qftlab.model.lora import adapter_base
+    from qftlab.train.run import resolve_model
 
-    model, tokenizer = load_named(config.model, dtype_of_run(config), config.device)
+    base = config.base if adapter_base(resolve_model(config.model)) else ""
+    model, tokenizer = load_named(config.model, dtype_of_run(config), config.device, base)
     report = export_model(model, tokenizer, config.output, card=Card(base=config.base, data=config.data), in_place=True)
     print(f"{report.path}: {report.positions} greedy tokens as before, largest difference of a logit "
           f"{report.largest_difference:.1e} of the largest one (allowed {report.tolerance:.0e})")  # fmt: skip
@@ -141,15 +144,16 @@ def fit_context(model, tokenizer, messages: list[dict], kept: int, max_new_token
     return messages
 
 
-def load_named(name: str, dtype: str, device: str) -> tuple:
-    """Model and tokenizer by the name a user gives."""
+def load_named(name: str, dtype: str, device: str, base: str = "") -> tuple:
+    """Model and tokenizer by the name a user gives; `base` is that of a folder of adapters, where it has moved."""
     from qftlab.model.loading import load_model
     from qftlab.rows.tokenizer import load_tokenizer
     from qftlab.train.run import best_device, resolve_model
 
     hide_loading_bars()
     folder = resolve_model(name)
-    return load_model(folder, dtype=dtype, device=best_device(device)), load_tokenizer(folder)
+    source, lora = (resolve_model(base), folder) if base else (folder, None)
+    return load_model(source, lora=lora, dtype=dtype, device=best_device(device)), load_tokenizer(folder)
 
 
 def hide_loading_bars() -> None:
@@ -165,7 +169,7 @@ def load_for(config) -> tuple:
     from qftlab.rows.tokenizer import set_thinking_
 
     params = SamplingParams(**dataclasses.asdict(config.sampling))
-    model, tokenizer = load_named(config.model, config.dtype, config.device)
+    model, tokenizer = load_named(config.model, config.dtype, config.device, config.base)
     if config.thinking != "auto":
         set_thinking_(tokenizer, THINKING[config.thinking])
     return model, tokenizer, {"max_new_tokens": config.max_new_tokens, "params": params, "seed": config.seed}

@@ -64,6 +64,8 @@ class LoRAConfig:
         targets: the matrices of each block that get one: `all`, or those of `attention` or `mlp` only.
         tokens: besides new ones, the tokens whose rows are trained, such as [<|im_start|>,<|im_end|>] where the base
             has never seen a chat, as `tiny` has not: without them a low rank hardly learns to end a turn.
+        from_: what becomes of the adapters that a model has: `continue` trains them on, as they are (rank, alpha,
+            dropout and targets are theirs), `merge` makes them part of the weights first; then rank says what trains.
 
     Raises:
         ValueError: for a value out of range.
@@ -76,6 +78,7 @@ class LoRAConfig:
     dropout: float = 0.0
     targets: Literal["all", "attention", "mlp"] = "all"
     tokens: Names = ()
+    from_: Literal["continue", "merge"] = "continue"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -189,6 +192,7 @@ class RunConfig:
             settings it began with; those given beside it must be the same.
         quant: of the frozen weights, by bitsandbytes; needs adapters and a GPU.
         lora: adapters trained in place of the weights; lora.rank 0 trains the weights themselves.
+        base: of a model that is a folder of adapters: where their base is now, if it has moved.
         train: the settings of the loop.
 
     Raises:
@@ -211,6 +215,7 @@ class RunConfig:
     resume: str | None = None
     quant: Literal["none", "8bit", "4bit"] = "none"
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    base: str = ""
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -471,7 +476,7 @@ class RewardConfig(RunConfig):
             model's context.
         held_out: pairs never trained on, whose loss and accuracy are measured (see train.eval_every).
         quant: none; a quantised body cannot be trained with its head.
-        lora: none; the head is trained with its body.
+        lora: none; the head is trained with its body, into which the adapters of a model that has some are merged.
         train: the settings of the loop; its batch counts pairs.
 
     Raises:
@@ -482,12 +487,13 @@ class RewardConfig(RunConfig):
 
     output: str = "runs/reward"
     train: TrainConfig = field(default_factory=lambda: TrainConfig(lr=1e-4, batch_size=32))
+    lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(from_="merge"))
 
     def __post_init__(self) -> None:
-        if self.lora.rank or self.quant != "none":
+        if self.lora.rank or self.quant != "none" or self.lora.from_ != "merge":
             raise ValueError(
-                f"lora and quant must be left out of a reward model, which is trained whole, got rank {self.lora.rank} "
-                f"and quant {self.quant}"
+                f"lora and quant must be left out of a reward model, which is trained whole, got rank "
+                f"{self.lora.rank}, from {self.lora.from_}, quant {self.quant}: it merges what adapters there are"
             )
         super().__post_init__()
 
@@ -522,6 +528,7 @@ class AnswerConfig:
         seed: of the sampling.
         dtype: of the weights; `auto` is the checkpoint's own.
         device: `auto` is the GPU where there is one.
+        base: of a model that is a folder of adapters: where their base is now, if it has moved.
         sampling: how tokens are chosen.
 
     Raises:
@@ -534,6 +541,7 @@ class AnswerConfig:
     seed: int = 0
     dtype: Dtype = "float32"
     device: str = "auto"
+    base: str = ""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
@@ -584,7 +592,7 @@ class ExportConfig:
     Args:
         model: a run folder such as `runs/sft/latest`, a folder, or a name on the Hugging Face hub.
         output: the folder to write; it must not exist, or be empty.
-        base: the model it was made from, for its card.
+        base: the model it was made from, for its card, and where adapters find it, if it has moved.
         data: what it was trained on, for its card.
         dtype: of the weights; `auto` is what the run trained in, or else their own.
         device: `auto` is the GPU where there is one.

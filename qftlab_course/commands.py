@@ -17,6 +17,7 @@ class EvaluateConfig:
 
     Args:
         model: `tiny`, a run folder (runs/sft/latest), a model folder, or a name on the Hugging Face hub.
+        base: of a model that is a folder of adapters: where their base is now, if it has moved.
         data: rows with instruction, input and output, one file or [several]; the bundled held-out rows by default.
         few_shot: 0 asks in the chat format; k shows k solved examples as plain text: the fair way to ask a base model.
         limit: ask only so many rows.
@@ -32,6 +33,7 @@ class EvaluateConfig:
     """
 
     model: str = "tiny"
+    base: str = ""
     data: tuple[str, ...] | str = ()
     few_shot: int = 0
     limit: int | None = None
@@ -85,7 +87,7 @@ def run_evaluate(config) -> None:
     for number, row in enumerate(rows, 1):
         if "output" not in row:
             raise ValueError(f"row {number} of {files} must have instruction and output, got {', '.join(row)}")
-    model, tokenizer = load_named(config.model, config.dtype, config.device)
+    model, tokenizer = load_named(config.model, config.dtype, config.device, config.base)
     result = evaluate_rows(model, tokenizer, rows, few_shot=config.few_shot, max_new_tokens=config.max_new_tokens,
                            seed=config.seed, batch_size=config.batch_size)  # fmt: skip
     table = result.to_frame()

@@ -18,7 +18,7 @@ import torch
 
 from qftlab.files import aside, bundled, resolve, sha256
 from qftlab.model.loading import load_model, save_model
-from qftlab.model.lora import adapter_base, is_adapted, load_adapters
+from qftlab.model.lora import is_adapted
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.checkpoint import fingerprint
 from qftlab.train.run import best_device
@@ -148,9 +148,8 @@ def _made(name: str, preset: str, seed: int, root: Path, say: Say) -> Path:
 
 def _load(folder: str | Path, wanted: Recipe, is_trainable: bool = False) -> tuple:
     """Model and tokenizer of a stage's folder; adapters stay adapters."""
-    base, dtype = adapter_base(folder), wanted.preset.dtype
-    model = load_model(resolve(base) if base else folder, dtype=dtype, device=best_device())
-    return load_adapters(model, folder, is_trainable=is_trainable) if base else model, load_tokenizer(folder)
+    options = {"dtype": wanted.preset.dtype, "adapters": "continue" if is_trainable else "keep"}
+    return load_model(folder, device=best_device(), **options), load_tokenizer(folder)
 
 
 def _trained(name: str, wanted: Recipe, start: Path, path: Path, say: Say) -> Path:

@@ -16,10 +16,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qftlab.decoding.engine import known_id
-from qftlab.files import aside, not_written, sha256
+from qftlab.files import aside, not_written, resolve, sha256
 from qftlab.model.head import context_length
 from qftlab.model.loading import extend_model, load_model, save_model
-from qftlab.model.lora import add_adapters
+from qftlab.model.lora import add_adapters, check_continued, is_adapted
 from qftlab.rows.chat import knows_thinking
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer, set_thinking_
 from qftlab.settings import THINKING, RunConfig
@@ -270,7 +270,8 @@ def run_stage(name: str, config: RunConfig, prepare: Callable[[RunConfig], Stage
     """
     with processes(best_device(config.device)) as device:
         config = replace(config, device=device)
-        stage, run = prepare(config), open_run(config)
+        found = replace(config, model=resolve(resolve_model(config.model)))  # once: `latest` may move meanwhile
+        stage, run = prepare(found), open_run(config)
         checkpoints = Checkpoints(run.checkpoints / name, run_identity(config) | stage.identity, config.train.keep)
         stage.begin(checkpoints)
         try:
@@ -281,7 +282,7 @@ def run_stage(name: str, config: RunConfig, prepare: Callable[[RunConfig], Stage
             checkpoints.release()
         last = checkpoints.last()
         if not result.interrupted or (last and step_of(last) == result.steps):
-            rebuild = partial(load_extended, replace(config, device="cpu"))
+            rebuild = partial(load_extended, replace(found, device="cpu"))
             model = unsharded(stage.model, lambda: stage.wrap(*rebuild()))
             run.put_model(run.model_path, lambda folder: save_model(model, stage.tokenizer, folder))
         run.finish(result.losses, result.held_out, is_whole=not result.interrupted)
@@ -326,31 +327,33 @@ def begin(run: RunFolder, checkpoints: Checkpoints, config: RunConfig, model, to
 
 def run_identity(config: RunConfig) -> dict:
     """The settings of a run that a resumed one must share, those of the loop aside; data count by their documents."""
-    free = "data held_out output device resume train server num_proc".split()  # another address is no other run
+    free = "data held_out output device resume train server num_proc base".split()  # another place is no other run
     return {name: value for name, value in asdict(config).items() if name not in free}
 
 
 def load_extended(config: RunConfig) -> tuple:
-    """Model and tokenizer of a configuration, with its new tokens added to both, and adapters if it asks for them."""
-    name = resolve_model(config.model)
-    device = best_device(config.device)
+    """Model and tokenizer of a configuration, with its new tokens in both, and the adapters that it has or asks for."""
+    device, name = best_device(config.device), resolve_model(config.model)
+    source, lora = (resolve_model(config.base), name) if config.base else (name, None)
     dtype = training_dtype(config.dtype, device)
-    model, tokenizer = load_model(name, dtype=dtype, device=device, quant=config.quant), load_tokenizer(name)
-    tokens = []
+    model = load_model(source, lora=lora, dtype=dtype, device=device, quant=config.quant, adapters=config.lora.from_)
+    tokenizer = load_tokenizer(name)
     if config.thinking != "auto":
         set_thinking_(tokenizer, THINKING[config.thinking])
-    if config.new_tokens:
-        report = extend_tokenizer(tokenizer, config.new_tokens)
-        extend_model(model, tokenizer, report)
-        tokens = [token.id for token in report.tokens]
+    report = extend_tokenizer(tokenizer, config.new_tokens)
+    wanted = {token.text: token.id for token in report.new}
     for text in config.lora.tokens:
         if (number := known_id(tokenizer, text)) is None:
             raise ValueError(f"lora.tokens must be tokens of the tokenizer, got {text!r}: --new_tokens adds one")
-        tokens = sorted({*tokens, number})
+        wanted[text] = number
+    if is_adapted(model):
+        check_continued(model, config.lora, wanted)
+        return model, tokenizer
+    if config.new_tokens:
+        extend_model(model, tokenizer, report)
     if config.lora.rank:
-        with torch.random.fork_rng():
-            torch.manual_seed(config.train.seed)  # the same in every process
-            model = add_adapters(model, config.lora, token_ids=tokens)
+        ids = {*wanted.values(), *(token.id for token in report.tokens)}
+        model = add_adapters(model, config.lora, token_ids=sorted(ids))
     return model, tokenizer
 
 

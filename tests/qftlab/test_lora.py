@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import io
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from random_models import random_model
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from qftlab import cli
 from qftlab.decoding.engine import generate
 from qftlab.files import bundled
 from qftlab.model.attention import register_packed_attention
@@ -29,8 +34,10 @@ from qftlab.model.lora import (
 )
 from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
-from qftlab.settings import LoRAConfig, TrainConfig
-from qftlab.train.sft import fit_rows
+from qftlab.settings import DPOConfig, LoRAConfig, PolicyConfig, RewardConfig, RLOOConfig, SFTConfig, TrainConfig
+from qftlab.train.dpo import dpo
+from qftlab.train.rloo import rloo
+from qftlab.train.sft import fit_rows, sft
 from qftlab_course.presets import get_preset
 
 IDS = torch.tensor([[5, 1000, 7, 1001, 300, 12, 4]])
@@ -287,6 +294,253 @@ def test_damaged_or_unfit_adapters_are_refused(tmp_path) -> None:
         load_model(tmp_path)
 
 
+# The base of adapters
+
+
+def saved(folder: Path, model=None) -> Path:
+    return save_model(model or random_model(), load_tokenizer("tiny"), folder)
+
+
+def test_the_base_is_found_from_anywhere_and_does_not_follow_the_latest_link(tmp_path, monkeypatch) -> None:
+    """Named by a relative path through a link, as a user does; then another model takes the link's place."""
+    saved(tmp_path / "runs" / "first" / "model")
+    saved(tmp_path / "runs" / "second" / "model", shaken(random_model()))
+    latest = tmp_path / "runs" / "latest"
+    latest.symlink_to("first", target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    adapted = shaken(add_adapters(load_model("runs/latest/model"), LoRAConfig(2), token_ids=NEW))
+    save_adapters(adapted, "adapters")
+    latest.unlink()
+    latest.symlink_to("second", target_is_directory=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert torch.equal(logits(load_model("../adapters")), logits(adapted))
+    base = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str((tmp_path / "runs" / "first" / "model").resolve())
+
+
+def test_a_base_that_is_no_longer_what_it_was_is_refused(tmp_path) -> None:
+    """Overwritten by a model of the same shape, which would print noise; --base does not help a wrong one in either."""
+    base = saved(tmp_path / "base")
+    adapted = small_on(base)
+    save_adapters(adapted, tmp_path / "adapters")
+    saved(base, shaken(random_model()))
+    digests = r"got other weights in .*base \(sha256 \w{8}, \w{8} when they were trained\): load them on the base that"
+    with pytest.raises(ValueError, match=digests):
+        load_model(tmp_path / "adapters")
+    with pytest.raises(ValueError, match=digests.split(":")[0]):
+        load_model(base, lora=tmp_path / "adapters")
+    assert load_adapters(load_model(base), tmp_path / "adapters"), "who puts them on a model himself may"
+    saved(tmp_path / "moved")
+    assert torch.equal(logits(load_model(tmp_path / "moved", lora=tmp_path / "adapters")), logits(adapted))
+
+
+def small_on(base: Path, **options):
+    return shaken(add_adapters(load_model(base), LoRAConfig(2), token_ids=NEW, **options))
+
+
+def test_what_moved_is_named_and_base_gives_it(tmp_path, capsys, monkeypatch) -> None:
+    """In generate, chat, evaluate and export; a folder's name is never taken for one of the hub."""
+    base = saved(tmp_path / "base")
+    save_model(small_on(base), load_tokenizer("tiny"), tmp_path / "adapters")
+    asked = ["generate", "--prompt", "47 + 38 =", "--max_new_tokens", "6", "--model", str(tmp_path / "adapters")]
+    assert cli.main(asked) == 0
+    wanted = capsys.readouterr().out
+    base.rename(tmp_path / "moved")
+    assert cli.main(asked) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'adapters'} holds adapters, whose base is not to be had: {base} is no folder" in said
+    assert "--base" in said and said.count("\n") == 1
+    there = ["--base", str(tmp_path / "moved")]
+    assert cli.main([*asked, *there]) == 0 and capsys.readouterr().out == wanted
+    monkeypatch.setattr("sys.stdin", io.StringIO("47 + 38 =\n"))
+    assert cli.main(["chat", *asked[3:], *there]) == 0
+    rows = ["--limit", "2", "--max_new_tokens", "2"]
+    assert cli.main(["evaluate", "--model", str(tmp_path / "adapters"), *rows, *there]) == 0
+    assert cli.main(["export", "--model", str(tmp_path / "adapters"), "--output", str(tmp_path / "out"), *there]) == 0
+    assert cli.main(["generate", "--model", "tiny", "--prompt", "a", *there]) == 2
+    assert "is it the folder of saved adapters?" in capsys.readouterr().err
+
+
+def test_a_base_that_is_on_no_disk_is_not_named(tmp_path) -> None:
+    """Trained in memory, or merged: the folder it once came from is another model now."""
+    base, tokenizer = saved(tmp_path / "base"), load_tokenizer("tiny")
+    trained = load_model(base)
+    fit_rows(trained, tokenizer, load_rows(bundled("bugfix", "train.jsonl"))[:2], TrainConfig(max_steps=1))
+    for name, model in (("trained", trained), ("merged", merge_adapters(small_on(base)))):
+        save_adapters(add_adapters(copy.deepcopy(model), LoRAConfig(2)), tmp_path / name)
+        with pytest.raises(ValueError, match="name its base_model_name_or_path"):
+            load_model(tmp_path / name)
+        assert load_adapters(model, tmp_path / name)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_rows_that_nothing_trains_are_not_lost_without_a_word(tied: bool, tmp_path) -> None:
+    model, tokenizer = random_model(tie_word_embeddings=tied), load_tokenizer("tiny")
+    extend_model(model, tokenizer, extend_tokenizer(tokenizer))
+    for ids in ([], NEW[:1]):
+        adapted = add_adapters(copy.deepcopy(model), LoRAConfig(2), token_ids=ids)
+        lost = ", ".join(str(i) for i in NEW if i not in ids)
+        with pytest.raises(ValueError, match=rf"new rows must be trained .*: add_adapters.…, token_ids=\[{lost}\]"):
+            save_model(adapted, tokenizer, tmp_path / "adapters")
+        assert torch.allclose(logits(merge_adapters(adapted)), logits(adapted), atol=1e-4)
+    save_adapters(add_adapters(model, LoRAConfig(2), token_ids=NEW), tmp_path / "adapters")
+
+
+def test_adapters_on_adapters_on_a_base(tmp_path) -> None:
+    """The first are merged, as they were when the second were trained on them; a changed link of the chain is found."""
+    base = saved(tmp_path / "base")
+    save_adapters(small_on(base), tmp_path / "first")
+    merged = load_model(tmp_path / "first", adapters="merge")
+    assert type(merged).__name__ == "Qwen2ForCausalLM"
+    assert torch.allclose(logits(merged), logits(load_model(tmp_path / "first")), atol=1e-4)
+    second = shaken(add_adapters(merged, LoRAConfig(3, targets="mlp"), token_ids=NEW), 0.1)
+    save_adapters(second, tmp_path / "second")
+    loaded = load_model(tmp_path / "second", adapters="continue")
+    assert torch.equal(logits(loaded), logits(second)) and loaded.peft_config["default"].r == 3
+    assert count_parameters(loaded).trained == count_parameters(second).trained > 0
+    save_adapters(small_on(base, seed=3), tmp_path / "first")
+    with pytest.raises(ValueError, match="got other weights in .*first "):
+        load_model(tmp_path / "second")
+
+
+# Stages one after the other
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory) -> Path:
+    """A folder with an untied Qwen3 as `start`, rows and pairs, and the run of an SFT with adapters under `sft`."""
+    folder = tmp_path_factory.mktemp("stages")
+    saved(folder / "start", random_model("qwen3", tie_word_embeddings=False))
+    pairs = [{"prompt": f"Say {w}.", "chosen": f"{w}!", "rejected": f"no {w}"} for w in "one two three four".split()]
+    rows = [{"instruction": p["prompt"], "input": "", "output": p["chosen"]} for p in pairs]
+    for name, content in (("rows", rows), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, content)), encoding="utf-8")
+    sft(settings(SFTConfig, folder, "sft", "start", lora=LoRAConfig(4)))
+    return folder
+
+
+def settings(kind, folder: Path, output: str, model: str, **changes):
+    """A stage of two steps; `model` and `output` are folders in `folder`."""
+    data = {} if kind is RLOOConfig else {"data": str(folder / ("rows.jsonl" if kind is SFTConfig else "pairs.jsonl"))}
+    train = TrainConfig(lr=1e-2, max_steps=2, batch_size=2, warmup_ratio=0, schedule="constant")
+    return kind(model=str(folder / model), output=str(folder / output), device="cpu", train=train, **data, **changes)
+
+
+def rloo_of(folder: Path, output: str, model: str, **changes):
+    policy = PolicyConfig(num_generations=2, max_new_tokens=6, beta=0.1)
+    rewarding = {"problems": 4, "rewards": ("answer", "countdown"), "policy": policy}
+    return settings(RLOOConfig, folder, output, model, **rewarding, **changes)
+
+
+def apart(a, b) -> float:
+    """The largest difference of a logit of the tokens that both know."""
+    return (logits(a) - logits(b))[..., :1002].abs().max().item()
+
+
+def test_sft_dpo_and_rloo_train_one_pair_of_adapters_on(stages) -> None:
+    """Each stage begins with the very model the one before it has left, and moves it."""
+    first = load_model(stages / "sft" / "latest" / "model")
+    second = dpo(settings(DPOConfig, stages, "dpo", "sft/latest", lora=LoRAConfig(4)))  # the same rank
+    third = rloo(rloo_of(stages, "rloo", "dpo/latest"))
+    for run, before in ((second, first), (third, load_model(second / "model"))):
+        begun, ended = load_model(run / "checkpoints" / "initial"), load_model(run / "model")
+        assert torch.equal(logits(begun), logits(before)) and apart(ended, begun) > 1e-3
+        assert ended.peft_config["default"].r == 4 and trained_token_ids(ended) == NEW
+        named = json.loads((run / "model" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert named == str((stages / "start").resolve())
+    assert cli.main(["export", "--model", str(third), "--output", str(stages / "out")]) == 0
+    assert apart(load_model(stages / "out"), load_model(third / "model")) < 1e-4
+
+
+def test_fresh_adapters_on_merged_ones(stages) -> None:
+    """The first stay where they are: the second name them as their base, and a new token finds its rows."""
+    tokens = {"new_tokens": ("<|NEW|>",), "lora": LoRAConfig(2, targets="mlp", from_="merge")}
+    run = sft(settings(SFTConfig, stages, "merged", "sft/latest", **tokens))
+    model, first = load_model(run / "model"), stages / "sft" / "latest" / "model"
+    begun = load_model(run / "checkpoints" / "initial")
+    assert apart(begun, load_model(first)) < 1e-4 < 1e-3 < apart(model, begun)  # the order of a sum, logits of order 10
+    assert model.peft_config["default"].r == 2 and trained_token_ids(model) == [1002]
+    assert json.loads((run / "model" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        first.resolve()
+    )
+    whole = sft(settings(SFTConfig, stages, "whole", "merged/latest", new_tokens=(), lora=LoRAConfig(from_="merge")))
+    assert (whole / "model" / "model.safetensors").is_file()
+    assert apart(load_model(whole / "checkpoints" / "initial"), model) < 1e-4
+    again = rloo(rloo_of(stages, "again", "merged/latest", lora=LoRAConfig(2, from_="merge")))
+    assert apart(load_model(again / "checkpoints" / "initial"), model) < 1e-4
+
+
+def test_a_reward_model_starts_from_merged_adapters(stages) -> None:
+    from qftlab.train.reward import ModelReward, reward
+
+    run = reward(settings(RewardConfig, stages, "reward", "sft/latest"))
+    scorer = ModelReward.load(str(run / "checkpoints" / "initial")).model
+    adapted = load_model(stages / "sft" / "latest" / "model")
+    with torch.no_grad():
+        hidden, wanted = (m.base_model(IDS).last_hidden_state for m in (scorer, adapted.get_base_model()))
+    assert torch.allclose(hidden, wanted, atol=1e-4)
+
+
+def test_a_killed_continuation_is_resumed(stages) -> None:
+    whole = dpo(settings(DPOConfig, stages, "uncut", "sft/latest"))
+    run = dpo(settings(DPOConfig, stages, "cut", "sft/latest"))
+    shutil.rmtree(run / "model")
+    train = dataclasses.replace(settings(DPOConfig, stages, "cut", "sft/latest").train, max_steps=2)
+    for path in (run / "checkpoints" / "dpo").glob("step-*"):
+        shutil.rmtree(path)
+    config = dataclasses.replace(settings(DPOConfig, stages, "cut", "sft/latest"), train=train, resume="last")
+    assert dpo(config) == run
+    assert torch.equal(logits(load_model(run / "model")), logits(load_model(whole / "model")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora": LoRAConfig(8)}, "keep theirs, got lora.rank 8 for 4: leave it out, or --lora.from merge"),
+        ({"lora": LoRAConfig(alpha=64)}, "got lora.alpha 64 for 32.0"),
+        ({"lora": LoRAConfig(dropout=0.1)}, "got lora.dropout 0.1 for 0.0"),
+        ({"lora": LoRAConfig(targets="mlp")}, "got lora.targets mlp for all"),
+        ({"lora": LoRAConfig(tokens="<|im_end|>")}, r"got a row for <\|im_end\|>, which they do not train"),
+        ({"new_tokens": ("<|NEW|>", "<|AGENT|>")}, r"got a row for <\|NEW\|>, which they do not train"),
+        ({"base": "nowhere/at/all"}, "nowhere/at/all is no folder"),
+    ],
+)
+def test_what_adapters_that_train_on_do_not_have_is_refused_before_there_is_a_run(stages, changes, words) -> None:
+    with pytest.raises((ValueError, OSError), match=words):
+        sft(settings(SFTConfig, stages, "refused", "sft/latest", **changes))
+    assert not (stages / "refused").exists()
+
+
+def test_stages_take_the_base_from_where_it_is_now(stages, tmp_path) -> None:
+    """And go on from there: the adapters that come out name the new place."""
+    shutil.copytree(stages / "sft" / "latest" / "model", tmp_path / "adapters")
+    shutil.copytree(stages / "start", tmp_path / "start")
+    text = (tmp_path / "adapters" / "adapter_config.json").read_text()
+    (tmp_path / "adapters" / "adapter_config.json").write_text(text.replace(str(stages.resolve()), "/gone"))
+    config = dataclasses.replace(settings(DPOConfig, stages, "there", "x"), model=str(tmp_path / "adapters"))
+    with pytest.raises(FileNotFoundError, match="whose base is not to be had: /gone/start is no folder"):
+        dpo(config)
+    run = dpo(dataclasses.replace(config, base=str(tmp_path / "start")))
+    named = json.loads((run / "model" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str((tmp_path / "start").resolve()) and load_model(run / "model").peft_config
+
+
+def test_the_flag_is_lora_from(stages, capsys) -> None:
+    """Python keeps the word, so the field is `from_`; flags, YAML and what --print_config prints take each other."""
+    common = ["dpo", "--data", "x"]
+    for given in (["--lora.from", "merge"], ["--lora.from=merge"], ["--lora", "{from: merge}"],
+                  ["--config", "{lora: {from: merge}}"], ["--config", "{lora: {from_: merge}}"]):  # fmt: skip
+        assert cli.parse("dpo", [*common[1:], *given]).lora == LoRAConfig(from_="merge"), given
+    assert cli.main([*common, "--lora.from", "merge", "--print_config"]) == 0
+    printed = capsys.readouterr().out
+    assert cli.parse("dpo", ["--config", printed]).lora.from_ == "merge"
+    assert cli.main(["dpo", "--help"]) == 0 and "--lora.from {continue,merge}" in capsys.readouterr().out
+    assert cli.main([*common, "--lora.from", "scratch"]) == 2 and "scratch" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="lora and quant must be left out of a reward model, .* from continue"):
+        RewardConfig(data="x", lora=LoRAConfig())
+
+
 def test_quantised_weights_where_they_cannot_run(monkeypatch) -> None:
     with pytest.raises(ValueError, match="quant must be one of none, 8bit, 4bit, got '2bit'"):
         load_model("tiny", quant="2bit")
@@ -294,7 +548,7 @@ def test_quantised_weights_where_they_cannot_run(monkeypatch) -> None:
     with pytest.raises(ImportError, match="quant '4bit' needs bitsandbytes, .* pip install bitsandbytes"):
         load_model("tiny", quant="4bit")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    with pytest.raises(RuntimeError, match="quant '4bit' needs a CUDA GPU, got device 'cpu'"):
+    with pytest.raises(ValueError, match="quant '4bit' needs a CUDA GPU, got device 'cpu'"):
         load_model("tiny", quant="4bit")
 
 

@@ -31,11 +31,11 @@ TRAIN = {
     "save_every": 500, "keep": 2, "precision": "weights", "gradient_checkpointing": False, "compile": False,
     "sharding": "ddp",
 }  # fmt: skip
-LORA = {"rank": 0, "alpha": 32.0, "dropout": 0.0, "targets": "all", "tokens": ()}
+LORA = {"rank": 0, "alpha": 32.0, "dropout": 0.0, "targets": "all", "tokens": (), "from_": "continue"}
 RUN = {
     "columns": {}, "thinking": "auto", "num_proc": 1, "model": "tiny", "data": ("x",),
     "new_tokens": (), "max_length": None, "held_out": (), "dtype": "float32",
-    "device": "auto", "resume": None, "quant": "none", "lora": LORA,
+    "device": "auto", "resume": None, "quant": "none", "lora": LORA, "base": "",
 }  # fmt: skip
 SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 LOSS = {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0, "nll_weight": 0.0, "reference": "start"}
@@ -47,7 +47,7 @@ POLICY = {
 SERVER = {"url": "", "model": "policy", "key": "OPENAI_API_KEY", "threads": 32, "retries": 2, "timeout": 600.0,
           "adapters": ""}  # fmt: skip
 MADE = {"thinking": "auto", "seed": 0, "dtype": "float32", "device": "auto", "max_new_tokens": 128, "model": "tiny",
-        "sampling": SAMPLING}  # fmt: skip
+        "base": "", "sampling": SAMPLING}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,8 @@ MADE = {"thinking": "auto", "seed": 0, "dtype": "float32", "device": "auto", "ma
                                   "train_on": "all", "train": TRAIN}),
         (DPOConfig("tiny", "x"), {**RUN, "output": "runs/dpo", "loss": LOSS,
                                   "train": {**TRAIN, "lr": 3e-5, "batch_size": 32}}),
-        (RewardConfig("tiny", "x"), {**RUN, "output": "runs/reward", "train": {**TRAIN, "lr": 1e-4, "batch_size": 32}}),
+        (RewardConfig("tiny", "x"), {**RUN, "output": "runs/reward", "train": {**TRAIN, "lr": 1e-4, "batch_size": 32},
+                                     "lora": {**LORA, "from_": "merge"}}),
         (RLOOConfig("tiny", "x"), {**RUN, "output": "runs/rloo", "problems": 0, "rewards": ("countdown",),
                                    "reward_model": "", "policy": POLICY, "server": SERVER,
                                    "train": {**TRAIN, "lr": 1e-4, "schedule": "constant"}}),
