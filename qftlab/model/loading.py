@@ -163,6 +163,7 @@ def model_of_files(kind, source: str, **options) -> PreTrainedModel:
         if path.is_dir():
             if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
                 raise FileNotFoundError("it holds no config.json (is it the model's folder?)")
+            _check_json(path)
             files = weight_files(source)
         gguf = {"gguf_file": files[0].name} if files and files[0].suffix == ".gguf" else {}
         if gguf and importlib.util.find_spec("gguf") is None:
@@ -172,10 +173,10 @@ def model_of_files(kind, source: str, **options) -> PreTrainedModel:
         config.transformers_weights = None  # the name of another file, which might be a pickled one
         if kind is AutoModelForCausalLM and "ForSequenceClassification" in f"{config.architectures}":
             raise ValueError("it is a reward model: it scores answers (rloo --reward_model) and writes none")
-        if not gguf and getattr(config, "quantization_config", None) is None:
-            _check_floats(files)
         with _quietly():
             model, report = kind.from_pretrained(source, config=config, **STRICT, **gguf, **options)
+        if not gguf and not (getattr(config, "quantization_config", None) and getattr(model, "is_quantized", False)):
+            _check_floats(files)
         _check_report(report, type(model).__name__)
     except Exception as error:  # of whatever kind transformers, tokenizers and safetensors raise for a damaged folder
         raise not_loadable(source, error) from error
@@ -187,6 +188,15 @@ def model_of_files(kind, source: str, **options) -> PreTrainedModel:
         log.warning("%s holds a head apart from its embedding, so its tie_word_embeddings is taken for false", source)
         model.config.tie_word_embeddings = False
     return model
+
+
+def _check_json(folder: Path) -> None:
+    """Refuses settings that are not whole: of those of the tokens that end a text, transformers says nothing."""
+    for file in folder.glob("*config.json"):
+        try:
+            json.loads(file.read_text(encoding="utf-8")).items()
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{file.name} must hold a JSON object, got {error}") from error
 
 
 def _check_floats(files: Sequence[Path]) -> None:

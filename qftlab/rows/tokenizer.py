@@ -62,7 +62,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
 
 def not_loadable(source: str, error: Exception) -> OSError | ValueError:
     """What to raise when transformers could not load `source`: its reason in one sentence, and the way out."""
-    reason = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
+    reason = " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__
     if isinstance(error, LookupError | TypeError | AttributeError):
         reason = f"{type(error).__name__}, {reason}"
     if "trust_remote_code" in str(error):

@@ -105,6 +105,11 @@ def adapters(damage: Callable[[Path], object]) -> Callable[[Path], None]:
     return damaged
 
 
+def whole_numbers(folder: Path) -> None:
+    state = load_file(folder / "adapter_model.safetensors")
+    save_file({name: tensor.char() for name, tensor in state.items()}, folder / "adapter_model.safetensors")
+
+
 def other_base(folder: Path) -> None:
     tensors(lambda state: state[UP].mul_(1.01))(folder.parent / "base")
 
@@ -129,8 +134,11 @@ DAMAGES = {
     "garbage": (text("model.safetensors", "not a header at all"), "cannot be loaded: "),
     "pickles only": (pickled("pytorch_model.bin"), "weights are read from .safetensors only"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "it holds no config.json"),
-    "a config that is no JSON": (text("config.json", "{"), "not a valid JSON file"),
-    "a config that is a list": (text("config.json", "[]"), "cannot be loaded: "),
+    "a config that is no JSON": (text("config.json", "{"), "config.json must hold a JSON object"),
+    "a config that is a list": (text("config.json", "[]"), "config.json must hold a JSON object"),
+    "a torn end of texts": (cut("generation_config.json", 20), "generation_config.json must hold a JSON object"),
+    "a torn tokenizer_config": (cut("tokenizer_config.json", 40), "tokenizer_config.json must hold a JSON object"),
+    "a word for a number": (text("config.json", {"num_hidden_layers": "x"}), "expected int, got str"),
     "a kind that nobody knows": (text("config.json", {"model_type": "qwen99"}), "has model type `qwen99`"),
     "no kind": (text("config.json", {"model_type": None}), "cannot be loaded: "),
     "code of its own": (text("config.json", {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}),
@@ -148,6 +156,7 @@ DAMAGES = {
                                "must hold adapters or a model, got both"),
     "torn adapters": (adapters(cut("adapter_model.safetensors", 500)), "must fit the model, got "),
     "adapters of another kind": (adapters(text("adapter_config.json", {"peft_type": "MINE"})), "must fit the model"),
+    "integers in adapters": (adapters(whole_numbers), "_proj.lora_A.weight of torch.int8"),
     "pickled adapters": (adapters(lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin")),
                          "holds no adapter_model.safetensors"),
     "a base that is gone": (adapters(lambda f: shutil.rmtree(f.parent / "base")), "holds adapters, whose base is not"),
@@ -176,6 +185,16 @@ def test_a_sound_folder_is_loaded_through_an_index_too(sound, tmp_path) -> None:
     index("whole.safetensors")(Path(shutil.copytree(sound, tmp_path / "model")))
     assert torch.equal(load_model(tmp_path / "model")(IDS).logits, wanted)
     assert [f.name for f in weight_files(str(tmp_path / "model"))] == ["whole.safetensors"]
+
+
+def test_integers_of_a_method_that_nobody_knows_are_refused(sound, tmp_path) -> None:
+    """transformers leaves such a method out, with a warning, and takes them for the values that they stand for."""
+    folder = Path(shutil.copytree(sound, tmp_path / "model"))
+    text("config.json", {"quantization_config": {"quant_method": "mine"}})(folder)
+    assert load_model(folder)(IDS).logits.isfinite().all()
+    tensors(lambda s: s.update({UP: s[UP].char()}))(folder)
+    with pytest.raises(ValueError, match=f"{UP} in model.safetensors is of I8, no float"):
+        load_model(folder)
 
 
 def test_a_config_cannot_name_another_file(sound, tmp_path) -> None:
