@@ -51,6 +51,19 @@ def resolve(name_or_path: str | Path) -> str:
     raise FileNotFoundError(f'{name} is no folder: give "tiny", the folder of a saved model, or a name on the hub')
 
 
+def read_json(path: Path) -> dict:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: naming the file, if it is no whole JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return dict(content.items())
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} must hold a JSON object, got: {error}") from error
+
+
 def weight_files(source: str) -> list[Path]:
     """The files that hold the weights (or the adapters) of a folder or hub name: safetensors, or else a folder's GGUF.
 
@@ -72,12 +85,10 @@ def weight_files(source: str) -> list[Path]:
         if Path(source).is_dir() and len(found) != 1:
             raise FileNotFoundError(f"weights are read from .safetensors only, or one GGUF, got {len(found)}")
         return found
-    try:
-        content = json.loads(Path(index).read_text(encoding="utf-8"))
-        _, names = content["metadata"], {str(name) for name in content["weight_map"].values()}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} must be JSON with metadata and a weight_map, got {error!r}") from error
-    for name in sorted(names):
+    content = read_json(Path(index))
+    if not all(isinstance(content.get(name), dict) for name in ("metadata", "weight_map")):
+        raise ValueError(f"{index} must hold metadata and a weight_map, got {', '.join(content)}")
+    for name in sorted(set(map(str, content["weight_map"].values()))):
         if Path(name).suffix != ".safetensors" or Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{index} must name .safetensors files of its own folder, got {name}")
     return [Path(file) for file in get_checkpoint_shard_files(source, index)[0]]

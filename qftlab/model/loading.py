@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from qftlab.files import resolve, weight_files
+from qftlab.files import read_json, resolve, weight_files
 from qftlab.model.attention import NAME as PACKED
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.head import causal_model, row_layers
@@ -163,7 +163,8 @@ def model_of_files(kind, source: str, **options) -> PreTrainedModel:
         if path.is_dir():
             if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
                 raise FileNotFoundError("it holds no config.json (is it the model's folder?)")
-            _check_json(path)
+            for file in path.glob("*config.json"):  # generation_config.json too, of which transformers says nothing
+                read_json(file)
             files = weight_files(source)
         gguf = {"gguf_file": files[0].name} if files and files[0].suffix == ".gguf" else {}
         if gguf and importlib.util.find_spec("gguf") is None:
@@ -188,15 +189,6 @@ def model_of_files(kind, source: str, **options) -> PreTrainedModel:
         log.warning("%s holds a head apart from its embedding, so its tie_word_embeddings is taken for false", source)
         model.config.tie_word_embeddings = False
     return model
-
-
-def _check_json(folder: Path) -> None:
-    """Refuses settings that are not whole: of those of the tokens that end a text, transformers says nothing."""
-    for file in folder.glob("*config.json"):
-        try:
-            json.loads(file.read_text(encoding="utf-8")).items()
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{file.name} must hold a JSON object, got {error}") from error
 
 
 def _check_floats(files: Sequence[Path]) -> None:
@@ -265,7 +257,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 def _say_to_4(file: Path) -> None:
     """Says what transformers 5 has written in the words of transformers 4 too, which 5 knows as well."""
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file)
     rope = dict(content.get("rope_parameters") or {})
     if "rope_theta" in rope:  # 4 would take 10,000 in silence
         content["rope_theta"] = rope.pop("rope_theta")

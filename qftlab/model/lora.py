@@ -6,7 +6,6 @@ The head of a tied model stays tied; the rows are trained in the embedding and i
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from qftlab.files import bundled, resolve, sha256, weight_files
+from qftlab.files import bundled, read_json, resolve, sha256, weight_files
 from qftlab.model.head import causal_model, row_layers, weights_version
 from qftlab.settings import LoRAConfig
 
@@ -66,10 +65,7 @@ def add_adapters(model: PreTrainedModel, config: LoRAConfig, *, token_ids: Seque
         raise ValueError("model must be without adapters, got one that has some: merge_adapters(model) first")
     num_rows = model.get_input_embeddings().weight.shape[0]
     if token_ids and not 0 <= min(token_ids) <= max(token_ids) < num_rows:
-        raise ValueError(
-            f"token_ids must be from 0 to {num_rows - 1}, the rows of the embedding, got {list(token_ids)}: "
-            "call extend_model first"
-        )
+        raise ValueError(f"token_ids must be from 0 to {num_rows - 1}, got {list(token_ids)}: call extend_model first")
     names = [name.rpartition(".")[2] for name, module in model.named_modules()]
     targets = [target for target in TARGETS[config.targets] if target in names]
     if not targets:
@@ -220,13 +216,9 @@ def adapter_base(folder: str | Path) -> str | None:
     path = Path(folder) / CONFIG
     if not path.is_file():
         return None
-    try:
-        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, LookupError, TypeError):
-        base = None
-    if not base or not isinstance(base, str):
-        raise ValueError(f"{path} must name its base_model_name_or_path, in JSON: load_model(base, lora=folder)")
-    return base
+    if not (base := read_json(path).get("base_model_name_or_path")):
+        raise ValueError(f"{path} must name its base_model_name_or_path, got {base!r}: load_model(base, lora=folder)")
+    return str(base)
 
 
 def merge_adapters(model, *, in_place: bool = False) -> PreTrainedModel:
@@ -242,10 +234,7 @@ def merge_adapters(model, *, in_place: bool = False) -> PreTrainedModel:
     if not is_adapted(model):
         raise ValueError("model must have adapters to merge, got one without")
     if getattr(model, "is_quantized", False):
-        raise ValueError(
-            "weights must be whole to merge, got quantised ones: save_adapters, then load_model(base, lora=folder) "
-            "without quant"
-        )
+        raise ValueError("weights must be whole to merge, got quantised ones: load_model(folder) without quant")
     merged = (model if in_place else copy.deepcopy(model)).merge_and_unload(safe_merge=True)
     merged.config._name_or_path = ""  # it is on no disk, and no base for other adapters to name
     return merged.requires_grad_(True)
