@@ -491,10 +491,7 @@ class RewardConfig(RunConfig):
 
     def __post_init__(self) -> None:
         if self.lora.rank or self.quant != "none" or self.lora.from_ != "merge":
-            raise ValueError(
-                f"lora and quant must be left out of a reward model, which is trained whole, got rank "
-                f"{self.lora.rank}, from {self.lora.from_}, quant {self.quant}: it merges what adapters there are"
-            )
+            raise ValueError(f"lora and quant must be left out of a reward model, got {self.lora}, quant {self.quant}")
         super().__post_init__()
 
 

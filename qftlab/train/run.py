@@ -352,8 +352,7 @@ def load_extended(config: RunConfig) -> tuple:
     if config.new_tokens:
         extend_model(model, tokenizer, report)
     if config.lora.rank:
-        ids = {*wanted.values(), *(token.id for token in report.tokens)}
-        model = add_adapters(model, config.lora, token_ids=sorted(ids))
+        model = add_adapters(model, config.lora, token_ids=sorted({*wanted.values(), *(t.id for t in report.tokens)}))
     return model, tokenizer
 
 
