@@ -9,14 +9,16 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from qftlab.files import resolve
 from qftlab.model.attention import NAME as PACKED
-from qftlab.model.attention import register_packed_attention
-from qftlab.model.head import row_layers
-from qftlab.model.lora import adapter_base, is_adapted, load_adapters, save_adapters
+from qftlab.model.attention import PACKABLE, register_packed_attention
+from qftlab.model.head import language_head, module_mode
+from qftlab.model.lora import adapter_base, is_adapted, load_adapters, row_layers, save_adapters
 from qftlab.rows.tokenizer import ExtensionReport, not_loadable
 from qftlab.settings import check_choice
 
@@ -93,12 +95,14 @@ def load_model(
             base it names, with the adapters on it.
         dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own.
         device: where the weights go, such as "cpu" or "cuda".
-        attention: "packed" (trains packed batches, otherwise as "sdpa"), "sdpa" or "eager".
+        attention: "packed" (trains packed batches, otherwise as "sdpa"; for families that cannot, what transformers
+            chooses), "sdpa" or "eager".
         quant: "8bit" or "4bit" (NF4) weights by bitsandbytes, frozen: for QLoRA; they need a GPU.
         lora: a folder of adapters to put on; see `qftlab.model.lora` for fresh ones.
 
     Raises:
-        ValueError: for an unknown dtype, attention or quant, a reward model, or adapters that do not fit.
+        ValueError: for an unknown dtype, attention or quant, what is no causal language model, or adapters that do not
+            fit.
         ImportError: if bitsandbytes or peft is needed and missing.
         RuntimeError: for quantised weights without a GPU.
         FileNotFoundError: if the folder is not there or lacks config.json or whole safetensors weights, or the hub
@@ -114,21 +118,52 @@ def load_model(
         raise FileNotFoundError(f"{source} holds no config.json: is it the model's folder?")
     options = {"quantization_config": _quantisation(quant, dtype, device), "device_map": {"": device}}
     try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ()):
+            raise ValueError(f"{source} is a reward model: it scores answers (rloo --reward_model) and writes none")
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise ValueError(f"{source} must be a causal language model, such as Qwen3, got a {config.model_type}")
+        if attention == PACKED:
+            attention = register_packed_attention() if config.model_type in PACKABLE else None
         with _without_bars():
             model = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=DTYPES[dtype],
-                attn_implementation=register_packed_attention() if attention == PACKED else attention,
+                attn_implementation=attention,
                 use_safetensors=True,
                 trust_remote_code=False,
                 **(options if quant != "none" else {}),
             )
     except (OSError, SafetensorError) as error:
         raise not_loadable(source, error) from error
-    if any(name.endswith("ForSequenceClassification") for name in model.config.architectures or ()):
-        raise ValueError(f"{name_or_path} is a reward model: it scores answers (rloo --reward_model) and writes none")
     model = (model.to(device) if quant == "none" else model).eval()
     return model if lora is None else load_adapters(model, lora)
+
+
+@torch.no_grad()
+def check_loss(model: nn.Module) -> None:
+    """Refuses a model whose own logits are not its head of its backbone, or whose loss is not their cross entropy.
+
+    Args:
+        model: is asked for both, on eight tokens.
+
+    Raises:
+        ValueError: saying how far off they are, or why it cannot be asked.
+    """
+    ids, family = torch.arange(1, 9, device=model.device).unsqueeze(0), model.config.model_type
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": ids - 1, "use_cache": False}
+    head = language_head(model)
+    try:
+        with module_mode(model, False):
+            own, logits = model(input_ids=ids, labels=ids), head(model.get_decoder()(**inputs).last_hidden_state)
+        room = 4 * torch.finfo(logits.dtype).eps * logits.abs().max()  # of the same products: a rounding or two
+        loss = F.cross_entropy(own.logits[0, :-1].float(), ids[0, 1:])
+        is_own = (own.logits - logits).abs().max() <= room and (own.loss - loss).abs() <= 1e-5 * loss
+    except Exception as error:  # whatever a family says that takes, or gives, something else
+        raise ValueError(f"model must give a loss for tokens alone, got {family}, which says {error!r}") from error
+    if not is_own:
+        why = "head of backbone and loss their cross entropy (no scale, soft cap, router's loss)"
+        raise ValueError(f"logits must be {why}, got {family}: use transformers' own Trainer")
 
 
 def _quantisation(quant: str, dtype: str, device: str):
