@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-LAYERS, WINDOW, VOCABULARY, LARGEST = 4, 5, 64, 2_000_000
+LAYERS, WINDOW, VOCABULARY, LARGEST, MISSING = 4, 5, 64, 5_000_000, object()
 # By the names that configurations use; whatever a configuration does not have is left alone.
 SIZES = {
     **dict.fromkeys(["hidden_size", "d_model", "n_embd", "embed_dim", "embedding_size", "dim_model", "emb_dim",
@@ -28,26 +28,46 @@ SIZES = {
     "vocab_size": VOCABULARY, "initializer_range": 0.2, "init_std": 0.2, "attention_dropout": 0.0, "n_group": 1,
     "topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
     "v_head_dim": 8, "attention_chunk_size": WINDOW, "first_k_dense_replace": 1, "n_shared_experts": 1,
+    "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 # What that does not know of a family.
 SPECIAL: dict[str, dict] = {
-    "qwen2": {"use_sliding_window": True, "max_window_layers": 2},
-    "qwen3": {"use_sliding_window": True, "max_window_layers": 2},
-}
+    **dict.fromkeys(["qwen2", "qwen3"], {"use_sliding_window": True, "max_window_layers": 2}),
+    **dict.fromkeys(["axk1", "deepseek_v3", "minicpm3", "youtu", "glm4_moe_lite", "deepseek_v32", "axk2",
+                     "glm_moe_dsa"], {"head_dim": MISSING, "num_key_value_heads": 4}),
+    "deepseek_v2": {"head_dim": MISSING, "num_key_value_heads": 4, "num_experts_per_tok": 2},
+    "hy_v4": {"head_dim": MISSING},
+    **dict.fromkeys(["codegen", "gptj"], {"rotary_dim": 8}),
+    "rembert": {"input_embedding_size": 32, "output_embedding_size": 32},
+    **dict.fromkeys(["ministral", "hunyuan_v1_dense", "hunyuan_v1_moe"], {"head_dim": 8}),
+    "nemotron": {"num_key_value_heads": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8, "chunk_size": 8},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8,
+                         "mamba_chunk_size": 8, "layer_types": ["mamba", "attention"] * 2},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8,
+              "attn_layer_indices": [1, 3]},
+    "falcon_h1": {"mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_n_groups": 1,
+                  "mamba_chunk_size": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+}  # fmt: skip
 
 
 def shrunk(kind: type[PreTrainedConfig], special: dict) -> PreTrainedConfig:
-    """A small configuration, and within it a small one of its text model."""
+    """A small configuration, and small ones within it."""
     known = kind().to_dict()
     sizes = {name: size for name, size in SIZES.items() if known.get(name) is not None} | special
-    inner = {name: shrunk(part, {}) for name, part in (kind.sub_configs or {}).items()
-             if isinstance(known.get(name), dict) and ("text" in name or "decoder" in name)}  # fmt: skip
+    sizes = {name: size for name, size in sizes.items() if size is not MISSING}
+    inner = {name: shrunk(CONFIG_MAPPING[known[name]["model_type"]], {}) for name in kind.sub_configs or ()
+             if isinstance(known.get(name), dict) and known[name].get("model_type") in CONFIG_MAPPING}  # fmt: skip
     return kind(**inner, **sizes)
 
 
 def tiny_model(family: str, attention: str | None = None, **changes):
-    """A model of some four layers, fp32, in eval mode, each weight a little off its start: zeros would hide mistakes."""
+    """A model of some four layers, fp32, in eval mode, each weight a little off its start, as zeros hide mistakes."""
     torch.manual_seed(0)
     config = shrunk(CONFIG_MAPPING[family], {**SPECIAL.get(family, {}), **changes})
     with torch.device("meta"):

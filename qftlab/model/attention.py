@@ -28,8 +28,11 @@ from qftlab.rows.batches import PackedLayout, packed_layout
 
 log = logging.getLogger(__name__)
 NAME = "packed"
-# Families whose packed rows give what their documents give one by one; docs/models.md, which a test writes, has all.
-PACKABLE = "llama qwen2 qwen3".split()
+# Families whose packed rows give what their documents give one by one: of docs/models.md, which a test writes.
+PACKABLE = (
+    "arcee cwm ernie4_5 exaone4 gemma gemma3_text glm glm4 glm4_moe gpt2 gpt_neox granite helium llama ministral3 "
+    "mistral mixtral nemotron olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm"
+).split()
 UNHEEDED = ("s_aux", "sinks", "softcap", "position_bias", "indices", "block_indices")  # what models ask of attention
 LONGEST_BLOCKED = 1024  # tokens of a document whose attention weights may be kept, see model/cpu.py
 

@@ -160,7 +160,7 @@ def check_loss(model: nn.Module) -> None:
         loss = F.cross_entropy(own.logits[0, :-1].float(), ids[0, 1:])
         is_own = (own.logits - logits).abs().max() <= room and (own.loss - loss).abs() <= 1e-5 * loss
     except Exception as error:  # whatever a family says that takes, or gives, something else
-        raise ValueError(f"model must give a loss for tokens alone, got {family}, which says {error!r}") from error
+        raise ValueError(f"model must give loss and hidden states of tokens, got {family}, saying {error!r}") from error
     if not is_own:
         why = "head of backbone and loss their cross entropy (no scale, soft cap, router's loss)"
         raise ValueError(f"logits must be {why}, got {family}: use transformers' own Trainer")

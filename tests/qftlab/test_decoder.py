@@ -408,7 +408,7 @@ def test_rows_that_nobody_reads_stay_inside_the_cache(tokenizer) -> None:  # noq
     assert decoder.spare.positions.max() < decoder.spare.cache.capacity
 
 
-# --- what somebody puts around a model ---------------------------------------------------------------------------------
+# --- what somebody puts around a model --------------------------------------------------------------------------------
 
 PASSED = ["", "model", "model.layers.1", "model.layers.1.self_attn", "model.layers.1.mlp", "model.rotary_emb",
           "model.layers.1.input_layernorm", "model.layers.1.self_attn.q_norm", "model.norm"]  # fmt: skip

@@ -218,7 +218,7 @@ def test_what_training_would_pass_by_is_refused_by_name() -> None:
         step = Step(wrapped if around is not model else model)
         step(**batch, num_tokens=3)
         hook = around.register_forward_hook(lambda *_: None)
-        with pytest.raises(ValueError, match=f"{named}.* must be as transformers made it, got hooks, which would be left"):
+        with pytest.raises(ValueError, match=f"{named}.* must be as transformers made it, got hooks, which would be"):
             step(**batch, num_tokens=3)
         hook.remove()
     model.forward = lambda *args, **kwargs: None
