@@ -116,7 +116,7 @@ def packed_attention(
             from qftlab.model.cpu import BlockedAttention
 
             return BlockedAttention.apply(q, k, v, layout, scale).unsqueeze(0), None
-        _say_once_slower(reason)
+        _say_once(reason)
     return _by_document(q, k, v, layout, scale, dropout, window).unsqueeze(0), None
 
 
@@ -149,13 +149,8 @@ def _why_not_blocked(dtype: torch.dtype, dropout: float, layout: PackedLayout) -
 
 
 @cache
-def _say_once_slower(reason: str) -> None:
-    log.info("packed attention runs by torch's kernel for the CPU, not block by block: %s", reason)
-
-
-@cache
 def _say_once(reason: str) -> None:
-    log.info("packed attention runs document by document, without torch's varlen kernel: %s", reason)
+    log.info("packed attention runs by torch's kernel for rectangles, not by the faster one: %s", reason)
 
 
 def _layout(cu_seq_lens: Tensor, documents: Tensor | None, device: torch.device) -> PackedLayout:

@@ -86,7 +86,7 @@ def check_bare(modules: Iterable[tuple[str, nn.Module]], code: str | tuple[str, 
         ValueError: naming the module and what it is.
     """
     for name, module in modules:
-        around, kind = put_around(module), type(module)
+        around, kind = put_around(module, backward=not code), type(module)  # decoding has no gradients
         if around or not kind.forward.__module__.startswith(code):
             got = f"{name or kind.__name__} must be as transformers made it, got {around or kind.__name__}"
             raise ValueError(f"{got}, which would be left out here: use transformers' own generate or Trainer")

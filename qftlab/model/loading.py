@@ -150,20 +150,19 @@ def check_loss(model: nn.Module) -> None:
     Raises:
         ValueError: saying how far off they are, or why it cannot be asked.
     """
-    ids, family = torch.arange(1, 9, device=model.device).unsqueeze(0), model.config.model_type
+    ids, head, family = torch.arange(1, 9, device=model.device)[None], language_head(model), model.config.model_type
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": ids - 1, "use_cache": False}
-    head = language_head(model)
     try:
         with module_mode(model, False):
             own, logits = model(input_ids=ids, labels=ids), head(model.get_decoder()(**inputs).last_hidden_state)
-        room = 4 * torch.finfo(logits.dtype).eps * logits.abs().max()  # of the same products: a rounding or two
+        # The same products on both sides, so a few roundings of the largest; the loss is fp32 on both.
+        room = 4 * torch.finfo(logits.dtype).eps * logits.abs().max()
         loss = F.cross_entropy(own.logits[0, :-1].float(), ids[0, 1:])
         is_own = (own.logits - logits).abs().max() <= room and (own.loss - loss).abs() <= 1e-5 * loss
     except Exception as error:  # whatever a family says that takes, or gives, something else
         raise ValueError(f"model must give loss and hidden states of tokens, got {family}, saying {error!r}") from error
     if not is_own:
-        why = "head of backbone and loss their cross entropy (no scale, soft cap, router's loss)"
-        raise ValueError(f"logits must be {why}, got {family}: use transformers' own Trainer")
+        raise ValueError(f"{family} must have no scale, cap or layer after backbone or head, and no router's loss: train it elsewhere")
 
 
 def _quantisation(quant: str, dtype: str, device: str):

@@ -22,7 +22,7 @@ from qftlab.decoding.engine import known_id
 from qftlab.files import resolve
 from qftlab.maths.losses import preference_accuracy, sum_by_document
 from qftlab.maths.verify import answer_reward, countdown_reward, exact_reward, first_token_reward
-from qftlab.model.attention import PACKABLE, check_rows, register_packed_attention
+from qftlab.model.attention import check_rows, register_packed_attention
 from qftlab.model.head import context_length, module_mode
 from qftlab.rows.batches import Example, pack, pad
 from qftlab.rows.chat import render_chat, render_prompt
@@ -266,13 +266,11 @@ class ImplicitReward:
         device = next(self.steps[0].parameters()).device
         for start in range(0, len(answers), self.batch_size):
             part = answers[start : start + self.batch_size]
-            examples = [self._example(prompt, ids) for prompt, ids, *_ in part]
+            batch = to_device(pack([self._example(prompt, ids) for prompt, ids, *_ in part]), device)
             both = []
             for step in self.steps:
-                is_packed = step.model.config.model_type in PACKABLE
-                batch = to_device(pack(examples) if is_packed else pad(examples, 0), device)
                 with module_mode(step, False):
-                    both.append(sum_by_document(step(**batch, want="logprobs"), batch.get("cu_seq_lens_q")))
+                    both.append(sum_by_document(step(**batch, want="logprobs"), batch["cu_seq_lens_q"]))
             found += (self.beta * (both[0] - both[1])).tolist()
         return found
 

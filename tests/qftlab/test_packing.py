@@ -183,7 +183,7 @@ def test_blocks_equal_torchs_attention(heads: tuple[int, int], is_shared: bool, 
 
 
 def test_what_is_not_attended_block_by_block_is_said_once(caplog) -> None:
-    attention._say_once_slower.cache_clear()
+    attention._say_once.cache_clear()
     bounds = torch.tensor([0, 1025], dtype=torch.int32)
     with caplog.at_level(logging.INFO, "qftlab.model.attention"):
         for _ in range(2):
@@ -273,7 +273,7 @@ def test_fp32_on_cuda_goes_document_by_document_and_says_so(caplog) -> None:
     batch = {k: v.cuda() if torch.is_tensor(v) else v for k, v in pack(docs).items()}
     with caplog.at_level(logging.INFO, "qftlab.model.attention"):
         assert Step(model.cuda())(**batch, num_tokens=10).item() == pytest.approx(expected, rel=1e-4)
-    assert caplog.text.count("without torch's varlen kernel: it takes half precision") == 1
+    assert caplog.text.count("not by the faster one: it takes half precision") == 1
 
 
 @pytest.mark.parametrize(
