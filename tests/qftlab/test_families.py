@@ -135,7 +135,7 @@ def test_what_a_configuration_adds_to_logits_or_loss_is_refused(family: str, cha
         Step(model)
         for name, value in changes.items():
             setattr(model.config.get_text_config(), name, value)
-        with pytest.raises(ValueError, match=f"^{family} must have no scale, cap or layer after backbone or head, and no router"):
+        with pytest.raises(ValueError, match=f"logits must be the head's and loss theirs alone, got {family} with"):
             Step(model)
 
 
@@ -145,7 +145,7 @@ def test_the_probe_lets_rounding_be_and_sees_a_small_scale(dtype: torch.dtype) -
     model = tiny_model("granite", logits_scaling=1.0).to(dtype)
     Step(model)
     model.config.logits_scaling = 1.0625
-    with pytest.raises(ValueError, match="granite must have no scale"):
+    with pytest.raises(ValueError, match="got granite with a scale"):
         Step(model)
 
 
