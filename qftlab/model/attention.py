@@ -102,7 +102,7 @@ def packed_attention(
     scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
     dropout = kwargs.get("dropout", 0.0) if module.training else 0.0
     is_windowed = window is not None and window < (kwargs.get("max_length_q") or query.shape[2])
-    windowed = f"each token sees {window} tokens only" if is_windowed else None
+    windowed = is_windowed and f"each token sees {window} tokens only"
     if q.is_cuda:
         from qftlab.model.cuda import varlen, why_not_varlen
 

@@ -68,11 +68,13 @@ def put_around(module: nn.Module, backward: bool = False) -> str:
     Returns:
         "hooks", "another forward" (accelerate's placing aside), or "".
     """
-    hooks = [*EVERYWHERE, *(getattr(module, name) for name in HOOKS[: 4 if backward else 2])]
-    if any(not getattr(hook, "__module__", "").startswith(MACHINERY) for found in hooks for hook in found.values()):
+    own = vars(module)
+    hooks = [hook for name in HOOKS[: 4 if backward else 2] if own[name] for hook in own[name].values()]
+    hooks += [hook for found in EVERYWHERE if found for hook in found.values()]
+    if any(not getattr(hook, "__module__", "").startswith(MACHINERY) for hook in hooks):
         return "hooks"
-    is_placed = getattr(getattr(module, "_hf_hook", None), "offload", True) is False
-    return "another forward" if "forward" in vars(module) and not is_placed else ""
+    is_patched = "forward" in own and getattr(own.get("_hf_hook"), "offload", True)  # False where it only moves inputs
+    return "another forward" if is_patched else ""
 
 
 def check_bare(modules: Iterable[tuple[str, nn.Module]], code: str | tuple[str, ...] = "") -> None:

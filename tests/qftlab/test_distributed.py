@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def launch(folder: Path) -> None:
-    paths = os.pathsep.join([str(HERE), str(HERE.parent)])
+    paths = os.pathsep.join(map(str, [HERE, HERE.parent, HERE.parent.parent]))  # also where another copy is installed
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

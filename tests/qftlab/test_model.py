@@ -147,7 +147,7 @@ def test_a_name_that_the_hub_does_not_give_is_reported_in_one_line(load, monkeyp
     def hub(*args, **kwargs):
         raise OSError("We couldn't connect to the hub.\nmore")
 
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", hub)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", hub)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", hub)
     with pytest.raises(FileNotFoundError, match="hub did not give it: We couldn't connect to the hub; give"):
         load("Qwen/Qwen9")
