@@ -101,8 +101,7 @@ def packed_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
     scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
     dropout = kwargs.get("dropout", 0.0) if module.training else 0.0
-    is_windowed = window is not None and window < (kwargs.get("max_length_q") or query.shape[2])
-    windowed = is_windowed and f"each token sees {window} tokens only"
+    windowed = window and window < (kwargs.get("max_length_q") or query.shape[2]) and f"each token sees {window} only"
     if q.is_cuda:
         from qftlab.model.cuda import varlen, why_not_varlen
 

@@ -73,8 +73,8 @@ def put_around(module: nn.Module, backward: bool = False) -> str:
     hooks += [hook for found in EVERYWHERE if found for hook in found.values()]
     if any(not getattr(hook, "__module__", "").startswith(MACHINERY) for hook in hooks):
         return "hooks"
-    is_patched = "forward" in own and getattr(own.get("_hf_hook"), "offload", True)  # False where it only moves inputs
-    return "another forward" if is_patched else ""
+    # accelerate patches it too; where it offloads no weights, it only moves what comes in.
+    return "another forward" if "forward" in own and getattr(own.get("_hf_hook"), "offload", True) else ""
 
 
 def check_bare(modules: Iterable[tuple[str, nn.Module]], code: str | tuple[str, ...] = "") -> None:
