@@ -162,7 +162,7 @@ def check_loss(model: nn.Module) -> None:
     except Exception as error:  # whatever a family says that takes, or gives, something else
         raise ValueError(f"model must give loss and hidden states of tokens, got {family}, saying {error!r}") from error
     if not is_own:
-        raise ValueError(f"logits must be the head's and loss theirs alone, got {family} with a scale, cap or router")
+        raise ValueError(f"logits must be the head's and loss theirs alone, got {family} (scale, cap, router, encoder)")
 
 
 def _quantisation(quant: str, dtype: str, device: str):

@@ -537,7 +537,7 @@ def test_a_kept_decoder_of_a_model_that_was_changed_is_refused(layout: str, toke
 
 def test_adapters_that_act_elsewhere_are_refused_by_name(tokenizer) -> None:  # noqa: F811
     """In training as well: what the wrapper does around the model would be left out."""
-    from peft import PromptTuningConfig
+    from peft import LNTuningConfig, PromptTuningConfig
 
     from qftlab.train.step import Step
 
@@ -548,6 +548,9 @@ def test_adapters_that_act_elsewhere_are_refused_by_name(tokenizer) -> None:  # 
         for use in (Decoder, Step, lambda m: generate(m, tokenizer, ["Hi"], max_new_tokens=2)):
             with pytest.raises(ValueError, match=f"adapters must act in modules alone, got 'default', {kind}"):
                 use(model)
+    norms = get_peft_model(make_model("qwen2"), LNTuningConfig(target_modules=["input_layernorm"]))
+    with pytest.raises(ValueError, match="input_layernorm must be as transformers made it, got LNTuningLayer"):
+        Decoder(norms)
     bare = make_model("qwen2").model
     with pytest.raises(ValueError, match="model must have a head for logits, got a Qwen2Model"):
         generate(bare, tokenizer, ["Hi"], max_new_tokens=2)

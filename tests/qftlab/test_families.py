@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_families import VOCABULARY, tiny_model
-from transformers import T5Config
+from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
 from qftlab.decoding.decoder import Decoder
@@ -135,7 +135,7 @@ def test_what_a_configuration_adds_to_logits_or_loss_is_refused(family: str, cha
         Step(model)
         for name, value in changes.items():
             setattr(model.config.get_text_config(), name, value)
-        with pytest.raises(ValueError, match=f"logits must be the head's and loss theirs alone, got {family} with"):
+        with pytest.raises(ValueError, match=f"logits must be the head's and loss theirs alone, got {family} .scale"):
             Step(model)
 
 
@@ -145,7 +145,7 @@ def test_the_probe_lets_rounding_be_and_sees_a_small_scale(dtype: torch.dtype) -
     model = tiny_model("granite", logits_scaling=1.0).to(dtype)
     Step(model)
     model.config.logits_scaling = 1.0625
-    with pytest.raises(ValueError, match="got granite with a scale"):
+    with pytest.raises(ValueError, match="got granite .scale, cap"):
         Step(model)
 
 
@@ -218,6 +218,9 @@ def test_families_load_with_an_attention_that_they_know(tmp_path: Path) -> None:
 
 
 def test_what_is_no_causal_language_model_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    T5Config(d_model=8, d_kv=2, num_layers=1).save_pretrained(tmp_path)
+    config = T5Config(d_model=8, d_kv=2, num_layers=1, vocab_size=64, d_ff=8, decoder_start_token_id=0)
+    with pytest.raises(ValueError, match="got t5 .*encoder"):
+        Step(T5ForConditionalGeneration(config))
+    config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must be a causal language model, such as Qwen3, got a t5"):
         load_model(tmp_path)
