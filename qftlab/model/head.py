@@ -41,9 +41,8 @@ def causal_model(model: nn.Module) -> nn.Module:
 
 
 def is_known(module: nn.Module) -> bool:
-    """Whether a model, or its backbone, is of `FAMILIES`, looks back only, and computes by transformers' own code."""
-    is_own = type(module).forward.__module__.startswith("transformers.")
-    return is_own and module.config.model_type in FAMILIES and getattr(module.config, "is_causal", True)
+    """Whether a model, or its backbone, is of `FAMILIES`, and its class computes by transformers' own code."""
+    return module.config.model_type in FAMILIES and type(module).forward.__module__.startswith("transformers.")
 
 
 def language_head(model: nn.Module) -> nn.Module:

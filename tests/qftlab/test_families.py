@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_families import VOCABULARY, tiny_model
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForSequenceClassification, T5Config, T5ForConditionalGeneration
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
 from qftlab.decoding.decoder import Decoder
@@ -22,6 +22,7 @@ from qftlab.model.cpu import pack_answers
 from qftlab.model.loading import load_model, save_model
 from qftlab.rows.batches import Example, pack, pad
 from qftlab.rows.tokenizer import load_tokenizer
+from qftlab.train.reward import scores_of
 from qftlab.train.step import Step
 
 TABLE = Path(__file__).resolve().parents[2] / "docs/models.md"
@@ -201,6 +202,16 @@ def test_packed_rows_refuse_masks_that_they_would_not_keep_to() -> None:
     model.config.use_sliding_window = False
     with pytest.raises(ValueError, match="is_causal must be true, got false"):
         Decoder(model)
+
+
+def test_a_reward_model_refuses_packed_rows_that_it_would_mix_up() -> None:
+    config = tiny_model("gpt_oss").config
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config)
+    rows = [Example(ids, [True] * len(ids)) for ids in documents()]
+    assert scores_of(model, pad(rows, 0)).shape == (3,)
+    with pytest.raises(ValueError, match="packing must be false for gpt_oss, got a packed row"):
+        scores_of(model, pack(rows))
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------

@@ -221,6 +221,10 @@ def test_what_training_would_pass_by_is_refused_by_name() -> None:
         with pytest.raises(ValueError, match=f"{named}.* must be as transformers made it, got hooks, which would be"):
             step(**batch, num_tokens=3)
         hook.remove()
+    hook = model.register_full_backward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="Qwen2ForCausalLM must be as transformers made it, got hooks"):
+        Step(model)(**batch, num_tokens=3)
+    hook.remove()
     model.forward = lambda *args, **kwargs: None
     with pytest.raises(ValueError, match="Qwen2ForCausalLM must be as transformers made it, got another forward"):
         Step(model)(**batch, num_tokens=3)
