@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,6 +75,7 @@ def extend_model(
                 layer.weight[token.id] = layer.weight[pieces].float().mean(0).to(layer.weight.dtype)
 
 
+log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 ATTENTIONS = (PACKED, "sdpa", "eager")
 QUANTS = ("none", "8bit", "4bit")
@@ -116,24 +118,20 @@ def load_model(
         source, lora = resolve(base), source
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise FileNotFoundError(f"{source} holds no config.json: is it the model's folder?")
-    options = {"quantization_config": _quantisation(quant, dtype, device), "device_map": {"": device}}
+    options = {"dtype": DTYPES[dtype], "use_safetensors": True, "trust_remote_code": False}
+    if quant != "none":
+        options |= {"quantization_config": _quantisation(quant, dtype, device), "device_map": {"": device}}
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ()):
             raise ValueError(f"{source} is a reward model: it scores answers (rloo --reward_model) and writes none")
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise ValueError(f"{source} must be a causal language model, such as Qwen3, got a {config.model_type}")
-        if attention == PACKED:
-            attention = register_packed_attention() if config.model_type in PACKABLE else None
+        if attention == register_packed_attention() and config.model_type not in PACKABLE:
+            log.info("%s takes no packed rows: it is loaded with the attention that transformers chooses", source)
+            attention = None
         with _without_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=DTYPES[dtype],
-                attn_implementation=attention,
-                use_safetensors=True,
-                trust_remote_code=False,
-                **(options if quant != "none" else {}),
-            )
+            model = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention, **options)
     except (OSError, SafetensorError) as error:
         raise not_loadable(source, error) from error
     model = (model.to(device) if quant == "none" else model).eval()
@@ -166,9 +164,7 @@ def check_loss(model: nn.Module) -> None:
 
 
 def _quantisation(quant: str, dtype: str, device: str):
-    """transformers' settings for bitsandbytes; None for whole weights."""
-    if quant == "none":
-        return None
+    """transformers' settings for bitsandbytes."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError(f"quant {quant!r} needs bitsandbytes, which is not installed: pip install bitsandbytes")
     if not (device.startswith("cuda") and torch.cuda.is_available()):

@@ -217,13 +217,16 @@ def test_a_reward_model_refuses_packed_rows_that_it_would_mix_up() -> None:
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
-def test_families_load_with_an_attention_that_they_know(tmp_path: Path) -> None:
+def test_families_load_with_an_attention_that_they_know(tmp_path: Path, caplog) -> None:
     """`falcon` once answered with KeyError: 'packed'. The name stands in no file that is written."""
+    caplog.set_level("INFO", "qftlab.model.loading")
     tokenizer = load_tokenizer("tiny")
     for family, attention in (("falcon", "sdpa"), ("gpt_oss", "eager"), ("mistral", "packed"), ("qwen3", "packed")):
         folder = save_model(tiny_model(family, register_packed_attention() if family in PACKABLE else None), tokenizer,
                             tmp_path / family)  # fmt: skip
+        caplog.clear()
         assert load_model(folder).config._attn_implementation == attention
+        assert ("takes no packed rows" in caplog.text) == (attention != "packed")
         again = save_model(load_model(folder), tokenizer, tmp_path / "again")
         assert '"packed"' not in (again / "config.json").read_text(encoding="utf-8")
 
