@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -181,3 +182,14 @@ def sha256(*paths: str | Path, quick: bool = False) -> str:
                 file.seek(start)
                 digest.update(file.read(BLOCK))
     return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of what decides a run's arithmetic."""
+    found = {}
+    for name in ("qftlab", "torch", "transformers", "tokenizers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

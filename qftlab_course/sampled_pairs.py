@@ -84,7 +84,7 @@ def sample_pairs(
     check_at_least(2, num_generations=num_generations)  # a pair needs two answers
     prompts = [row_to_prompt(row) for row in rows]
     steps = max_new_tokens * -(-len(rows) * num_generations // batch_size)
-    decoder = decoder or decoder_for(model, steps)
+    decoder = decoder_for(model, steps, decoder)
     answers = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size,
                        params=SamplingParams(temperature=temperature), num_generations=num_generations,
                        decoder=decoder)  # fmt: skip

@@ -265,7 +265,7 @@ def beam_search(
     size = max(1, batch_size // num_beams)
     with module_mode(model, False):
         steps = max_new_tokens * -(-len(by_length) // size)
-        decoder = decoder or decoder_for(model, steps)
+        decoder = decoder_for(model, steps, decoder)
         for start in range(0, len(by_length), size):
             _decode(decoder, by_length[start : start + size], plan)
     return [hypothesis for search in searches for hypothesis in search.hypotheses(tokenizer)]

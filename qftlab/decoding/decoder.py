@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from qftlab.decoding.cache import KVCache, attend_shared
+from qftlab.model import head as parts
 from qftlab.model.head import PIN, Projections, causal_model, is_plain_linear, linear_groups, weights_version
 
-FAMILIES = ("qwen2", "qwen3", "llama")
 # Rotary embeddings whose angles depend on how long the text already is cannot be tabulated.
 MOVING_ROPES = ("dynamic", "longrope")
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
@@ -26,12 +26,16 @@ PREFILL_TOKENS = 16_384  # read in one pass; more prompts than that take several
 LONG_ENOUGH = 64  # steps from which on a snapshot pays: it takes about as long to make as 10 to 30 of them save
 
 
-def decoder_for(model: nn.Module, steps: int) -> Decoder:
-    """A decoder in the layout that pays on this machine if it lives for so many steps; plain for a few.
+def decoder_for(model: nn.Module, steps: int, decoder: Decoder | None = None) -> Decoder:
+    """The decoder given, or one in the layout that pays on this machine if it lives for so many steps; plain for a few.
 
     Raises:
-        ValueError: as `Decoder`, or if `QFTLAB_LAYOUT` names no layout.
+        ValueError: as `Decoder`, if `QFTLAB_LAYOUT` names no layout, or for a decoder of another model.
     """
+    if decoder is not None and decoder.model is not causal_model(model):
+        raise ValueError("decoder must be of the model that it is given with, got one of another: Decoder(model)")
+    if decoder is not None:
+        return decoder
     pin = os.environ.get(PIN)
     if pin == "plain" or (not pin and steps < LONG_ENOUGH):
         return Decoder(model)
@@ -57,14 +61,15 @@ class Decoder:
     """Decodes with a model's weights; nothing is copied as long as the layout is plain.
 
     Args:
-        model: a causal transformers model of a family named in `FAMILIES`, or one wrapped by peft.
+        model: a causal transformers model of a family named in `model.head.FAMILIES`, or one wrapped by peft.
         layout: of the products, as `layouts.py` writes it; any but `plain` is a snapshot of `snapshot_bytes`, adapters
             folded in, to be refreshed after every update of the weights. `choose_layout` finds the fastest.
         recorder: turns a step that works on tensors at fixed places into what replays it; by default CUDA graphs on
             CUDA, and every step run as it is elsewhere.
 
     Raises:
-        ValueError: for another family, sharded weights, or a layout that the weights cannot take.
+        ValueError: for another family, sharded weights, or a layout that the weights cannot take; for hooks or patched
+            forwards on what is not called here (layers, attention, norms; embedding and matrices are).
     """
 
     def __init__(self, model: nn.Module, *, layout: str = "plain", recorder: Recorder | None = None) -> None:
@@ -76,13 +81,23 @@ class Decoder:
         self.layout = layout = "plain" if set(layout.split(",")) == {"plain"} else layout
         self.layers = [DecoderLayer(layer, layout) for layer in body.layers]
         self.scale = body.layers[0].self_attn.scaling
-        self.embed, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        self.embed, head = self.model.get_input_embeddings(), parts.language_head(self.model)
         self.vocabulary = head.weight.shape[0]
         self.head = projections((head,), layout if is_plain_linear(head) else "plain")
         self.version = weights_version(model)
-        self.recorder = CudaGraphs() if recorder is None and self.weight.device.type == "cuda" else recorder
+        if recorder is None and self.weight.device.type == "cuda":
+            from qftlab.model.cuda import CudaGraphs
+
+            recorder = CudaGraphs()
+        # A step that is replayed would run no hooks.
+        self.recorder = None if any(map(parts.put_around, self.model.modules())) else recorder
         self.spare = None  # the tensors of the last batch, for the next one
         self._angles: tuple[Tensor, Tensor] | None = None
+        called = [self.embed, *(x.activation for x in self.layers), *(m for part in self._parts for m in part.modules)]
+        inside = {id(m) for each in called for m in each.modules()}
+        passed = [(name, m) for name, m in self.model.named_modules() if id(m) not in inside]
+        parts.check_bare(passed, ("transformers.", "torch.nn.modules.module"))  # the latter for lists
+        self._made_of = _made_of(self.model)
 
     @property
     def weight(self) -> Tensor:
@@ -123,8 +138,11 @@ class Decoder:
 
         Raises:
             RuntimeError: if the snapshot is older than the weights.
+            ValueError: if the model has got other modules, weights or hooks since this was made of it.
         """
         self.check_version()
+        if self._made_of != _made_of(self.model):
+            raise ValueError("decoder must be of the model as it is, got one of before it was changed: Decoder(model)")
         logits, rows = [], max(1, PREFILL_TOKENS // max(map(len, prompts)))
         for start in range(0, len(prompts), rows):
             logits.append(self._prefill(prompts[start : start + rows], cache, start))
@@ -255,19 +273,6 @@ class Decoder:
             )
 
 
-class CudaGraphs:
-    """Records steps as CUDA graphs, which replay without the launches' cost; all share one pool of memory."""
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(graph, pool=self._pool):
-            step()
-        return graph.replay
-
-
 class DecoderLayer:
     """The parts of one decoder layer, with its products in a layout."""
 
@@ -314,16 +319,22 @@ def _norm(x: Tensor, norm: nn.Module) -> Tensor:
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
+def _made_of(model: nn.Module) -> list[tuple]:
+    """Each module with what is put around it, and its weights by id."""
+    return [(m, parts.put_around(m), *map(id, m._parameters.values())) for m in model.modules()]
+
+
 def _check_supported(model: nn.Module, config) -> None:
     kind, rope = getattr(config, "model_type", "?"), getattr(config, "rope_parameters", None) or {}
-    if kind not in FAMILIES:
-        raise ValueError(f"model must be one of {', '.join(FAMILIES)}, got {kind!r}: use transformers' own generate")
+    if kind not in parts.FAMILIES:
+        families = ", ".join(parts.FAMILIES)
+        raise ValueError(f"model must be one of {families}, got {kind!r}: use transformers' own generate")
     if rope.get("rope_type") in MOVING_ROPES or rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError(f"rope_type must be fixed over the whole head, got {rope}: use transformers' own generate")
     if getattr(config, "use_sliding_window", False):
         raise ValueError("use_sliding_window must be false, got true: use transformers' own generate")
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise ValueError("adapters must change weights, got prompt learning: use transformers' own generate")
+    if not getattr(config, "is_causal", True):
+        raise ValueError("is_causal must be true, got false: use transformers' own generate")
     if any(isinstance(p, DTensor) for p in model.parameters()):
         raise ValueError("weights must be whole on each process to decode, got sharded ones: gather them first")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:

@@ -16,7 +16,7 @@ import torch
 from qftlab.decoding.batch import Batch, BatchSettings
 from qftlab.decoding.decoder import Decoder, decoder_for
 from qftlab.maths.sampling import SamplingParams
-from qftlab.model.head import module_mode
+from qftlab.model.head import language_head, module_mode
 from qftlab.rows.chat import render_prompt
 
 END_OF_TURN = "<|im_end|>"
@@ -91,7 +91,7 @@ def check_prompts(encoded: Sequence[Sequence[int]], model, max_new_tokens: int |
 
 def head_rows(model) -> int:
     """Rows of the model's head: one logit each, padding rows included."""
-    return model.get_output_embeddings().weight.shape[0]
+    return language_head(model).weight.shape[0]
 
 
 def default_stop_ids(model, tokenizer) -> list[int]:
@@ -308,7 +308,7 @@ def generate(
     Raises:
         TypeError: for a prompt of another kind, or prompts that are not a list.
         ValueError: for an empty prompt, ids or numbers out of range, a prompt that with its new tokens is longer than
-            the model's context, logits that are no numbers, or a model of another family.
+            the model's context, logits that are no numbers, or a model or decoder that `Decoder` refuses.
     """
     rows = _plan_rows(model, tokenizer, prompts, max_new_tokens, params, stop, stop_token_ids, seed, batch_size,
                       num_generations, thinking, return_logprobs, on_text is not None)  # fmt: skip
@@ -378,7 +378,7 @@ def _run(model, decoder: Decoder | None, rows: list[_Row], batch_size: int) -> I
     waiting = sorted(rows, key=lambda row: len(row.prompt_ids))
     with module_mode(model, False):
         steps = max((row.limit for row in rows), default=0) * -(-len(rows) // batch_size)
-        decoder = decoder or decoder_for(model, steps)
+        decoder = decoder_for(model, steps, decoder)
         while waiting:
             batch = waiting[:batch_size]
             try:

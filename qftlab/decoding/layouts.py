@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from qftlab.model.head import PIN, Projections, causal_model, is_forward_hooked, is_plain_linear, linear_groups
+from qftlab.model.head import PIN, Projections, causal_model, is_plain_linear, linear_groups, put_around
 
 log = logging.getLogger(__name__)
 LAYOUTS = ("plain", "joined", "transposed", "tiled")
@@ -178,7 +178,7 @@ def check_foldable(module: nn.Module) -> None:
     base = module.get_base_layer() if is_adapted else module
     if type(base) is not nn.Linear or isinstance(base.weight, DTensor):
         raise ValueError(f"layout must be plain for weights that are no plain matrix, got {type(base).__name__}")
-    if any(map(is_forward_hooked, module.modules())):
+    if any(map(put_around, module.modules())):
         raise ValueError(f"layout must be plain for modules with hooks, got one on {type(module).__name__}")
     for name in _active(module) if is_adapted else ():
         if name in module.lora_variant or module.lora_bias.get(name, False):

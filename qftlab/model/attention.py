@@ -5,13 +5,14 @@ lengths, the keyword transformers hands to FlashAttention) is attended document 
 CUDA, otherwise on groups of documents of about one length, in blocks (`model/cpu.py`) on the CPU and else by
 `scaled_dot_product_attention`. A batch without it takes transformers' own `sdpa` path, so one loaded model serves
 training, scoring and generation.
+
+Sliding windows are kept to; whatever else a model says to its attention is refused, not passed by.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Mapping
 from functools import cache
 from itertools import pairwise
 
@@ -22,10 +23,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qftlab.model.head import causal_model
 from qftlab.rows.batches import PackedLayout, packed_layout
 
 log = logging.getLogger(__name__)
 NAME = "packed"
+# Families whose packed rows give what their documents give one by one: of docs/models.md, which a test writes.
+PACKABLE = (
+    "arcee cwm ernie4_5 exaone4 gemma gemma3_text glm glm4 glm4_moe gpt2 gpt_neox granite helium llama ministral3 "
+    "mistral mixtral nemotron olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm"
+).split()
+UNHEEDED = ("s_aux", "sinks", "softcap", "position_bias", "indices", "block_indices")  # what models ask of attention
 LONGEST_BLOCKED = 1024  # tokens of a document whose attention weights may be kept, see model/cpu.py
 
 
@@ -40,7 +48,20 @@ def _lazy_mask(*args, **kwargs) -> Tensor:
     """An empty tensor that builds the sdpa mask when asked: a packed row never asks for T x T booleans."""
     marker = torch.empty(0)
     marker.build = cache(lambda: sdpa_mask(*args, **kwargs))
+    is_other = kwargs.get("use_vmap") or "allow_is_bidirectional_skip" in kwargs
+    marker.window = "unknown" if is_other else kwargs.get("local_size")
     return marker
+
+
+def check_rows(model, batch: Mapping) -> None:
+    """Refuses a packed row where a model would not keep its documents apart.
+
+    Raises:
+        ValueError: naming the model's family.
+    """
+    config = causal_model(model).config
+    if "cu_seq_lens_q" in batch and (config.model_type not in PACKABLE or not getattr(config, "is_causal", True)):
+        raise ValueError(f"packing must be false for {config.model_type}, got a packed row: docs/models.md says why")
 
 
 def packed_attention(
@@ -54,15 +75,21 @@ def packed_attention(
         attention_mask: ignored where `cu_seq_lens_q` is given, passed to `sdpa` otherwise.
         kwargs: `cu_seq_lens_q` (N + 1,) int32 selects the packed path, `max_length_q` saves finding the longest
             document; `documents` (N, L) int64, padded with −1, says where each document's tokens stand if they share
-            some (`qftlab.model.cpu.pack_answers`); `scaling`, `dropout` as in transformers.
+            some (`qftlab.model.cpu.pack_answers`); `scaling`, `dropout`, `sliding_window` as in transformers.
 
     Returns:
         (1, T, H, d) and None (no attention weights).
 
     Raises:
-        ValueError: if a packed batch has more than one row, or carries a cache.
+        ValueError: if a packed batch has more than one row, or carries a cache; if the model asks its attention for
+            something that would be left out.
     """
     cu_seq_lens = kwargs.get("cu_seq_lens_q")
+    found, window = [name for name in UNHEEDED if kwargs.get(name) is not None], kwargs.get("sliding_window")
+    masked = window if attention_mask is None else getattr(attention_mask, "window", "unknown")
+    if found or (cu_seq_lens is not None and masked != window):
+        found = ", ".join(found) or "a mask of its own"
+        raise ValueError(f"packed attention knows no {found}, got {type(module).__name__} with it: load it eager")
     if cu_seq_lens is None:
         attention_mask = attention_mask.build() if hasattr(attention_mask, "build") else attention_mask
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -74,79 +101,39 @@ def packed_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
     scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
     dropout = kwargs.get("dropout", 0.0) if module.training else 0.0
-    if q.is_cuda and (reason := _why_not_varlen(q.dtype, q.shape[-1], dropout, q.device)) is None:
-        longest = kwargs.get("max_length_q") or int(cu_seq_lens.diff().max())
-        return _varlen(q, k, v, cu_seq_lens, int(longest), scale).unsqueeze(0), None
+    windowed = window and window < (kwargs.get("max_length_q") or query.shape[2]) and f"each token sees {window} only"
     if q.is_cuda:
+        from qftlab.model.cuda import varlen, why_not_varlen
+
+        if (reason := windowed or why_not_varlen(q.dtype, q.shape[-1], dropout, q.device)) is None:
+            longest = kwargs.get("max_length_q") or int(cu_seq_lens.diff().max())
+            return varlen(q, k, v, cu_seq_lens, int(longest), scale).unsqueeze(0), None
         _say_once(reason)
     layout = _layout(cu_seq_lens, kwargs.get("documents"), q.device)
-    return _by_document(q, k, v, layout, scale, dropout).unsqueeze(0), None
-
-
-def _by_document(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float, dropout: float) -> Tensor:
-    """(T, H, d) from q, k, v of (T, H or H_kv, d): one group of documents after the other."""
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        if (reason := _why_not_blocked(q.dtype, dropout, layout)) is None:
+        if (reason := windowed or _why_not_blocked(q.dtype, dropout, layout)) is None:
             from qftlab.model.cpu import BlockedAttention
 
-            return BlockedAttention.apply(q, k, v, layout, scale)
-        _say_once_slower(reason)
+            return BlockedAttention.apply(q, k, v, layout, scale).unsqueeze(0), None
+        _say_once(reason)
+    return _by_document(q, k, v, layout, scale, dropout, window).unsqueeze(0), None
+
+
+def _by_document(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float, dropout: float, window: int | None
+) -> Tensor:
+    """(T, H, d) from q, k, v of (T, H or H_kv, d): one group of documents after the other."""
     groups, outs = q.shape[1] // k.shape[1], []
     for pieces in zip(*map(layout.rectangles, (q, k, v)), strict=True):
         qs, ks, vs = (x.transpose(1, 2) for x in pieces)  # (n, H, t, d)
         if groups > 1:
             ks, vs = (x.repeat_interleave(groups, dim=1) for x in (ks, vs))
-        # Right padding under a causal mask: a real query never looks at a padded key, so no mask is needed.
-        y = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, scale=scale, dropout_p=dropout)
+        # Right padding under a causal mask: a real query never looks at a padded key, so only a window needs a mask.
+        t = qs.shape[2]
+        mask = qs.new_ones(t, t, dtype=torch.bool).tril().triu(1 - window) if window and window < t else None
+        y = F.scaled_dot_product_attention(qs, ks, vs, mask, dropout, mask is None, scale=scale)
         outs.append(y.transpose(1, 2))
     return layout.joined(outs)
-
-
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, longest: int, scale: float) -> Tensor:
-    """(T, H, d) from q, k, v of (T, H or H_kv, d), by FlashAttention's kernel for rows of many documents."""
-    attend = _varlen_attn()
-    names = inspect.signature(attend).parameters
-    if "enable_gqa" not in names and (groups := q.shape[1] // k.shape[1]) > 1:
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    if "scale" not in names:
-        q = q * (scale * q.shape[-1] ** 0.5)
-    bounds = cu_seq_lens.to(q.device, torch.int32)
-    return attend(q, k, v, bounds, bounds, longest, longest, **varlen_options(names, scale))
-
-
-def varlen_options(names: Collection[str], scale: float) -> dict:
-    """Causal attention in the words of the installed `varlen_attn`, which changed them between torch 2.10 and 2.13.
-
-    Args:
-        names: of its parameters.
-        scale: of the scores.
-    """
-    causal = {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
-    return {**causal, **{n: x for n, x in (("scale", scale), ("enable_gqa", True)) if n in names}}
-
-
-@cache
-def _varlen_attn() -> Callable | None:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
-
-
-def _why_not_varlen(dtype: torch.dtype, width: int, dropout: float, device: torch.device) -> str | None:
-    """What keeps the kernel from being used, or None."""
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"it takes half precision, and this is {dtype}"
-    if dropout:
-        return "it knows no dropout"
-    if width > 256 or width % 8:
-        return f"a head must be a multiple of 8 and at most 256 wide, and this is {width}"
-    if _varlen_attn() is None:
-        return "this torch has none (2.10 has)"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU is older than Ampere"
-    return None
 
 
 def _why_not_blocked(dtype: torch.dtype, dropout: float, layout: PackedLayout) -> str | None:
@@ -161,13 +148,8 @@ def _why_not_blocked(dtype: torch.dtype, dropout: float, layout: PackedLayout) -
 
 
 @cache
-def _say_once_slower(reason: str) -> None:
-    log.info("packed attention runs by torch's kernel for the CPU, not block by block: %s", reason)
-
-
-@cache
 def _say_once(reason: str) -> None:
-    log.info("packed attention runs document by document, without torch's varlen kernel: %s", reason)
+    log.info("packed attention runs by torch's kernel for rectangles, not by the faster one: %s", reason)
 
 
 def _layout(cu_seq_lens: Tensor, documents: Tensor | None, device: torch.device) -> PackedLayout:

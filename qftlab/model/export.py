@@ -13,9 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qftlab.files import aside
-from qftlab.model.head import row_layers
 from qftlab.model.loading import END_OF_TURN, load_model, save_model
-from qftlab.model.lora import is_adapted, merge_adapters, trained_token_ids
+from qftlab.model.lora import is_adapted, merge_adapters, row_layers, trained_token_ids
 
 log = logging.getLogger(__name__)
 # Merging adds B A to W before the product with x instead of after it: honest logits differ by rounding alone. How much

@@ -6,24 +6,91 @@ With those, `qftlab.maths.logprobs` takes a loss without the logits.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from qftlab.maths.logprobs import HeadTerm
 
 PIN = "QFTLAB_LAYOUT"  # the environment variable that names the layout of every decoder
 PLAIN = (Tensor, nn.Parameter)  # no shards, no quantised storage
+FAMILIES = ("qwen2", "qwen3", "llama")  # whose modules are known one by one
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+EVERYWHERE = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+# Whose hooks leave every value as it is: sharding, counting, transformers' recording of hidden states.
+MACHINERY = ("torch.distributed.", "torch.utils.", "transformers.utils.")
 
 
 def causal_model(model: nn.Module) -> nn.Module:
-    """The transformers model with a head inside a peft wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The transformers model with a head inside a peft wrapper, or the model itself.
+
+    Raises:
+        ValueError: for adapters that act outside the modules they adapt, so that this model would be without them.
+    """
+    if not hasattr(model, "get_base_model"):
+        return model
+    for name, config in model.peft_config.items():
+        kind = "aLoRA" if getattr(config, "alora_invocation_tokens", None) else config.peft_type.value
+        if config.is_prompt_learning or kind in ("aLoRA", "XLORA", "POLY", "SHADOW"):
+            raise ValueError(f"adapters must act in modules alone, got {name!r}, {kind}: use LoRA, or peft's forward")
+    return model.get_base_model()
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a model, or its backbone, is of `FAMILIES`, and its class computes by transformers' own code."""
+    return module.config.model_type in FAMILIES and type(module).forward.__module__.startswith("transformers.")
+
+
+def language_head(model: nn.Module) -> nn.Module:
+    """The layer that makes logits of what the backbone gives.
+
+    Raises:
+        ValueError: for a model without one, such as a bare backbone or a reward model.
+    """
+    head = causal_model(model).get_output_embeddings()
+    if head is None:
+        raise ValueError(f"model must have a head for logits, got a {type(model).__name__}: use AutoModelForCausalLM")
+    return head
+
+
+def put_around(module: nn.Module, backward: bool = False) -> str:
+    """What somebody has put around a module, and is left out where its parts are used in place of a call.
+
+    Args:
+        module: any.
+        backward: whether hooks on gradients count.
+
+    Returns:
+        "hooks", "another forward" (accelerate's placing aside), or "".
+    """
+    own = vars(module)
+    hooks = [hook for name in HOOKS[: 4 if backward else 2] if own[name] for hook in own[name].values()]
+    hooks += [hook for found in EVERYWHERE if found for hook in found.values()]
+    if any(not getattr(hook, "__module__", "").startswith(MACHINERY) for hook in hooks):
+        return "hooks"
+    # accelerate patches it too; where it offloads no weights, it only moves what comes in.
+    return "another forward" if "forward" in own and getattr(own.get("_hf_hook"), "offload", True) else ""
+
+
+def check_bare(modules: Iterable[tuple[str, nn.Module]], code: str | tuple[str, ...] = "") -> None:
+    """Refuses modules whose parts are used in place of a call, where that would leave something out.
+
+    Args:
+        modules: with their names.
+        code: how the name of the file begins by which they must compute.
+
+    Raises:
+        ValueError: naming the module and what it is.
+    """
+    for name, module in modules:
+        around, kind = put_around(module, backward=not code), type(module)  # decoding has no gradients
+        if around or not kind.forward.__module__.startswith(code):
+            got = f"{name or kind.__name__} must be as transformers made it, got {around or kind.__name__}"
+            raise ValueError(f"{got}, which would be left out here: use transformers' own generate or Trainer")
 
 
 @contextmanager
@@ -36,17 +103,6 @@ def module_mode(module: nn.Module, is_training: bool) -> Iterator[None]:
     finally:
         for m, was_training in modes:
             m.training = was_training
-
-
-def row_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers that hold one row a token: the embedding, and the head where it is a matrix of its own."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return [embedding] if head is None or _matrix(head) is _matrix(embedding) else [embedding, head]
-
-
-def _matrix(layer: nn.Module) -> torch.Tensor:
-    """The weight that a layer is made of; one whose rows peft trains answers `.weight` with a new tensor each time."""
-    return (layer.token_adapter.base_layer if hasattr(layer, "token_adapter") else layer).weight
 
 
 def weights_version(model: nn.Module) -> int:
@@ -79,7 +135,7 @@ def head_terms(head: nn.Module, hidden: Tensor) -> tuple[list[HeadTerm], Tensor 
         that is not such a sum, such as DoRA, a quantised or sharded weight, or a module that somebody hooks: it has to
         be called.
     """
-    if _is_hooked(head):
+    if put_around(head, True):
         return None
     if type(head) is nn.Linear:
         return ([HeadTerm(hidden, head.weight)], head.bias) if type(head.weight) in PLAIN else None
@@ -92,11 +148,6 @@ def head_terms(head: nn.Module, hidden: Tensor) -> tuple[list[HeadTerm], Tensor 
     return None
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for name in hooks)
-
-
 def _lora_terms(head: nn.Module, hidden: Tensor) -> tuple[list[HeadTerm], Tensor | None] | None:
     """peft's `lora.Linear`: the base layer's terms, and one of rank r for each active adapter."""
     base = head_terms(head.base_layer, hidden)
@@ -107,7 +158,7 @@ def _lora_terms(head: nn.Module, hidden: Tensor) -> tuple[list[HeadTerm], Tensor
         if name not in head.lora_A:
             continue
         down, up = head.lora_A[name], head.lora_B[name]
-        if name in head.lora_variant or up.bias is not None or any(map(_is_hooked, (down, up))):
+        if name in head.lora_variant or up.bias is not None or any(put_around(m, True) for m in (down, up)):
             return None
         x = hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(down.weight.dtype)
         terms.append(HeadTerm(down(head.lora_dropout[name](x)) * head.scaling[name], up.weight))
@@ -154,12 +205,7 @@ class Projections:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether calling the module is `F.linear` and nothing else."""
-    return type(module) is nn.Linear and not is_forward_hooked(module)
-
-
-def is_forward_hooked(module: nn.Module) -> bool:
-    """Whether somebody looks at, or changes, what the module takes or gives."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    return type(module) is nn.Linear and not put_around(module)
 
 
 def linear_groups(layer: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:

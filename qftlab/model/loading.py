@@ -13,14 +13,24 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from qftlab.files import read_json, resolve, weight_files
 from qftlab.model.attention import NAME as PACKED
-from qftlab.model.attention import register_packed_attention
-from qftlab.model.head import causal_model, row_layers
-from qftlab.model.lora import adapter_base, check_base, is_adapted, load_adapters, merge_adapters, save_adapters
+from qftlab.model.attention import PACKABLE, register_packed_attention
+from qftlab.model.head import causal_model, language_head, module_mode
+from qftlab.model.lora import (
+    adapter_base,
+    check_base,
+    is_adapted,
+    load_adapters,
+    merge_adapters,
+    row_layers,
+    save_adapters,
+)
 from qftlab.rows.tokenizer import ExtensionReport, not_loadable
 from qftlab.settings import check_choice
 
@@ -101,7 +111,8 @@ def load_model(
             base it names, with the adapters on it; a base may be such a folder itself.
         dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own.
         device: where the weights go, such as "cpu" or "cuda".
-        attention: "packed" (trains packed batches, otherwise as "sdpa"), "sdpa" or "eager".
+        attention: "packed" (trains packed batches, otherwise as "sdpa"; for families that cannot, what transformers
+            chooses), "sdpa" or "eager".
         quant: "8bit" or "4bit" (NF4) weights by bitsandbytes, frozen: for QLoRA; they need a GPU.
         lora: a folder of adapters to put on; see `qftlab.model.lora` for fresh ones.
         adapters: what becomes of them: "keep" them, frozen, "continue" to train them, or "merge" them.
@@ -172,8 +183,14 @@ def model_of_files(kind, source: str, **options) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
         files = files or weight_files(source)  # of the hub not before its config: without one there is nothing to find
         config.transformers_weights = None  # the name of another file, which might be a pickled one
-        if kind is AutoModelForCausalLM and "ForSequenceClassification" in f"{config.architectures}":
-            raise ValueError("it is a reward model: it scores answers (rloo --reward_model) and writes none")
+        if kind is AutoModelForCausalLM:
+            if "ForSequenceClassification" in f"{config.architectures}":
+                raise ValueError("it is a reward model: it scores answers (rloo --reward_model) and writes none")
+            if type(config) not in AutoModelForCausalLM._model_mapping:
+                raise ValueError(f"it must be a causal language model, such as Qwen3, got a {config.model_type}")
+            if options.get("attn_implementation") == PACKED and config.model_type not in PACKABLE:
+                log.info("%s takes no packed rows: it is loaded with the attention that transformers chooses", source)
+                options["attn_implementation"] = None
         with _quietly():
             model, report = kind.from_pretrained(source, config=config, **STRICT, **gguf, **options)
         if not gguf and not (getattr(config, "quantization_config", None) and getattr(model, "is_quantized", False)):
@@ -207,6 +224,31 @@ def _check_report(report: Mapping, name: str) -> None:
             raise ValueError(f"it {what} {min(names)} ({len(names)} such): it is not, or not wholly, a {name}")
     for tensor, theirs, ours in sorted(report["mismatched_keys"]):
         raise ValueError(f"{tensor} is of shape {tuple(theirs)}, and by config.json it should be {tuple(ours)}")
+
+
+@torch.no_grad()
+def check_loss(model: nn.Module) -> None:
+    """Refuses a model whose own logits are not its head of its backbone, or whose loss is not their cross entropy.
+
+    Args:
+        model: is asked for both, on eight tokens.
+
+    Raises:
+        ValueError: saying how far off they are, or why it cannot be asked.
+    """
+    ids, head, family = torch.arange(1, 9, device=model.device)[None], language_head(model), model.config.model_type
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": ids - 1, "use_cache": False}
+    try:
+        with module_mode(model, False):
+            own, logits = model(input_ids=ids, labels=ids), head(model.get_decoder()(**inputs).last_hidden_state)
+        # The same products on both sides, so a few roundings of the largest; the loss is fp32 on both.
+        room = 4 * torch.finfo(logits.dtype).eps * logits.abs().max()
+        loss = F.cross_entropy(own.logits[0, :-1].float(), ids[0, 1:])
+        is_own = (own.logits - logits).abs().max() <= room and (own.loss - loss).abs() <= 1e-5 * loss
+    except Exception as error:  # whatever a family says that takes, or gives, something else
+        raise ValueError(f"model must give loss and hidden states of tokens, got {family}, saying {error!r}") from error
+    if not is_own:
+        raise ValueError(f"logits must be the head's and loss theirs alone, got {family} (scale, cap, router, encoder)")
 
 
 def _quantisation(quant: str, dtype: str, device: str):

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qftlab.files import bundled, read_json, resolve, sha256, weight_files
-from qftlab.model.head import causal_model, row_layers, weights_version
+from qftlab.model.head import causal_model, weights_version
 from qftlab.settings import LoRAConfig
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -81,6 +81,17 @@ def add_adapters(model: PreTrainedModel, config: LoRAConfig, *, token_ids: Seque
     with torch.random.fork_rng():  # peft draws from torch's own generator
         torch.manual_seed(seed)
         return _wrapped(model, settings)
+
+
+def row_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that hold one row a token: the embedding, and the head where it is a matrix of its own."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return [embedding] if head is None or _matrix(head) is _matrix(embedding) else [embedding, head]
+
+
+def _matrix(layer: nn.Module) -> Tensor:
+    """The weight that a layer is made of; one whose rows peft trains answers `.weight` with a new tensor each time."""
+    return (layer.token_adapter.base_layer if hasattr(layer, "token_adapter") else layer).weight
 
 
 def is_adapted(model: nn.Module) -> bool:

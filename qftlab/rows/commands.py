@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
+from qftlab.files import aside
 from qftlab.rows.sources import DataError, LoadReport, stream
 from qftlab.settings import THINKING, Names, Thinking, check_at_least, check_fields
 
@@ -191,16 +191,10 @@ def write_rows(rows: Iterable[dict], path: str | Path) -> int:
     path, count = Path(path), 0
     if path.exists():
         raise FileExistsError(f"{path} exists: choose another output or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    try:
-        with part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            for row in rows:
-                file.write(_json(row) + "\n")  # half a surrogate pair is written as JSON spells it
-                count += 1
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with aside(path) as place, place.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        for row in rows:
+            file.write(_json(row) + "\n")  # half a surrogate pair is written as JSON spells it
+            count += 1
     return count
 
 

@@ -1,10 +1,11 @@
-"""How fast a step was, and how much memory it took: real tokens a second, model FLOP utilisation, peak memory."""
+"""What a log says besides losses: tokens a second, model FLOP utilisation, peak memory; samples of answers."""
 
 from __future__ import annotations
 
 import re
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -116,3 +117,28 @@ def peak_gigabytes(device: torch.device) -> float | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def samples_of(rollouts: Sequence, prompts: Sequence, size: int, count: int = 4) -> list[dict]:
+    """The best and the worst answer to each of the first few prompts: row, prompt, text, reward, finish_reason.
+
+    Args:
+        rollouts: of `qftlab.train.rollouts`, `size` of them for each prompt, side by side.
+        prompts: of the same.
+        size: answers to a prompt.
+        count: prompts that are shown.
+    """
+    kept = []
+    for i, prompt in enumerate(prompts[:count]):
+        group = sorted(rollouts[i * size : (i + 1) * size], key=lambda r: -r.reward)
+        for rollout in (group[0], group[-1]):
+            answer = rollout.completion
+            kept.append({"row": prompt.number, "prompt": prompt.messages[-1]["content"], "text": answer.text,
+                         "reward": rollout.reward, "finish_reason": answer.finish_reason})  # fmt: skip
+    return kept
+
+
+def table_of(samples: Sequence[dict]) -> str:
+    """Samples as lines of text."""
+    lines = (f"  row {s['row']:<6} {s['reward']:7.3f}  {s['prompt']!r:.60}  {s['text']!r:.100}" for s in samples)
+    return "\n".join(["  row        reward  prompt, answer", *lines])

@@ -22,7 +22,7 @@ from qftlab.decoding.engine import known_id
 from qftlab.files import resolve
 from qftlab.maths.losses import preference_accuracy, sum_by_document
 from qftlab.maths.verify import answer_reward, countdown_reward, exact_reward, first_token_reward
-from qftlab.model.attention import register_packed_attention
+from qftlab.model.attention import check_rows, register_packed_attention
 from qftlab.model.head import context_length, module_mode
 from qftlab.model.loading import model_of_files
 from qftlab.rows.batches import Example, pack, pad
@@ -74,6 +74,7 @@ def scores_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     inputs = {name: batch[name] for name in names if name in batch}
     if not hasattr(model, "score"):
         return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0].float()
+    check_rows(model, inputs)
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
     if "cu_seq_lens_q" in batch:
         last = hidden[0, batch["cu_seq_lens_q"][1:].long() - 1]

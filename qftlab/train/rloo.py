@@ -23,12 +23,12 @@ from qftlab.settings import PolicyConfig, RLOOConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, read_state, training_identity
 from qftlab.train.distributed import Ranks, per_process, wrap
 from qftlab.train.loop import TrainResult, train
+from qftlab.train.meter import samples_of, table_of
 from qftlab.train.rollouts import (
     STOPS,
     ModelSampler,
     Prompt,
     Reward,
-    Rollout,
     RolloutSource,
     Sampler,
     encode_prompts,
@@ -238,24 +238,6 @@ def headline(record: dict) -> str:
     if "held_out_reward" in record:
         return f"held-out reward {record['held_out_reward']:.3f}, length {record['held_out_length']:.1f}"
     return f"reward {record['reward']:.3f}, length {record['length']:.1f}, entropy {record['entropy']:.2f}"
-
-
-def samples_of(rollouts: Sequence[Rollout], prompts: Sequence[Prompt], size: int, count: int = 4) -> list[dict]:
-    """The best and the worst answer to each of the first few prompts: row, prompt, text, reward, finish_reason."""
-    kept = []
-    for i, prompt in enumerate(prompts[:count]):
-        group = sorted(rollouts[i * size : (i + 1) * size], key=lambda r: -r.reward)
-        for rollout in (group[0], group[-1]):
-            answer = rollout.completion
-            kept.append({"row": prompt.number, "prompt": prompt.messages[-1]["content"], "text": answer.text,
-                         "reward": rollout.reward, "finish_reason": answer.finish_reason})  # fmt: skip
-    return kept
-
-
-def table_of(samples: Sequence[dict]) -> str:
-    """Samples as lines of text."""
-    lines = (f"  row {s['row']:<6} {s['reward']:7.3f}  {s['prompt']!r:.60}  {s['text']!r:.100}" for s in samples)
-    return "\n".join(["  row        reward  prompt, answer", *lines])
 
 
 def held_out_rewards(prompts: Sequence[Prompt], source: RolloutSource) -> tuple[float, dict]:

@@ -20,7 +20,8 @@ from qftlab.decoding.engine import Completion, generate
 from qftlab.maths.losses import penalised_advantages, sum_by_document
 from qftlab.maths.sampling import SamplingParams
 from qftlab.maths.verify import is_finite
-from qftlab.model.head import bump_weights_version_, module_mode
+from qftlab.model.attention import NAME as PACKED
+from qftlab.model.head import bump_weights_version_, causal_model, module_mode
 from qftlab.rows.batches import Example, batches, first_fit_decreasing, pack, pad, split_step
 from qftlab.rows.chat import render_prompt
 from qftlab.rows.examples import Usage
@@ -370,7 +371,8 @@ class RolloutSource:
     def _batch(self, rollouts: list[Rollout], extra: int) -> dict[str, Tensor]:
         """The documents of some answers, with the sampler's log-probabilities, and how many answers they stand for."""
         examples = [r.example(self.policy.truncated) for r in rollouts]
-        if self.config.packing and next(self.step.parameters()).device.type == "cpu":
+        sees_shared = causal_model(self.step.model).config._attn_implementation == PACKED
+        if self.config.packing and sees_shared and next(self.step.parameters()).device.type == "cpu":
             from qftlab.model.cpu import pack_answers
 
             starts = [len(r.completion.prompt_ids) for r in rollouts]

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qftlab.decoding.engine import known_id
-from qftlab.files import aside, not_written, resolve, sha256
+from qftlab.files import aside, not_written, resolve, sha256, versions
 from qftlab.model.head import context_length
 from qftlab.model.loading import extend_model, load_model, save_model
 from qftlab.model.lora import add_adapters, check_continued, is_adapted
@@ -54,7 +54,7 @@ class RunFolder:
         if not resume:
             settings = asdict(config) if is_dataclass(config) else dict(config)
             hashes = {str(path): sha256(path) if Path(path).is_file() else "no file" for path in data}
-            self.write_json("config.json", {"config": settings, "data_sha256": hashes, "versions": _versions()})
+            self.write_json("config.json", {"config": settings, "data_sha256": hashes, "versions": versions()})
         log.info("run folder %s", self.path)
         self._metrics = (self.path / METRICS).open("a", encoding="utf-8", buffering=1)
 
@@ -395,15 +395,3 @@ def _new_folder(parent: Path) -> Path:
             continue
         return parent / (name + tail)
     raise FileExistsError(f"{parent} must have room for one more run named {name}, got 999 of them")
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("qftlab", "torch", "transformers", "tokenizers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found

@@ -16,14 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qftlab.maths.logprobs import chunk_tokens, linear_cross_entropy, linear_logprobs, module_logprobs
-from qftlab.model.head import causal_model, head_terms, module_mode
+from qftlab.model.attention import check_rows
+from qftlab.model.head import causal_model, check_bare, head_terms, is_known, language_head, module_mode, put_around
 from qftlab.settings import check_choice
 
 log = logging.getLogger(__name__)
 IGNORED = -100
-# Some families scale or squash their logits after the head; a loss that skips that would be another model's loss.
-LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
-FAMILIES = ("qwen2", "qwen3", "llama")  # whose MLP takes each token by itself, and is followed by a norm alone
 MOST_ROWS = 0.9  # of the tokens: with more, gathering them costs about what it saves
 
 
@@ -34,20 +32,20 @@ class Step(nn.Module):
     reads them; the head a chunk at a time: nothing of size (B, T, V) and nothing of size (trained tokens, V) exists.
 
     Args:
-        model: a causal transformers model (Qwen2, Qwen3, Llama), or one wrapped by peft.
+        model: a causal transformers model, or one wrapped by peft; unless it is Qwen2, Qwen3 or Llama, it is asked for
+            its own loss of a few tokens first.
 
     Raises:
-        ValueError: if the model changes its logits after the head, which this loss would miss.
+        ValueError: if that is another than backbone, head and cross entropy give (logits that are scaled or capped, a
+            router's loss); for a model without a head, or adapters that act elsewhere.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        config = causal_model(model).config
-        for name in LOGIT_CHANGES:
-            if getattr(config, name, None) not in (None, 1, 1.0):
-                raise ValueError(
-                    f"{name} must be unset, got {getattr(config, name)}: Step takes the head's logits as they are"
-                )
+        if not is_known(causal_model(model)):
+            from qftlab.model.loading import check_loss
+
+            check_loss(causal_model(model))
         self.model = model
         self._said_called = False
 
@@ -76,7 +74,8 @@ class Step(nn.Module):
             "logprobs+entropy" a pair of such, the entropies without gradient.
 
         Raises:
-            ValueError: for another `want`, a loss without num_tokens, or a loss at a temperature.
+            ValueError: for another `want`, a loss without num_tokens, or a loss at a temperature; for a packed row that
+                the model would mix up, or hooks on the model itself, which would not be run.
         """
         check_choice(("loss", "logprobs", "logprobs+entropy"), want=want)
         if want == "loss" and (num_tokens is None or temperature != 1):
@@ -84,6 +83,8 @@ class Step(nn.Module):
                 "a loss must have num_tokens and temperature 1, got "
                 f'{num_tokens} and {temperature}: pass count_trained_tokens(batch), or want="logprobs"'
             )
+        check_rows(self.model, inputs)
+        check_bare([("", self.model), ("", causal_model(self.model))])
         targets = labels[:, 1:]
         keep = targets != IGNORED  # (B, T - 1)
         decoder = causal_model(self.model).get_decoder()
@@ -97,13 +98,13 @@ class Step(nn.Module):
         return tuple(spread) if len(spread) > 1 else spread[0]
 
     def _sum_nll(self, x: Tensor, y: Tensor) -> Tensor:
-        head = causal_model(self.model).get_output_embeddings()
+        head = language_head(self.model)
         if (parts := head_terms(head, x)) is None:
             return -self._called(head, x, y).sum()
         return linear_cross_entropy(parts[0], y, bias=parts[1])
 
     def _logprobs(self, x: Tensor, y: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, ...]:
-        head = causal_model(self.model).get_output_embeddings()
+        head = language_head(self.model)
         options = {"temperature": temperature, "with_entropy": with_entropy}
         if (parts := head_terms(head, x)) is None:
             outputs = self._called(head, x, y, **options)
@@ -189,8 +190,11 @@ def last_mlp_on(decoder: nn.Module, keep: Tensor) -> Iterator[None]:
 
 def _why_whole(decoder: nn.Module) -> str | None:
     """What keeps the last MLP from running on some tokens only, or None."""
-    if decoder.config.model_type not in FAMILIES:
-        return f"it is known to be possible for {', '.join(FAMILIES)}, and this is {decoder.config.model_type}"
+    if not is_known(decoder):
+        return f"it is known to be possible for Qwen2, Qwen3 and Llama, and this is {decoder.config.model_type}"
+    layer = decoder.layers[-1]
+    if any(put_around(m, True) for m in (decoder, decoder.norm, layer, *layer.mlp.modules())):
+        return "hooks are on it, or after it"
     if decoder.training and getattr(decoder.layers[-1], "gradient_checkpointing", False):
         return "gradient checkpointing computes the layer again later"
     return None

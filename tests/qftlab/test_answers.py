@@ -12,7 +12,8 @@ from qftlab.decoding.engine import Completion
 from qftlab.rows.batches import split_step
 from qftlab.settings import PolicyConfig, PreferenceLoss, TrainConfig
 from qftlab.train.dpo import PairStep
-from qftlab.train.rloo import PolicyStep, held_out_rewards, samples_of, table_of
+from qftlab.train.meter import samples_of, table_of
+from qftlab.train.rloo import PolicyStep, held_out_rewards
 from qftlab.train.rollouts import Prompt, Rollout, RolloutSource, equal_groups, statistics_of
 
 

@@ -79,10 +79,12 @@ def test_even_rows_take_the_short_path_to_the_same_logits() -> None:
 
 @pytest.mark.parametrize("budget, passes", [(14, [2 * 7, 2 * 4]), (5, [7, 1, 3, 4])])
 def test_a_long_prefill_is_split_by_its_budget(budget: int, passes: list[int], monkeypatch) -> None:
-    decoder, seen = Decoder(make_model("qwen2")), []
+    model, seen = make_model("qwen2"), []
+    model.model.embed_tokens.register_forward_hook(lambda m, args, out: seen.append(args[0].numel()))
+    decoder = Decoder(model)
     want = decoder.prefill(RAGGED, decoder.new_cache(4, 8))
     monkeypatch.setattr("qftlab.decoding.decoder.PREFILL_TOKENS", budget)
-    decoder.embed.register_forward_hook(lambda m, args, out: seen.append(args[0].numel()))
+    seen.clear()
     cache = decoder.new_cache(4, 8)
     assert (decoder.prefill(RAGGED, cache) - want).abs().max() < ROUNDING
     assert cache.lengths == [7, 1, 3, 4] and seen == passes
@@ -404,3 +406,151 @@ def test_rows_that_nobody_reads_stay_inside_the_cache(tokenizer) -> None:  # noq
         found = generate(model, tokenizer, prompts, decoder=decoder, **options)
         assert found == generate(model, tokenizer, prompts, **options)
     assert decoder.spare.positions.max() < decoder.spare.cache.capacity
+
+
+# --- what somebody puts around a model --------------------------------------------------------------------------------
+
+PASSED = ["", "model", "model.layers.1", "model.layers.1.self_attn", "model.layers.1.mlp", "model.rotary_emb",
+          "model.layers.1.input_layernorm", "model.layers.1.self_attn.q_norm", "model.norm"]  # fmt: skip
+CALLED = ["model.embed_tokens", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head",
+          "model.layers.1.mlp.act_fn"]  # fmt: skip
+
+
+def steered(module, args, output):
+    """A forward hook that adds to what a module gives."""
+    return (output[0] + 0.5, *output[1:]) if isinstance(output, tuple) else output + 0.5
+
+
+def patch(module) -> None:
+    module.forward = type(module).forward.__get__(module)
+
+
+@pytest.mark.parametrize("put", [lambda m: m.register_forward_hook(steered), patch,
+                                 lambda m: m.register_forward_pre_hook(lambda *_, **__: None, with_kwargs=True)],
+                         ids=["hook", "patched", "pre-hook"])  # fmt: skip
+@pytest.mark.parametrize("place", PASSED)
+def test_what_decoding_would_pass_by_is_refused_by_name(place: str, put, tokenizer) -> None:  # noqa: F811
+    """Also where it comes after a decoder that is kept."""
+    model = make_model("qwen3")
+    kept = Decoder(model)
+    put(model.get_submodule(place))
+    with pytest.raises(ValueError, match=f"^{place or type(model).__name__} must be as transformers made it, got "):
+        generate(model, tokenizer, ["Hi"], max_new_tokens=2)
+    with pytest.raises(ValueError, match="decoder must be of the model as it is"):
+        generate(model, tokenizer, ["Hi"], max_new_tokens=2, decoder=kept)
+
+
+@pytest.mark.parametrize("layout", ["plain", "joined"])
+@pytest.mark.parametrize("place", CALLED)
+def test_hooks_on_what_decoding_calls_are_run(place: str, layout: str) -> None:
+    """With a layout only on what is no matrix of it, and then at every step, recorded or not."""
+    model = make_model("qwen3")
+    kept = Decoder(model, layout=layout, recorder=lambda step: step)
+    hook = model.get_submodule(place).register_forward_hook(steered)
+    with pytest.raises(ValueError, match="decoder must be of the model as it is"):
+        kept.prefill([[1, 2, 3]], kept.new_cache(1, 4))
+    if layout == "joined" and "_proj" in place:
+        with pytest.raises(ValueError, match="layout must be plain for modules with hooks"):
+            Decoder(model, layout=layout)
+        return
+    decoder, ids = Decoder(model, layout=layout, recorder=lambda step: step), [5, 6, 7, 8]
+    cache = decoder.new_cache(1, 8)
+    logits = [decoder.prefill([ids[:3]], cache)[0], decoder.step(torch.tensor([ids[3]]), cache)[0]]
+    with torch.no_grad():
+        want = model(torch.tensor([ids])).logits[0, 2:]
+    assert (torch.stack(logits) - want).abs().max() < ROUNDING and decoder.recorder is None
+    hook.remove()
+    with torch.no_grad():
+        assert (model(torch.tensor([ids])).logits[0, 2:] - want).abs().max() > 0.01, "the hook does something"
+
+
+def test_hooks_that_change_nothing_are_let_be(tokenizer) -> None:  # noqa: F811
+    """transformers' recording of hidden states leaves its hooks in place; accelerate patches the forward."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = make_model("qwen2")
+    want = generate(model, tokenizer, ["Hi"], max_new_tokens=4)
+    kept = Decoder(model)
+    model(torch.tensor([[1, 2]]), output_hidden_states=True)
+    assert any(m._forward_hooks for m in model.modules())
+    assert generate(model, tokenizer, ["Hi"], max_new_tokens=4, decoder=kept) == want
+    add_hook_to_module(model, AlignDevicesHook(io_same_device=True))
+    assert generate(model, tokenizer, ["Hi"], max_new_tokens=4) == want
+
+
+def test_hooks_on_all_modules_are_seen(tokenizer) -> None:  # noqa: F811
+    model = make_model("qwen2")
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match="must be as transformers made it, got hooks"):
+            generate(model, tokenizer, ["Hi"], max_new_tokens=2)
+    finally:
+        hook.remove()
+
+
+class Wrapper(torch.nn.Module):
+    """Steers, as libraries for it do, in the place of what it wraps."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+    def forward(self, *args, **kwargs):
+        return steered(self, args, self.inner(*args, **kwargs))
+
+
+@pytest.mark.parametrize("place", ["model.layers.1", "model.layers.1.mlp", "model.norm"])
+def test_modules_in_the_place_of_others_are_refused_by_name(place: str) -> None:
+    model = make_model("qwen2")
+    kept = Decoder(model)
+    model.set_submodule(place, Wrapper(model.get_submodule(place)))
+    with pytest.raises(ValueError, match=f"{place} must be as transformers made it, got Wrapper"):
+        Decoder(model)
+    with pytest.raises(ValueError, match="decoder must be of the model as it is"):
+        kept.prefill([[1]], kept.new_cache(1, 2))
+
+
+@pytest.mark.parametrize("layout", ["plain", "joined"])
+def test_a_kept_decoder_of_a_model_that_was_changed_is_refused(layout: str, tokenizer) -> None:  # noqa: F811
+    model = make_model("qwen2")
+    kept = Decoder(model, layout=layout)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state)  # in place: the same tensors
+    generate(model, tokenizer, ["Hi"], max_new_tokens=2, decoder=kept)
+    with pytest.raises(ValueError, match="decoder must be of the model that it is given with"):
+        generate(make_model("qwen2"), tokenizer, ["Hi"], max_new_tokens=2, decoder=kept)
+    model.load_state_dict(state, assign=True)
+    with pytest.raises(ValueError, match="decoder must be of the model as it is"):
+        generate(model, tokenizer, ["Hi"], max_new_tokens=2, decoder=kept)
+    kept = Decoder(model, layout=layout)
+    wrapped = adapted(model)
+    for each in (wrapped, model):
+        with pytest.raises(ValueError, match="decoder must be of the model as it is"):
+            generate(each, tokenizer, ["Hi"], max_new_tokens=2, decoder=kept)
+
+
+def test_adapters_that_act_elsewhere_are_refused_by_name(tokenizer) -> None:  # noqa: F811
+    """In training as well: what the wrapper does around the model would be left out."""
+    from peft import LNTuningConfig, PromptTuningConfig
+
+    from qftlab.train.step import Step
+
+    alora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], alora_invocation_tokens=[5, 6])
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    for settings, kind in ((alora, "aLoRA"), (prompt, "PROMPT_TUNING")):
+        model = get_peft_model(make_model("qwen2"), settings)
+        for use in (Decoder, Step, lambda m: generate(m, tokenizer, ["Hi"], max_new_tokens=2)):
+            with pytest.raises(ValueError, match=f"adapters must act in modules alone, got 'default', {kind}"):
+                use(model)
+    norms = get_peft_model(make_model("qwen2"), LNTuningConfig(target_modules=["input_layernorm"]))
+    with pytest.raises(ValueError, match="input_layernorm must be as transformers made it, got LNTuningLayer"):
+        Decoder(norms)
+    bare = make_model("qwen2").model
+    with pytest.raises(ValueError, match="model must have a head for logits, got a Qwen2Model"):
+        generate(bare, tokenizer, ["Hi"], max_new_tokens=2)

@@ -17,9 +17,8 @@ from safetensors.torch import load_file, save_file
 from qftlab import cli
 from qftlab.files import BLOCK, sha256, weight_files
 from qftlab.model.export import export_model
-from qftlab.model.head import row_layers
 from qftlab.model.loading import load_model, save_model
-from qftlab.model.lora import add_adapters, save_adapters
+from qftlab.model.lora import add_adapters, row_layers, save_adapters
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.settings import LoRAConfig, TrainConfig
 from qftlab.train.reward import ModelReward, reward_model

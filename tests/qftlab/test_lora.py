@@ -21,7 +21,6 @@ from qftlab.decoding.engine import generate
 from qftlab.files import bundled
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.export import export_model
-from qftlab.model.head import row_layers
 from qftlab.model.loading import extend_model, load_model, save_model
 from qftlab.model.lora import (
     WEIGHTS,
@@ -29,6 +28,7 @@ from qftlab.model.lora import (
     count_parameters,
     load_adapters,
     merge_adapters,
+    row_layers,
     save_adapters,
     trained_token_ids,
 )

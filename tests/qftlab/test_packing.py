@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from random_models import random_model
 from torch.nn.utils.rnn import pad_sequence
 
-from qftlab.model import attention, cpu
+from qftlab.model import attention, cpu, cuda
 from qftlab.rows.batches import Example, first_fit_decreasing, group_by_length, pack, pad
 from qftlab.settings import TrainConfig
 from qftlab.train import sft
@@ -183,7 +183,7 @@ def test_blocks_equal_torchs_attention(heads: tuple[int, int], is_shared: bool, 
 
 
 def test_what_is_not_attended_block_by_block_is_said_once(caplog) -> None:
-    attention._say_once_slower.cache_clear()
+    attention._say_once.cache_clear()
     bounds = torch.tensor([0, 1025], dtype=torch.int32)
     with caplog.at_level(logging.INFO, "qftlab.model.attention"):
         for _ in range(2):
@@ -232,19 +232,19 @@ def test_twenty_steps_equal_trl(family: str, tmp_path) -> None:
 
 def test_varlen_is_called_in_the_words_of_each_torch() -> None:
     """2.10 has `is_causal` alone; later versions a window of (−1, 0); the newest also say `enable_gqa`."""
-    assert attention.varlen_options(["query", "max_k", "is_causal", "return_aux"], 0.1) == {"is_causal": True}
+    assert cuda.varlen_options(["query", "max_k", "is_causal", "return_aux"], 0.1) == {"is_causal": True}
     middle = ["query", "max_k", "return_aux", "scale", "window_size"]
-    assert attention.varlen_options(middle, 0.1) == {"window_size": (-1, 0), "scale": 0.1}
-    installed = inspect.signature(attention._varlen_attn()).parameters
-    options = attention.varlen_options(installed, 0.1)
+    assert cuda.varlen_options(middle, 0.1) == {"window_size": (-1, 0), "scale": 0.1}
+    installed = inspect.signature(cuda._varlen_attn()).parameters
+    options = cuda.varlen_options(installed, 0.1)
     assert set(options) <= set(installed) and options.get("is_causal") or options["window_size"] == (-1, 0)
 
 
 def test_what_the_kernel_does_not_take() -> None:
     cpu = torch.device("cpu")
-    assert "half precision" in attention._why_not_varlen(torch.float32, 64, 0.0, cpu)
-    assert "no dropout" in attention._why_not_varlen(torch.bfloat16, 64, 0.1, cpu)
-    assert "multiple of 8" in attention._why_not_varlen(torch.bfloat16, 20, 0.0, cpu)
+    assert "half precision" in cuda.why_not_varlen(torch.float32, 64, 0.0, cpu)
+    assert "no dropout" in cuda.why_not_varlen(torch.bfloat16, 64, 0.1, cpu)
+    assert "multiple of 8" in cuda.why_not_varlen(torch.bfloat16, 20, 0.0, cpu)
 
 
 @pytest.mark.gpu
@@ -273,7 +273,7 @@ def test_fp32_on_cuda_goes_document_by_document_and_says_so(caplog) -> None:
     batch = {k: v.cuda() if torch.is_tensor(v) else v for k, v in pack(docs).items()}
     with caplog.at_level(logging.INFO, "qftlab.model.attention"):
         assert Step(model.cuda())(**batch, num_tokens=10).item() == pytest.approx(expected, rel=1e-4)
-    assert caplog.text.count("without torch's varlen kernel: it takes half precision") == 1
+    assert caplog.text.count("not by the faster one: it takes half precision") == 1
 
 
 @pytest.mark.parametrize(
@@ -317,21 +317,21 @@ def varlen_of(torch_2_10: bool):
 @pytest.mark.parametrize("torch_2_10", [True, False])
 @pytest.mark.parametrize("heads", [4, 2, 1])
 def test_the_kernel_of_each_torch_gives_attention_by_document(torch_2_10: bool, heads: int, monkeypatch) -> None:
-    monkeypatch.setattr(attention, "_varlen_attn", lambda: varlen_of(torch_2_10))
+    monkeypatch.setattr(cuda, "_varlen_attn", lambda: varlen_of(torch_2_10))
     torch.manual_seed(0)
     q, k, v = (torch.randn(13, n, 8) for n in (4, heads, heads))
     layout = attention.packed_layout([torch.arange(5), torch.arange(5, 12), torch.arange(12, 13)])
-    want = attention._by_document(q, k, v, layout, 0.3, 0.0)
-    got = attention._varlen(q, k, v, torch.tensor([0, 5, 12, 13]), 7, 0.3)
+    want = attention._by_document(q, k, v, layout, 0.3, 0.0, None)
+    got = cuda.varlen(q, k, v, torch.tensor([0, 5, 12, 13]), 7, 0.3)
     assert torch.allclose(got, want, atol=1e-6), "another order of summation in fp32"
 
 
 def test_the_kernel_wants_ampere_and_heads_of_up_to_256(monkeypatch) -> None:
     def reason(capability: tuple[int, int], width: int = 64) -> str | None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        return attention._why_not_varlen(torch.bfloat16, width, 0.0, torch.device("cpu"))
+        return cuda.why_not_varlen(torch.bfloat16, width, 0.0, torch.device("cpu"))
 
     assert "older than Ampere" in reason((7, 5)) and reason((8, 0)) is reason((9, 0)) is reason((8, 0), 256) is None
     assert "at most 256 wide, and this is 264" in reason((9, 0), 264)
-    monkeypatch.setattr(attention, "_varlen_attn", lambda: None)
+    monkeypatch.setattr(cuda, "_varlen_attn", lambda: None)
     assert "this torch has none" in reason((9, 0))

@@ -241,6 +241,22 @@ def test_the_shared_prompt_changes_nothing_but_the_number_of_tokens() -> None:
     assert_close(*sums, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["packed", "sdpa", "eager"])
+def test_answers_share_their_prompt_only_where_attention_sees_it(attention: str, tokenizer) -> None:
+    """Others would have them answer nothing: a loss that is off, without a word."""
+    model, config = random_model(), TrainConfig(batch_size=6)
+    model.set_attn_implementation(attention)
+    policy = PolicyConfig(num_generations=2, max_new_tokens=4)
+    step = PolicyStep(model, policy).step
+    source = RolloutSource(encode_prompts(tokenizer, questions()), {"parity": parity_reward},
+                           ModelSampler(model, tokenizer, policy), config, policy, step)  # fmt: skip
+    [part] = source(0, 0)
+    assert ("documents" in part.tensors) == (attention == "packed")
+    inputs = {name: part.tensors[name] for name in part.tensors.keys() & {*pack([Example([1], [True])]), "documents"}}
+    logprobs = step(**inputs, want="logprobs")
+    assert_close(logprobs, part.tensors["sampler_logprobs"], rtol=0, atol=1e-4)
+
+
 def test_the_sampler_is_the_policy(tokenizer) -> None:
     """Fused decoding against the training step after every update: log-probabilities at temperature 0.7 to 1e-4."""
     logs: list[dict] = []

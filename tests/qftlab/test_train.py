@@ -148,15 +148,20 @@ def test_step_computes_the_head_at_trained_positions_only() -> None:
 def test_the_last_mlp_sees_what_the_head_reads_and_nothing_changes(want: str, collate, monkeypatch) -> None:
     """Loss, log-probabilities and gradients with it on those tokens and on all, to 1e-6; its hooks are gone after."""
     model, batch, seen, found = small_model(), collate(random_examples()), [], []
-    watch = model.model.layers[-1].mlp.gate_proj.register_forward_hook(lambda m, args, out: seen.append(out.numel()))
+    last, forward = model.model.layers[-1].mlp, type(model.model.layers[-1].mlp).forward
+
+    def watched(mlp, x: torch.Tensor) -> torch.Tensor:  # a hook would have it run on all
+        seen.extend([x.numel()] if mlp is last else [])
+        return forward(mlp, x)
+
+    monkeypatch.setattr(type(last), "forward", watched)
     for share in (0.9, 0.0):
         monkeypatch.setattr("qftlab.train.step.MOST_ROWS", share)
         model.zero_grad()
         out = Step(model)(**batch, want=want, num_tokens=7)
         out.square().sum().backward()
         found.append(({"out": out.detach()}, {n: p.grad.clone() for n, p in model.named_parameters()}))
-    watch.remove()
-    assert seen == [48 * count_trained_tokens(batch), 48 * batch["input_ids"].numel()]
+    assert seen == [32 * count_trained_tokens(batch), 32 * batch["input_ids"].numel()]
     for ours, theirs in zip(*found, strict=True):
         assert_close(ours, theirs, atol=1e-6 * max(t.abs().max().item() for t in theirs.values()))
     mlp = model.model.layers[-1].mlp
@@ -168,7 +173,7 @@ def test_where_the_last_mlp_runs_on_all_tokens_it_is_said_once(caplog) -> None:
     from qftlab.train import step as module
 
     module._say_whole.cache_clear()
-    model, batch = small_model(), pack(random_examples())
+    model, batch = small_model(), pad(random_examples(), pad_id=0)
     expected = gradients(Step(model), batch, 5)
     model.train().gradient_checkpointing_enable({"use_reentrant": False})
     with caplog.at_level("INFO", "qftlab.train.step"):
@@ -182,14 +187,56 @@ def test_where_the_last_mlp_runs_on_all_tokens_it_is_said_once(caplog) -> None:
     assert "gradient checkpointing" in caplog.text and "this is other" in caplog.text
 
 
-@pytest.mark.parametrize("name, value", [("final_logit_softcapping", 30.0), ("logit_scale", 2)])
-def test_step_refuses_a_model_that_changes_its_logits(name: str, value: float) -> None:
-    model = small_model()
-    setattr(model.config, name, 1)
-    Step(model)
-    setattr(model.config, name, value)
-    with pytest.raises(ValueError, match=f"{name} must be unset, got {value}"):
-        Step(model)
+@pytest.mark.parametrize("place", ["model", "model.norm", "model.layers.1", "model.layers.1.mlp",
+                                   "model.layers.1.mlp.gate_proj"])  # fmt: skip
+def test_hooks_in_training_see_what_they_would_see(place: str) -> None:
+    """The last MLP then runs on all tokens; without a hook on it or after it, on those that the head reads."""
+    model, batch, seen = small_model(), pad(random_examples(), pad_id=0), []
+    step = Step(model)
+    expected = gradients(step, batch, 5)
+
+    def watch(module, args, output) -> None:
+        seen.append((output.last_hidden_state if place == "model" else output).detach())
+
+    hook = model.get_submodule(place).register_forward_hook(watch)
+    found = gradients(step, batch, 5)
+    with torch.no_grad():
+        model(**{name: value for name, value in batch.items() if name != "labels"})
+    hook.remove()
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-5, atol=1e-5)
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert_close(found[1], expected[1], atol=1e-6)
+
+
+def test_what_training_would_pass_by_is_refused_by_name() -> None:
+    """Step calls backbone and head: what is around the model itself, or its wrapper, would not be run."""
+    from peft import LoraConfig, get_peft_model
+
+    model, batch = small_model(), pad(random_examples(), pad_id=0)
+    wrapped = get_peft_model(small_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    for around, named in ((model, "Qwen2ForCausalLM"), (wrapped, "PeftModel"), (wrapped.base_model.model, "Qwen2")):
+        step = Step(wrapped if around is not model else model)
+        step(**batch, num_tokens=3)
+        hook = around.register_forward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match=f"{named}.* must be as transformers made it, got hooks, which would be"):
+            step(**batch, num_tokens=3)
+        hook.remove()
+    hook = model.register_full_backward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="Qwen2ForCausalLM must be as transformers made it, got hooks"):
+        Step(model)(**batch, num_tokens=3)
+    hook.remove()
+    model.forward = lambda *args, **kwargs: None
+    with pytest.raises(ValueError, match="Qwen2ForCausalLM must be as transformers made it, got another forward"):
+        Step(model)(**batch, num_tokens=3)
+
+
+def test_models_without_a_head_are_refused_by_name() -> None:
+    from transformers import Qwen2ForSequenceClassification
+
+    scorer, batch = Qwen2ForSequenceClassification(small_model().config), pad(random_examples(), pad_id=0)
+    for model, named in ((small_model().model, "Qwen2Model"), (scorer, "Qwen2ForSequenceClassification")):
+        with pytest.raises(ValueError, match=f"model must have a head for logits, got a {named}"):
+            Step(model)(**batch, num_tokens=3)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
