@@ -26,7 +26,7 @@ DOWNLOAD_GB, DISK_GB, WANTED_GB = 1.0, 1.8, 3.0  # the download, what stays on d
 
 # Run in the decoder's plain layout, the same on every CPU.
 PINNED = {"tour", "test", "check", "notebooks", "anywhere", "stages"}
-FAST = "not slow and not gpu and not browser and not distributed"  # and no notebooks; one of the tests runs ruff
+FAST = "not slow and not long and not gpu and not browser and not distributed"  # no notebooks; a test runs ruff
 
 HELP = """commands:
   tour       the whole way in minutes: a small Qwen learns two tokens, to answer, to prefer and to practise

@@ -274,6 +274,7 @@ def check_schema(record: dict, name: str) -> None:
     assert str(ROOT) not in text and platform.node() not in text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["C1", "C2", "C3", "C7", "G3", "G4", "G5"])
 def test_every_benchmark_of_generation_runs(name: str, tmp_path: Path) -> None:
     """Real sides at tiny sizes; those of the GPU on the CPU, by the same code."""
@@ -284,6 +285,7 @@ def test_every_benchmark_of_generation_runs(name: str, tmp_path: Path) -> None:
     check_schema(json.loads(path.read_text()), name)
 
 
+@pytest.mark.long
 def test_the_documented_command_runs_from_anywhere(tmp_path: Path) -> None:
     """As a script, with sys.path as Python sets it, and without the ids that nobody measures yet."""
     command = [sys.executable, str(ROOT / "benchmarks/run.py"), "C7", "--quick", "--rounds", "1", "--out", "out"]

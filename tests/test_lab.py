@@ -56,6 +56,7 @@ def test_lab_copies_lessons_without_outputs_and_never_overwrites(tmp_path: Path)
     assert (mine_folder / names[0]).read_text() == "the student's answer"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_to_lab_ends_jupyterlab(tmp_path: Path, name: str) -> None:
     """A real JupyterLab; before, SIGTERM ended lab.py only and the server went on."""
@@ -168,6 +169,7 @@ def test_lab_doctor_runs() -> None:
         assert re.search(rf"^{word} ", done.stdout, re.MULTILINE), done.stdout
 
 
+@pytest.mark.long
 def test_where_a_browser_is_required_a_skip_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As .ci/run asks for it; before, the browser tests were skipped in CI and nobody saw."""
     for name in ("pyproject.toml", "conftest.py", "tests/conftest.py"):

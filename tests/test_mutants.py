@@ -52,6 +52,7 @@ def test_the_mutants_of_a_file_by_hand() -> None:
     assert mutants.code_size(SOURCE) == 13
 
 
+@pytest.mark.long
 def test_each_parses_and_differs_in_one_token() -> None:
     sources = {f"qftlab/{name}.py": (ROOT / f"qftlab/{name}.py").read_text(encoding="utf-8") for name in CORE}
     drawn = draw_mutants(sources, 80, 1) + mutants_of("x.py", SOURCE)

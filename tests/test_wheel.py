@@ -108,6 +108,7 @@ def wanted_of(lesson: Path) -> tuple[list[str], list[list[str]]]:
     return [ast.unparse(n) for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)], paths
 
 
+@pytest.mark.long
 def test_installed_wheel_has_what_every_lesson_imports_and_reads(installed: Path, tmp_path: Path) -> None:
     """Stages and records among it; a lesson's own run is the business of `lab.py anywhere`."""
     wanted = [wanted_of(lesson) for lesson in LESSONS]

@@ -37,6 +37,7 @@ def told(cell: nbformat.NotebookNode) -> str:
     return "\n".join(output.get("data", {}).get("text/plain", "") for output in cell.outputs)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(3600)  # a lesson trains for minutes, on a busy machine for longer
 @pytest.mark.parametrize("answered", [False, True], ids=["as shipped", "answered"])
 @pytest.mark.parametrize("path", LESSONS)

@@ -189,12 +189,14 @@ def pytest_in(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.long
 def test_plain_nbval_at_the_root_collects_every_notebook() -> None:
     done = pytest_in(ROOT, "--nbval", "--collect-only", "--ignore-glob=tests/test_*.py")
     names = set(re.findall(r"^(\S+\.ipynb)::", done.stdout, re.MULTILINE))
     assert names == {path.relative_to(ROOT).as_posix() for path in LESSONS + SOLUTIONS}, done.stdout[-2000:]
 
 
+@pytest.mark.long
 def test_plain_nbval_compares_sanitised_from_any_folder_and_leaves_copies_alone(tmp_path: Path) -> None:
     """On a small repository with our settings: times differ, the layout is pinned, and only real notebooks are run."""
     for name in ("pyproject.toml", "conftest.py", "notebooks/sanitize.cfg"):

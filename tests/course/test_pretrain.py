@@ -39,6 +39,7 @@ def test_only_the_trained_spans_of_documents_are_learned():
     assert tokenizer.decode(kept) == " 5<|endoftext|>"
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     whole = pretrain(PretrainConfig(output=str(tmp_path / "a"), steps=2, warmup=2, **SMALL))
 
@@ -64,6 +65,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     assert record["config"]["steps"] == 2 and record["tokens"] > 100
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_random_signals_change_nothing(count: int, tmp_path):
     """The same command goes on after each, to the same bytes."""

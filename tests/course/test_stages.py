@@ -127,6 +127,7 @@ def test_extended_has_two_mean_rows_and_nothing_else_new() -> None:
     assert torch.equal(after[: len(base.tokenizer)], before[: len(base.tokenizer)])
 
 
+@pytest.mark.long
 def test_a_chain_of_ones_own_is_trained_once_and_then_loaded(tmp_path, short) -> None:
     said: list[str] = []
     first = stages.stage("sft", root=tmp_path, say=said.append)
@@ -178,6 +179,7 @@ def test_a_damaged_stage_is_made_again(tmp_path, short, damage: str) -> None:
     assert short == ["extended", "extended"] and leftovers(tmp_path) == []
 
 
+@pytest.mark.long
 def test_a_failed_or_interrupted_build_leaves_nothing(tmp_path, short, monkeypatch) -> None:
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
@@ -193,6 +195,7 @@ def test_a_failed_or_interrupted_build_leaves_nothing(tmp_path, short, monkeypat
     assert leftovers(tmp_path) == [] and not (tmp_path / "sft").exists()
 
 
+@pytest.mark.long
 def test_the_whole_chain_is_made_for_its_last_stage(tmp_path, short, monkeypatch) -> None:
     """Each stage starts from the one before it, as it was written: in bf16."""
     monkeypatch.setattr(stage_builders, "right", lambda prompt, ids, text, row: float(len(ids) % 2))
@@ -253,6 +256,7 @@ def test_every_stage_has_a_recipe_for_every_preset() -> None:
             assert wanted.preset.name == preset and (wanted.train is None) == (name in ("base", "extended"))
 
 
+@pytest.mark.long
 def test_adapters_stay_adapters_down_the_chain(tmp_path, short, monkeypatch) -> None:
     preset = dataclasses.replace(PRESETS["tiny"], name="tiny-lora", lora=LoRAConfig(4))
     monkeypatch.setitem(PRESETS, "tiny-lora", preset)

@@ -10,6 +10,8 @@ from qftlab import cli
 from qftlab.rows.sources import load_rows
 from qftlab_course import stages, tour
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def said_and_page(tmp_path_factory):

@@ -331,6 +331,7 @@ def test_without_ipywidgets_the_message_says_what_to_do(tiny, monkeypatch) -> No
         widgets.MaskViewer(tiny, [chat(tiny, "2+3?", "5")])
 
 
+@pytest.mark.long
 def test_importing_views_imports_no_widgets_and_no_pyplot() -> None:
     code = "import sys, qftlab_course.widgets; print({'ipywidgets', 'matplotlib.pyplot'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -231,6 +231,7 @@ def test_a_loss_that_is_no_number_names_the_pair() -> None:
 # Against TRL
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("loss_type, beta, nll", [("sigmoid", 0.1, 0.0), ("sigmoid", 0.1, 0.5), ("ipo", 1.0, 0.0)])
 def test_ten_steps_equal_trl(tmp_path, packing: bool, loss_type: str, beta: float, nll: float) -> None:
@@ -396,6 +397,7 @@ def test_the_style_set_differs_in_style_alone(tokenizer) -> None:
 # The benchmark
 
 
+@pytest.mark.long
 def test_c5_runs_at_a_tiny_size_and_its_sides_agree(tmp_path) -> None:
     """TRL's losses, with the reference computed in the run and known before it, equal ours to 1e-5 at every step."""
     record = harness.measure("C5", preference.BENCHMARKS["C5"], harness.Options(rounds=1, quick=True), tmp_path)

@@ -92,6 +92,7 @@ def test_an_honest_merge_is_not_refused_however_far_its_adapters_moved(rank: int
     assert 1e-5 < report.largest_difference <= report.tolerance < 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layers, spread", [(24, 0.08), (48, 0.2)])
 def test_depth_does_not_eat_up_the_tolerance(layers: int, spread: float, tmp_path) -> None:
     """As deep as Qwen2.5-0.5B, and twice: rounding adds up over the layers."""
@@ -102,6 +103,7 @@ def test_depth_does_not_eat_up_the_tolerance(layers: int, spread: float, tmp_pat
     assert report.largest_difference < 0.7 * report.tolerance
 
 
+@pytest.mark.long
 def test_the_model_in_memory_is_left_alone(tmp_path) -> None:
     model, tokenizer = adapted_tiny()
     before = {name: t.clone() for name, t in model.state_dict().items()}

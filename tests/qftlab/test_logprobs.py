@@ -410,6 +410,7 @@ SIZES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sizes", SIZES)
 def test_peak_memory_is_a_tenth_of_the_whole_form_s(sizes: tuple[int, int, int]) -> None:
     whole = peak_bytes("whole", *sizes)

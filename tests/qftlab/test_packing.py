@@ -196,6 +196,7 @@ def test_what_is_not_attended_block_by_block_is_said_once(caplog) -> None:
 # --- TRL --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_twenty_steps_equal_trl(family: str, tmp_path) -> None:
     """The trajectory of TRL's SFTTrainer on the same batches: twenty losses to 1e-5. Ours are packed, TRL's padded.

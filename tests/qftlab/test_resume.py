@@ -182,6 +182,7 @@ def finish_any(server, folder: Path, output: str) -> Path:
     return done[0]
 
 
+@pytest.mark.long
 def test_killed_at_three_random_moments(server, little, whole) -> None:
     kill_at_random_moments(server, little, whole, kills=3, seed=1)
 

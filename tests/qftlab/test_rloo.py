@@ -111,6 +111,7 @@ def run_trl(tmp_path: Path, model, given: list[list[Completion]], **settings) ->
 EVERY = [(t, beta, 1, packing) for t in (0.7, 1.0) for beta in (0.0, 0.05) for packing in (True, False)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("temperature, beta, updates, packing", [*EVERY, (0.7, 0.0, 2, True), (1.0, 0.05, 2, False)])
 def test_ten_steps_equal_trl(
     tmp_path, tokenizer, monkeypatch, temperature: float, beta: float, updates: int, packing: bool

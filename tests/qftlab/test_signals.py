@@ -96,6 +96,7 @@ def records(run: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.endswith(timing)} for line in lines]
 
 
+@pytest.mark.long
 def test_ten_signals_change_nothing(little, whole) -> None:
     signals(little, whole, 10, seed=1)
 
