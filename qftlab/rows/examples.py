@@ -194,14 +194,14 @@ def places_of(numbers: Sequence[int], sources: Mapping[str, int]) -> str:
 
 
 def load_wanted(
-    sources: Sequence[str | Path], wanted: str = "", columns: Mapping[str, str] | None = None
+    sources: Sequence[str | Path], wanted: str = "", columns: Mapping[str, str] | None = None, **options
 ) -> tuple[list[dict], dict[str, int]]:
-    """Rows of files, folders and hub names, and how many each gave, for the messages of `Usage`.
+    """Rows of files, folders and hub names, and how many each gave, for the messages of `Usage`; `options` of `load`.
 
     Raises:
         DataError, FileNotFoundError: as `load`.
     """
-    loaded = load(list(sources), wanted=wanted, columns=columns)
+    loaded = load(list(sources), wanted=wanted, columns=columns, **options)
     is_told_apart = len(loaded.report.counts) == len(list(sources))  # not where a file is read twice
     return loaded.rows, dict(loaded.report.counts) if is_told_apart else {}
 
