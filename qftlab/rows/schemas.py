@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qftlab.maths.verify import reasoned_reward
 from qftlab.rows.chat import MASKS, THOUGHTS, DataError, checked_text, loaded, turns
 
 # Meaning → the fields that carry it, whatever their capitals; the first that a row has is taken.
@@ -89,7 +90,7 @@ def convert_row(
     if row.keys() == PLAIN and schema in ("auto", "alpaca") and not columns and wanted in ("", "sft"):
         if all(isinstance(text, str) for text in row.values()):  # nothing to convert, as in most rows
             return {name: checked_text(text, f"{where}, {name!r}") for name, text in row.items()}
-    row = _named(row, where, columns or {})
+    row = _with_problem(_named(row, where, columns or {}), where)
     found = SCHEMAS.get(schema) or next((s for s in SCHEMAS.values() if s.fits(row)), None)
     if found is None:
         known = "; ".join(f"{s.name} ({s.fields})" for s in SCHEMAS.values())
@@ -167,7 +168,8 @@ def _named(row: dict, where: str, columns: Mapping[str, str]) -> dict:
 def remarks(row: Mapping) -> list[str]:
     """What a converted row should be looked at for: "equal pair", "score tie", "empty answer", "labelled bad"; and
 
-    "rendered already" where a template's control tokens begin a prompt or end an answer, and "pictures or sound".
+    "wrong solution" where an <answer> does not solve the row's own Countdown problem, "rendered already" where a
+    template's control tokens begin a prompt or end an answer, and "pictures or sound".
     """
     asked, said = [], []
     for turn in _turns(row)[1]:
@@ -181,10 +183,16 @@ def remarks(row: Mapping) -> list[str]:
     found |= {
         "empty answer": any(isinstance(text, str) and not text.strip() or not text for text in said),
         "labelled bad": row.get("label") is False or row.get("kto_tag") is False,
+        "wrong solution": "chosen" not in row and bool(texts) and _is_wrong(row, texts[-1]),
         "rendered already": any(map(BEGINS.match, asked)) or any(map(ENDS.search, texts)),
         "pictures or sound": any(row.get(name) for name in PICTURES),
     }
     return [name for name, is_so in found.items() if is_so]
+
+
+def _is_wrong(row: Mapping, text: str) -> bool:
+    """Whether a text has an <answer> to the row's Countdown problem, and a wrong one."""
+    return "numbers" in row and "target" in row and reasoned_reward(text, row["numbers"], row["target"]) == 0.1
 
 
 def _turns(row: Mapping) -> tuple[str, Sequence[Mapping]]:
@@ -328,20 +336,37 @@ def _prompted(row: dict, where: str) -> dict:
 
 
 def _countdown(row: dict, where: str) -> dict:
-    numbers, target = _problem(row)
-    if not isinstance(numbers, list) or not numbers or any(type(n) is not int for n in numbers):
-        raise DataError(f"{where} must have whole numbers as 'nums', got {numbers!r:.60}")
-    if type(target) is not int:
-        raise DataError(f"{where} must have a whole number as 'target', got {target!r:.60}")
-    row = {k: v for k, v in row.items() if k not in NAMES["numbers"]}
-    made = {"skill": "countdown", "numbers": numbers, "target": target}
-    if isinstance(row.get("answer"), str):
-        made["reference"] = row.pop("answer")
+    if not _has("numbers", "target")(row):
+        raise DataError(f"{where} must have whole numbers as 'nums' and one as 'target'; it has {sorted(row)!r:.200}")
+    row = {"skill": "countdown", **row}
     if _first(row, "question") is None:
-        row["instruction"] = f"Use the numbers {', '.join(map(str, numbers))} once each to make {target}."
+        row["instruction"] = f"Use the numbers {', '.join(map(str, row['numbers']))} once each to make {row['target']}."
+    if row.keys() & {"output", "completion", "response"}:
+        return _answered(row, where)
+    if isinstance(row.get("answer"), str):
+        row["reference"] = row.pop("answer")
     said = _prompt_(row, where)
     is_one = len(said) == 1 and said[0].keys() == {"role", "content"}
-    return {**row, **({"instruction": said[0]["content"], "input": ""} if is_one else {"prompt": said}), **made}
+    return {**row, **({"instruction": said[0]["content"], "input": ""} if is_one else {"prompt": said})}
+
+
+def _with_problem(row: dict, where: str) -> dict:
+    """The row with what a Countdown problem is checked with as "numbers" and "target", if it is one.
+
+    Raises:
+        DataError: if these are no whole numbers.
+    """
+    found = _problem(row)
+    if None in found:
+        return row
+    numbers, target = (loaded(part, f"{where}, numbers and target of Countdown") for part in found)
+    is_list = isinstance(numbers, list) and numbers
+    for name, value, given in (("nums", numbers, numbers if is_list else [""]), ("target", target, [target])):
+        if any(type(number) is not int for number in given):
+            kind = "whole numbers" if name == "nums" else "a whole number"
+            raise DataError(f"{where} must have {kind} as {name!r}, got {value!r:.60}: with both it is a Countdown "
+                            "problem; rename them if it is none")  # fmt: skip
+    return {k: v for k, v in row.items() if k not in NAMES["numbers"]} | {"numbers": numbers, "target": target}
 
 
 def _problem(row: Mapping) -> tuple[object, object]:
@@ -368,8 +393,7 @@ def _livecodebench(row: dict, where: str) -> dict:
 
 
 def _is_problem(row: Mapping) -> bool:
-    is_answered = {"instruction", "output"} <= row.keys()  # a row to fine-tune on
-    return None not in _problem(row) and not is_answered
+    return _has("numbers", "target")(row) and not _has("messages")(row)
 
 
 def _has(*meanings: str) -> Callable[[Mapping], bool]:

@@ -328,6 +328,9 @@ def load(sources: str | Path | Sequence[str | Path], **options) -> Loaded:
     rows = list(stream(sources, report=report, **options))
     if report.num_bad:
         log.warning("%d rows or files were refused, first: %s", report.num_bad, report.problems[0])
+    if wrong := report.remarks["wrong solution"]:
+        log.warning("%d answers do not solve the Countdown problem beside them, first: %s; such rows are left out by "
+                    "`data --skip '[wrong solution]'`", wrong, report.places["wrong solution"][0])  # fmt: skip
     return Loaded(rows, report)
 
 
@@ -352,8 +355,8 @@ def stream(
         schema: a name of `schemas.SCHEMAS`; "auto" knows each row by its fields, and each known hub name.
         missing: a file that does not exist is an "error", or a "warning" and noted in the report.
         bad: a row or file that cannot be used is an "error", or goes to the "report": counted, with the first reasons.
-        skip: remarks ("equal pair", "score tie", "empty answer", "labelled bad") whose rows are left out; the report
-            counts them as it counts those that stay.
+        skip: remarks ("equal pair", "score tie", "empty answer", "labelled bad", "wrong solution") whose rows are left
+            out; the report counts them as it counts those that stay.
         split: of folders and hub names; each has its default.
         limit: the most rows.
         columns: the fields' own names, as {"prompt": "q", "output": "a"}; see `convert_row`.
