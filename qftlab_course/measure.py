@@ -186,29 +186,34 @@ def evaluate_rows(
         prompts = [row_to_messages(rows[i])[:-1] for i in members]
         context = getattr(model.config, "max_position_embeddings", None)
         if few_shot:
-            shown = {
-                "pool": rows if examples is None else examples,
-                "k": few_shot,
-                "limit": context and context - budget,
-            }
-            prompts = [few_shot_prompt(tokenizer, rows[i], seed=seed + i, **shown) for i in members]
+            pool, limit = rows if examples is None else examples, context and context - budget
+            prompts = [few_shot_prompt(tokenizer, rows[i], pool, few_shot, seed=seed + i, limit=limit) for i in members]
         asked = encode_prompts(tokenizer, prompts)
-        limits = [min(budget, (context or math.inf) - len(ids)) for ids in asked]
-        if full := [i for i, limit in zip(members, limits, strict=True) if limit < 1]:
-            places = places_of([i + 1 for i in full[:5]], sources or {})
-            raise ValueError(f"prompts must leave room in the context of {context} tokens, got {len(full)} that fill "
-                             f"it ({places}): leave them out")  # fmt: skip
+        limits = _limits(asked, budget, context, [i + 1 for i in members], sources or {})
         answers = generate(model, tokenizer, asked, max_new_tokens=limits, params=params, seed=seed + number,
                            stop=PLAIN_STOP if few_shot else (), batch_size=batch_size)  # fmt: skip
         for i, answer in zip(members, answers, strict=True):
             completions[i] = answer
-    if cut := sum(completion.finish_reason == "length" for completion in completions):
-        logger.warning("%d of %d answers were cut off: --max_new_tokens gives them more room", cut, len(rows))
+    _say_cut(completions)
     score = (
         (lambda row, answer: lenient_score(row, answer.text)) if few_shot else partial(score_row, tokenizer=tokenizer)
     )
     scores = map(score, rows, completions)
     return Evaluation(tuple(rows), tuple(completions), tuple(scores), few_shot)
+
+
+def _say_cut(completions: Sequence[Completion]) -> None:
+    if cut := sum(completion.finish_reason == "length" for completion in completions):
+        logger.warning("%d of %d answers were cut off: --max_new_tokens gives them more room", cut, len(completions))
+
+
+def _limits(asked: Sequence[list[int]], budget: int, context: int | None, numbers: Sequence[int], sources) -> list[int]:
+    """New tokens of each prompt: the budget, or what the context leaves."""
+    limits = [min(budget, (context or math.inf) - len(ids)) for ids in asked]
+    if full := [number for number, limit in zip(numbers, limits, strict=True) if limit < 1]:
+        raise ValueError(f"prompts must leave room in the context of {context} tokens, got {len(full)} that fill it "
+                         f"({places_of(full[:5], sources)}): leave them out")  # fmt: skip
+    return limits
 
 
 def reference_loss(

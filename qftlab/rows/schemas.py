@@ -110,19 +110,6 @@ def convert_row(
     return made
 
 
-def rows_in(found: dict) -> object:
-    """Rows of a file that is one object: {"data": [rows]}, pandas' columns or its "split", or one conversation."""
-    cells = list(found.values())
-    lists = [value for value in cells if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if found.keys() & {*NAMES["messages"]}:
-        return [found]
-    if isinstance(found.get("columns"), list) and isinstance(found.get("data"), list):
-        return [dict(zip(found["columns"], row, strict=False)) for row in found["data"] if isinstance(row, list)]
-    if cells and all(isinstance(column, dict) and column.keys() == cells[0].keys() for column in cells):
-        return [{name: column[key] for name, column in found.items()} for key in cells[0]]
-    return lists[0] if len(lists) == 1 else found
-
-
 def text_of(row: Mapping, name: str, where: str) -> str:
     """A field that must be text.
 
@@ -351,30 +338,24 @@ def _countdown(row: dict, where: str) -> dict:
 
 
 def _with_problem(row: dict, where: str) -> dict:
-    """The row with what a Countdown problem is checked with as "numbers" and "target", if it is one.
+    """The row with what a Countdown answer is checked with as "numbers" and "target", also where verl has it.
 
     Raises:
         DataError: if these are no whole numbers.
     """
-    found = _problem(row)
-    if None in found:
-        return row
-    numbers, target = (loaded(part, f"{where}, numbers and target of Countdown") for part in found)
-    is_list = isinstance(numbers, list) and numbers
-    for name, value, given in (("nums", numbers, numbers if is_list else [""]), ("target", target, [target])):
-        if any(type(number) is not int for number in given):
-            kind = "whole numbers" if name == "nums" else "a whole number"
-            raise DataError(f"{where} must have {kind} as {name!r}, got {value!r:.60}: with both it is a Countdown "
-                            "problem; rename them if it is none")  # fmt: skip
-    return {k: v for k, v in row.items() if k not in NAMES["numbers"]} | {"numbers": numbers, "target": target}
-
-
-def _problem(row: Mapping) -> tuple[object, object]:
-    """Numbers and target, from the row or from what verl checks its answer with."""
     checked = row.get("reward_model")
     truth = checked.get("ground_truth") if isinstance(checked, dict) else None
     found = {**(truth if isinstance(truth, dict) else {}), **row}
-    return found.get(_first(found, "numbers") or "numbers"), found.get("target")
+    if not _has("numbers", "target")(found):
+        return row
+    numbers, target = (
+        loaded(found[_first(found, name) or name], f"{where}, {name!r}") for name in ("numbers", "target")
+    )
+    given = numbers if isinstance(numbers, list) and numbers else [None]
+    if any(type(number) is not int for number in (*given, target)):
+        raise DataError(f"{where} must have whole numbers as 'nums' and one as 'target', got {numbers!r:.60} and "
+                        f"{target!r:.60}: it has both, as Countdown; rename them if it is none")  # fmt: skip
+    return {k: v for k, v in row.items() if k not in NAMES["numbers"]} | {"numbers": numbers, "target": target}
 
 
 def _livecodebench(row: dict, where: str) -> dict:
@@ -390,10 +371,6 @@ def _livecodebench(row: dict, where: str) -> dict:
     made = {"instruction": question, "input": "", "skill": "livecodebench", "tests": tests, **kept}
     name = given["metadata"].get("func_name") if isinstance(given["metadata"], dict) else None
     return made | ({"func_name": name} if name else {})
-
-
-def _is_problem(row: Mapping) -> bool:
-    return _has("numbers", "target")(row) and not _has("messages")(row)
 
 
 def _has(*meanings: str) -> Callable[[Mapping], bool]:
@@ -415,10 +392,10 @@ def _is_completed(row: Mapping) -> bool:
 
 LAYOUTS = (
     Schema("preference", "preference", "prompt, chosen, rejected", _is_pair, _preference),
-    Schema("countdown", "problem", "nums, target", _is_problem, _countdown),
     Schema("livecodebench", "problem", "question_content, its tests", _has("question_content"), _livecodebench),
     Schema("messages", "sft", "messages of role, content", _has("messages"), _conversation),
     Schema("sharegpt", "sft", "conversations of from, value", _has("messages"), _conversation),
+    Schema("countdown", "problem", "nums, target", _has("numbers", "target"), _countdown),
     Schema("alpaca", "sft", "instruction, input, output", _is_alpaca, _answered),
     Schema("prompt_completion", "sft", "prompt, completion", _is_completed, _answered),
     Schema("prompt", "problem", "prompt", _has("question"), _prompted),
