@@ -172,8 +172,8 @@ def check_depth(arguments: Sequence[str]) -> None:
     """
     import yaml
 
-    files = [arguments[i] for i in range(1, len(arguments)) if arguments[i - 1] == "--config"]
-    files += [one.partition("=")[2] for one in arguments if one.startswith("--config=")]
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    files = [name.partition("=")[2] or after for name, after in pairs if name.partition("=")[0] == "--config"]
     for name, text in [(one, one) for one in arguments] + [(file, None) for file in files]:
         depth = 0
         try:

@@ -76,15 +76,14 @@ LAZY_ROWS, SHARE = 600, 0.1
 # **Toy numbers.** One puzzle, six answers; then one that stops, one that rambles on, and one behind thinking, by both rewards:
 
 # %%
+from qftlab import reasoned_reward
+
 puzzle = {"numbers": [1, 12, 11], "target": 22}
 for text in ["12 - 1 + 11", "11 + 11", "22", "(12 - 1", "2**3 + 14", "exit()"]:
     print(countdown_reward(f"<answer>{text}</answer>", **puzzle), text)
 assert countdown_reward("12 - 1 + 11", **puzzle) == 0  # right, but without the tags
 assert not any(map(parse_expression, ["9**9**9**9", "7//2", "-3", "１+2", "()"]))
 assert parse_expression("1/3 + 1/3 + 1/3").value == 1  # exact: no 0.999…
-
-# %%
-from qftlab import reasoned_reward
 
 right = "<answer>12 - 1 + 11</answer>"
 rambling = right + " That was fun. Let me try it once more." * 15

@@ -342,8 +342,9 @@ def load(sources: str | Path | Sequence[str | Path], **options) -> Loaded:
     if report.num_bad:
         log.warning("%d rows or files were refused, first: %s", report.num_bad, report.problems[0])
     if wrong := report.remarks["wrong solution"]:
-        places = ", ".join(report.places["wrong solution"])
-        log.warning("%d x wrong solution, by the row's own numbers and target: %s", wrong, places)
+        log.warning(
+            "%d x wrong solution of the row's own problem, first: %s", wrong, report.places["wrong solution"][0]
+        )
     return Loaded(rows, report)
 
 

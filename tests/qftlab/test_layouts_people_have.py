@@ -293,7 +293,7 @@ def test_a_wrong_solution_is_remarked_and_said(tmp_path, caplog, capsys) -> None
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     loaded = load(path)
     assert loaded.report.places["wrong solution"] == [f"{path}, line 4"], "the second has a sign that no number has"
-    assert f"1 x wrong solution, by the row's own numbers and target: {path}, line 4" in caplog.text
+    assert f"1 x wrong solution of the row's own problem, first: {path}, line 4" in caplog.text
     assert cli.main(["data", "--data", str(path), "--skip", "[wrong solution]"]) == 0
     assert "3 rows kept" in capsys.readouterr().out
     for name in ("demonstrations", "development", "heldout"):

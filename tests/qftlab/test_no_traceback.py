@@ -16,9 +16,11 @@ import pytest
 from qftlab import cli
 from qftlab.files import bundled
 from qftlab.model.loading import load_model, save_model
+from qftlab.model.lora import add_adapters
 from qftlab.rows.chat import render_chat, render_prompt
 from qftlab.rows.examples import encode_rows
 from qftlab.rows.tokenizer import load_tokenizer
+from qftlab.settings import LoRAConfig
 
 ROW = b'{"instruction": "q", "output": "a"}\n'
 OWN = ("config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja")
@@ -106,6 +108,18 @@ def test_settings_without_end_are_refused(tmp_path, capsys, monkeypatch, text: b
     for form in ("c.yaml", "c.json"):
         assert on_settings(capsys, monkeypatch, tmp_path, "data", form, text) == 2
     assert ends_well(capsys, monkeypatch, "data", "--data", text.decode()) == 2
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", "{", "[" * 100_000, '{"r": "x"}', '{"peft_type": "FOO"}',
+                                  '{"target_modules": 5}', '{"trainable_token_indices": "x"}'])  # fmt: skip
+def test_broken_adapters_are_named(tmp_path, capsys, monkeypatch, text: str) -> None:
+    save_model(add_adapters(load_model("tiny"), LoRAConfig(rank=2)), load_tokenizer("tiny"), tmp_path)
+    config = tmp_path / "adapter_config.json"
+    whole = json.loads(config.read_text())
+    config.write_text(json.dumps(whole | json.loads(text)) if text.startswith('{"') else text)
+    assert ends_well(capsys, monkeypatch, "generate", "--model", str(tmp_path), "--prompt", "x") == 2
+    with pytest.raises((FileNotFoundError, ValueError), match=str(tmp_path)):
+        load_model(tmp_path)
 
 
 def test_case_files_end_well(cases, tmp_path, capsys, monkeypatch) -> None:
