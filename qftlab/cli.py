@@ -172,7 +172,7 @@ def check_depth(arguments: Sequence[str]) -> None:
     """
     import yaml
 
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    pairs = zip(arguments, [*arguments[1:], ""], strict=False)
     files = [name.partition("=")[2] or after for name, after in pairs if name.partition("=")[0] == "--config"]
     for name, text in [(one, one) for one in arguments] + [(file, None) for file in files]:
         depth = 0
