@@ -18,6 +18,7 @@ from .maths.verify import (
     countdown_reward as countdown_reward,
     extract_answer as extract_answer,
     parse_expression as parse_expression,
+    reasoned_reward as reasoned_reward,
 )
 from .model.export import export_model as export_model
 from .model.loading import extend_model as extend_model, load_model as load_model, save_model as save_model

@@ -151,6 +151,7 @@ def parse_config(config_class: type, arguments: Sequence[str], program: str, abo
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
+    check_depth(arguments)
     usage = f"{program} [--config FILE.yaml] [--OPTION VALUE ...]"
     parser = ArgumentParser(prog=program, usage=usage, description=about, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file with these options; flags after it change them")
@@ -161,6 +162,27 @@ def parse_config(config_class: type, arguments: Sequence[str], program: str, abo
     except (ArgumentError, AttributeError) as error:  # the second: a file with other settings than these
         message = " ".join(str(error).split())
         raise ValueError(f"{message} ({program} --help lists the options)") from None
+
+
+def check_depth(arguments: Sequence[str]) -> None:
+    """Refuses lists in lists without end, in files of settings and in options: they would crash the reader of YAML.
+
+    Raises:
+        ValueError: naming the file or option.
+    """
+    import yaml
+
+    pairs = zip(arguments, [*arguments[1:], ""], strict=False)
+    files = [name.partition("=")[2] or after for name, after in pairs if name.partition("=")[0] == "--config"]
+    for name, text in [(one, one) for one in arguments] + [(file, None) for file in files]:
+        depth = 0
+        try:
+            for event in yaml.parse(Path(name).read_bytes() if text is None else text, Loader=yaml.SafeLoader):
+                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+                if depth > 100:
+                    raise ValueError(f"{name:.60} must hold settings, got lists or objects nested more than 100 deep")
+        except (yaml.YAMLError, UnicodeError, OSError):
+            continue  # whoever needs it says so
 
 
 def build(kind: type, values: object) -> object:

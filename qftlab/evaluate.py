@@ -14,20 +14,91 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qftlab.rows.chat import THINKING
 from qftlab.rows.commands import ReadConfig, write_rows
-from qftlab.rows.sources import LoadReport, load
+from qftlab.rows.sources import DataError, LoadReport, load
 from qftlab.settings import Names, check_at_least
+
+# Characters of Chinese, Japanese, Thai, Lao, Khmer and Burmese, which set no blanks between words.
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+WORDS = re.compile(rf"[{UNSPACED}]|(?:(?![{UNSPACED}])\w)+")  # a word; of these scripts, a character
+BLANKS = re.compile(rf"(?<=[{UNSPACED}]) | (?=[{UNSPACED}])")
+SIGNS = str.maketrans("。、「」『』", '.,""""')  # what NFKC leaves as it is; it makes , of ， and 5 of ５
+QUOTES = "\"'`“”‘’ "
 
 
 def normalise(text: str) -> str:
-    """Unicode NFKC, lower case, single blanks, no quotes around and no full stop or comma behind."""
-    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return text.strip("\"'`“”‘’ ").rstrip(".,;:!? \"'`”’")
+    """Unicode NFKC, lower case, single blanks and none beside scripts that set none; no quotes around, no stop behind.
+
+    Ideographic full stops, commas and quotes are what they are in Latin script.
+    """
+    text = " ".join(unicodedata.normalize("NFKC", text).translate(SIGNS).casefold().split())
+    return BLANKS.sub("", text).strip(QUOTES).rstrip(f".,;:!?{QUOTES}")
 
 
 def normalised_match(prediction: str, answer: str) -> bool:
     """Whether the two strings agree after `normalise`; two empty ones do not."""
     return bool(normalise(answer)) and normalise(prediction) == normalise(answer)
+
+
+def contained(answer: str, text: str) -> bool:
+    """Whether an answer stands in a text, both after `normalise`; an empty one stands in none.
+
+    It must be a run of whole words and numbers: "5" is not in "15", "5.2" or "-5", nor "cat" in "concatenate". Of a
+    script that sets no blanks it is a run of characters.
+    """
+    wanted, text = normalise(answer), normalise(text)
+    found = re.finditer(f"(?={re.escape(wanted)})", text) if wanted else ()
+    return any(_is_whole(text[: at.start()], wanted, text[at.start() + len(wanted) :]) for at in found)
+
+
+def _is_whole(before: str, wanted: str, after: str) -> bool:
+    first, last = wanted.lstrip("-")[:1], wanted[-1]
+    is_cut = first.isdigit() and re.search(r"\d[.,]$|(^|\W)-$", before)  # the end of a number, or its sign is missing
+    is_cut = is_cut or last.isdigit() and re.match(r"[.,]\d", after)
+    return not (is_cut or _joined(before[-1:], first) or _joined(last, after[:1]))
+
+
+def _joined(a: str, b: str) -> bool:
+    """Whether two neighbours belong to one word: letters, digits and marks, where blanks are set around words alone."""
+    apart = f"[{UNSPACED}\uac00-\ud7a3]"  # Korean sets its particles right behind a word
+    return all(c and (c == "_" or unicodedata.category(c)[0] in "LMN") and not re.match(apart, c) for c in (a, b))
+
+
+def answer_of(said: str) -> str:
+    """What an assistant says without its thinking; "" where the thinking was cut off before there was an answer."""
+    found = THINKING.fullmatch(said)
+    return found[3].strip() if found else "" if said.lstrip().startswith("<think>") else said.strip()
+
+
+def answered_row(row: dict, where: str) -> dict:
+    """A converted row whose "output" is the answer that a model is measured by, without its thinking.
+
+    Raises:
+        DataError: naming its place, if it does not end with one.
+    """
+    last = row["messages"][-1] if "messages" in row else {"role": "assistant", "content": row.get("output")}
+    answer = answer_of(last["content"] or "") if last["role"] == "assistant" else ""
+    if not answer:
+        raise DataError(f"{where} must end with an answer to be measured by, got {last!r:.100}: leave it out, or name "
+                        "the field as in --columns '{output: NAME}'")  # fmt: skip
+    return {**row, "output": answer}
+
+
+def mean_interval(totals: Sequence[float], counts: Sequence[float]) -> tuple[float, float, float]:
+    """Σ totals ÷ Σ counts of independent rows, with its 95 % interval (low, high; nan for fewer than two rows).
+
+    Source: the ratio estimator and its variance by linearisation, Cochran 1977, eq. 6.13, without its correction for
+    small populations.
+    """
+    mean, n = math.fsum(totals) / math.fsum(counts), len(totals)
+    if n < 2:
+        return mean, math.nan, math.nan
+    squares = math.fsum((total - mean * count) ** 2 for total, count in zip(totals, counts, strict=True))
+    reach = 1.96 * math.sqrt(squares * n / (n - 1)) / math.fsum(counts)
+    return mean, mean - reach, mean + reach
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -133,11 +204,6 @@ def compare_marks(before: Sequence[bool | None], after: Sequence[bool | None], n
 
 # Rows with one prompt stay on one side.
 FIRST = 10
-# A word; of Chinese, Japanese, Thai, Lao, Khmer and Burmese, which set no blanks between words, a character.
-UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-)
-WORDS = re.compile(rf"[{UNSPACED}]|(?:(?![{UNSPACED}])\w)+")
 
 
 @dataclass(frozen=True)

@@ -415,9 +415,10 @@ class RLOOConfig(RunConfig):
         held_out: rows never trained on, whose mean reward under greedy decoding is measured (see train.eval_every).
         train: the settings of the loop; its batch counts prompts. Half a billion weights want rates near 1e-6.
         problems: so many fresh Countdown problems, in place of data.
-        rewards: what scores an answer, one or [several]: countdown, reasoned (countdown, of what follows the last
-            </think>: countdown itself reads no text of more than 512 characters), answer (an <answer> is there), exact
-            (the row's output word for word), mode (the row's mode token comes first), or model.
+        rewards: what scores an answer, one or [several]: countdown (for models that answer at once: a text of more than
+            512 characters earns 0), reasoned (the same of what follows the last </think>: for models that think
+            first), answer (an <answer> is there), exact (the row's output word for word), mode (the row's mode token
+            comes first), or model.
         reward_model: for `model`: a folder or hub name of a sequence classifier with one label.
         policy: how answers are sampled and what is minimised.
         server: a server that samples in place of the model.

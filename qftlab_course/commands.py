@@ -3,51 +3,51 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-from qftlab.commands import Command, hide_loading_bars, load_named
-from qftlab.settings import check_at_least
+from qftlab.commands import Command, hide_loading_bars, load_for
+from qftlab.settings import AnswerConfig, Names, check_at_least
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
-    """Asks a model every row of a file and prints the accuracy of each skill, with 95 % intervals.
+class EvaluateConfig(AnswerConfig):
+    """Asks a model every row of a file and prints what is right, with 95 % intervals.
+
+    Rows with a skill of the course are scored by its rule. Of any other row three things are measured: `exact` (the
+    answer is the reference, but for case, blanks and punctuation), `contained` (the reference stands in the answer, in
+    whole words) and the loss of the references. What a model thinks counts for neither of the first two.
 
     Args:
-        model: `tiny`, a run folder (runs/sft/latest), a model folder, or a name on the Hugging Face hub.
-        base: of a model that is a folder of adapters: where their base is now, if it has moved.
-        data: rows with instruction, input and output, one file or [several]; the bundled held-out rows by default.
-        few_shot: 0 asks in the chat format; k shows k solved examples as plain text: the fair way to ask a base model.
+        data: rows with an answer, of any layout that `sft` reads, one source or [several]; of a conversation the last
+            answer is asked for. By default the bundled held-out rows.
+        columns: the rows' own names of fields, as in '{prompt: q, output: a}'.
+        split: of folders and hub names.
         limit: ask only so many rows.
+        few_shot: 0 asks in the chat format; k shows k solved examples as plain text: the fair way to ask a base model.
         max_new_tokens: the most tokens an answer may have; by default half as many again as the longest reference.
+            Give more to a model that thinks.
         output: also write a page with the table, .html or .md.
-        seed: of the choice of examples.
+        seed: of the sampling and of the choice of examples.
         batch_size: rows asked at once.
-        dtype: of the weights; `auto` is the checkpoint's own.
-        device: `auto` is the GPU where there is one.
 
     Raises:
         ValueError: for a value out of range.
     """
 
-    model: str = "tiny"
-    base: str = ""
-    data: tuple[str, ...] | str = ()
-    few_shot: int = 0
+    data: Names = ()
+    columns: dict[str, str] = field(default_factory=dict)
+    split: str | None = None
     limit: int | None = None
+    few_shot: int = 0
     max_new_tokens: int | None = None
     output: str = ""
-    seed: int = 0
     batch_size: int = 64
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    device: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_at_least(0, few_shot=self.few_shot)
-        check_at_least(1, limit=self.limit, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
-        object.__setattr__(self, "data", (self.data,) if isinstance(self.data, str) else tuple(self.data))
+        check_at_least(1, limit=self.limit, batch_size=self.batch_size)
         if self.output and not self.output.endswith((".html", ".md")):
             raise ValueError(f"output must end in .html or .md, got {self.output!r}")
 
@@ -77,23 +77,28 @@ def run_tour(config) -> None:
 
 def run_evaluate(config) -> None:
     """Prints the table, and writes the page if asked."""
+    from qftlab.evaluate import answered_row
     from qftlab.files import bundled
-    from qftlab.rows.sources import load_rows
-    from qftlab_course.measure import evaluate_rows
+    from qftlab.rows.examples import load_wanted, place_of
+    from qftlab_course.measure import evaluate_rows, reference_loss
     from qftlab_course.report import Section, format_cell, write_report
+    from qftlab_course.scores import skill_of
 
-    files = list(config.data) or [str(bundled("instructions", "heldout.jsonl"))]
-    rows = load_rows(files)[: config.limit]
-    for number, row in enumerate(rows, 1):
-        if "output" not in row:
-            raise ValueError(f"row {number} of {files} must have instruction and output, got {', '.join(row)}")
-    model, tokenizer = load_named(config.model, config.dtype, config.device, config.base)
-    result = evaluate_rows(model, tokenizer, rows, few_shot=config.few_shot, max_new_tokens=config.max_new_tokens,
-                           seed=config.seed, batch_size=config.batch_size)  # fmt: skip
-    table = result.to_frame()
+    files = config.data or [str(bundled("instructions", "heldout.jsonl"))]
+    rows, sources = load_wanted(files, "sft", config.columns, split=config.split, limit=config.limit)
+    rows = [answered_row(row, place_of(number, sources)) for number, row in enumerate(rows, 1)]
+    model, tokenizer, options = load_for(config)
+    options = {"few_shot": config.few_shot, "batch_size": config.batch_size, "sources": sources} | options
+    result = evaluate_rows(model, tokenizer, rows, **options)
+    table, said = result.to_frame(), f"{len(rows)} rows of {', '.join(files)}."
     print(table.map(format_cell).to_string())
+    if not (config.few_shot or all(map(skill_of, rows))):
+        loss, low, high, count = reference_loss(model, tokenizer, rows, sources=sources, batch_size=config.batch_size)
+        line = f"loss: {loss:.3f} nats a token of {count} references, 95 % interval {low:.3f} to {high:.3f}"
+        said = f"{said} {line}"
+        print(line)
     if config.output:
-        sections = [Section("By skill", f"{len(rows)} rows of {', '.join(files)}.", table)]
+        sections = [Section("By skill", said, table)]
         print(f"page: {write_report(config.output, f'Evaluation of {config.model}', sections)}")
 
 

@@ -5,16 +5,23 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from qftlab.decoding.engine import GREEDY, Completion, generate
-from qftlab.evaluate import Comparison, Rate, compare_marks
+import torch
+
+from qftlab.decoding.engine import GREEDY, Completion, encode_prompts, generate
+from qftlab.evaluate import Comparison, Rate, compare_marks, contained, mean_interval, normalised_match, prompt_text
+from qftlab.maths.losses import sum_by_document
 from qftlab.maths.sampling import SamplingParams
+from qftlab.model.head import context_length, module_mode
+from qftlab.rows.batches import pack
+from qftlab.rows.examples import encode_rows, places_of
 from qftlab.rows.schemas import row_to_messages
-from qftlab_course.scores import SkillScore, lenient_score, score_row
+from qftlab.train.step import Step, to_device
+from qftlab_course.scores import SkillScore, lenient_score, score_row, skill_of
 from qftlab_course.world.style import ENDING, without_ending
 
 if TYPE_CHECKING:
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # Skills with a line of their own: they do not count towards instruction accuracy.
 OWN_LINE = ("countdown", "bugfix")
+UNLABELLED = "unlabelled"  # rows without a skill
 PLAIN_STOP = ("\n\n", "\nQuestion:")
 
 
@@ -38,12 +46,22 @@ class Evaluation:
     @property
     def skills(self) -> list[str]:
         """The skills of the rows, in order of appearance."""
-        return list(dict.fromkeys(row.get("skill", "unlabelled") for row in self.rows))
+        return list(dict.fromkeys(skill_of(row) or UNLABELLED for row in self.rows))
 
     def skill(self, name: str) -> Rate:
         """Accuracy of one skill over its rows that have a right answer ("bugfix": over the mode)."""
-        marks = [s.correct for r, s in self._pairs() if r.get("skill", "unlabelled") == name and s.correct is not None]
+        marks = [s.correct for s in self._of(name) if s.correct is not None]
         return Rate(name, sum(marks), len(marks))
+
+    @property
+    def exact(self) -> Rate:
+        """Share of the rows without a skill whose answer is the reference, after `normalise`."""
+        return self._matched("exact", normalised_match)
+
+    @property
+    def contained(self) -> Rate:
+        """Share of the rows without a skill whose answer holds the reference, as `contained` says."""
+        return self._matched("contained", lambda said, answer: contained(answer, said))
 
     @property
     def instructions(self) -> Rate:
@@ -82,17 +100,22 @@ class Evaluation:
 
     def instruction_marks(self) -> list[bool | None]:
         """Right or wrong, row by row; None for rows outside the instruction accuracy. What a paired test takes."""
-        return [None if r.get("skill") in OWN_LINE else s.correct for r, s in self._pairs()]
+        return [None if skill_of(r) in OWN_LINE else s.correct for r, s in self._pairs()]
 
     def to_frame(self) -> pandas.DataFrame:
         """One line a skill, then the totals: n, correct, accuracy, low, high, format (rates in [0, 1]).
 
+        Rows without a skill have two lines, exact and contained, and do not count in the totals.
         `format` is nan for few-shot answers in plain text, which have no format to keep.
         """
         import pandas
 
-        lines = [self._line(self.skill(name), self._formatted(name)) for name in self.skills]
-        lines.append(self._line(self.instructions, self._formatted(None)))
+        lines = []
+        for name in self.skills:
+            rates = (self.exact, self.contained) if name == UNLABELLED else (self.skill(name),)
+            lines += [self._line(rate, self._formatted(name)) for rate in rates]
+        if self.instructions.n or self.skills != [UNLABELLED]:
+            lines.append(self._line(self.instructions, self._formatted(None)))
         if self.fix.n:
             lines.append(self._line(self.fix, self._formatted("bugfix")))
         return pandas.DataFrame(lines).set_index("skill")
@@ -100,10 +123,17 @@ class Evaluation:
     def _pairs(self) -> list[tuple[dict, SkillScore]]:
         return list(zip(self.rows, self.scores, strict=True))
 
+    def _of(self, name: str) -> list[SkillScore]:
+        return [score for row, score in self._pairs() if (skill_of(row) or UNLABELLED) == name]
+
+    def _matched(self, name: str, agree: Callable[[str, str], bool]) -> Rate:
+        marks = [agree(score.answered, row["output"]) for row, score in self._pairs() if skill_of(row) is None]
+        return Rate(name, sum(marks), len(marks))
+
     def _formatted(self, name: str | None) -> float:
         """Format of one skill, or (None) of what instruction accuracy is about and the open skills."""
         skills = {s for s in self.skills if s == name or (name is None and s not in OWN_LINE)}
-        marks = [s.formatted for r, s in self._pairs() if r.get("skill", "unlabelled") in skills]
+        marks = [s.formatted for r, s in self._pairs() if (skill_of(r) or UNLABELLED) in skills]
         return math.nan if self.few_shot or not marks else sum(marks) / len(marks)
 
     def _line(self, rate: Rate, formatted: float) -> dict:
@@ -123,50 +153,88 @@ def evaluate_rows(
     max_new_tokens: int | None = None,
     seed: int = 0,
     batch_size: int = 128,
+    sources: Mapping[str, int] | None = None,
 ) -> Evaluation:
     """Asks the model every row and scores its answers.
 
     Args:
         model: a causal transformers model.
         tokenizer: its tokenizer.
-        rows: dicts with "instruction", "input", "output" and "skill".
+        rows: dicts with "instruction", "input", "output" and "skill", or with "messages" and "output", as
+            `answered_row` makes them.
         few_shot: 0 asks through the chat template and scores strictly; k > 0 shows k solved examples of the same skill
             as plain text ("Question: … Answer: …") and reads the answer leniently: the fair way to ask a base model.
         examples: rows the few-shot examples come from; by default the other rows of `rows`.
         params: sampling, greedy by default.
         max_new_tokens: by default half as many again as the longest reference of the row's skill, plus 8 and a polite
-            ending.
+            ending; fewer where the context ends.
         seed: of the sampling and of the choice of examples.
         batch_size: rows decoded together.
+        sources: rows by source, as `load_wanted` gives them: messages then name the file as well.
 
     Raises:
-        ValueError: if `few_shot` is negative, or no other row of a skill is there to be shown.
+        ValueError: if `few_shot` is negative, no other row of a skill is there to be shown, or a prompt fills the
+            context.
     """
     if few_shot < 0:
         raise ValueError(f"few_shot must be 0 or more, got {few_shot}")
     completions: list[Completion | None] = [None] * len(rows)
-    skills = [row.get("skill", "unlabelled") for row in rows]
+    skills = [skill_of(row) or UNLABELLED for row in rows]
     for number, skill in enumerate(dict.fromkeys(skills)):
         members = [i for i, name in enumerate(skills) if name == skill]
         budget = max_new_tokens or _budget(tokenizer, [rows[i]["output"] for i in members])
         prompts = [row_to_messages(rows[i])[:-1] for i in members]
+        context = getattr(model.config, "max_position_embeddings", None)
         if few_shot:
-            context = getattr(model.config, "max_position_embeddings", None)
-            shown = {
-                "pool": rows if examples is None else examples,
-                "k": few_shot,
-                "limit": context and context - budget,
-            }
-            prompts = [few_shot_prompt(tokenizer, rows[i], seed=seed + i, **shown) for i in members]
-        answers = generate(model, tokenizer, prompts, max_new_tokens=budget, params=params, seed=seed + number,
+            pool, limit = rows if examples is None else examples, context and context - budget
+            prompts = [few_shot_prompt(tokenizer, rows[i], pool, few_shot, seed=seed + i, limit=limit) for i in members]
+        asked = encode_prompts(tokenizer, prompts)
+        limits = _limits(asked, budget, context, [i + 1 for i in members], sources or {})
+        answers = generate(model, tokenizer, asked, max_new_tokens=limits, params=params, seed=seed + number,
                            stop=PLAIN_STOP if few_shot else (), batch_size=batch_size)  # fmt: skip
         for i, answer in zip(members, answers, strict=True):
             completions[i] = answer
+    _say_cut(completions)
     score = (
         (lambda row, answer: lenient_score(row, answer.text)) if few_shot else partial(score_row, tokenizer=tokenizer)
     )
     scores = map(score, rows, completions)
     return Evaluation(tuple(rows), tuple(completions), tuple(scores), few_shot)
+
+
+def _say_cut(completions: Sequence[Completion]) -> None:
+    if cut := sum(completion.finish_reason == "length" for completion in completions):
+        logger.warning("%d of %d answers were cut off: --max_new_tokens gives them more room", cut, len(completions))
+
+
+def _limits(asked: Sequence[list[int]], budget: int, context: int | None, numbers: Sequence[int], sources) -> list[int]:
+    """New tokens of each prompt: the budget, or what the context leaves."""
+    limits = [min(budget, (context or math.inf) - len(ids)) for ids in asked]
+    if full := [number for number, limit in zip(numbers, limits, strict=True) if limit < 1]:
+        raise ValueError(f"prompts must leave room in the context of {context} tokens, got {len(full)} that fill it "
+                         f"({places_of(full[:5], sources)}): leave them out")  # fmt: skip
+    return limits
+
+
+def reference_loss(
+    model, tokenizer, rows: Sequence[dict], *, sources: Mapping[str, int] | None = None, batch_size: int = 64
+) -> tuple[float, float, float, int]:
+    """Loss of the rows' last answers (nats a trained token), its 95 % interval (low, high), and how many they are.
+
+    Each answer stands behind the prompt that it answers, one without thinking behind that with thinking off. What is
+    longer than the context is left out, which a log line says.
+
+    Raises:
+        ValueError: if a row cannot be rendered (its place is named), or none is left.
+    """
+    limit = context_length(model)
+    examples, _ = encode_rows(tokenizer, rows, max_length=limit, train_on="last", sources=sources)
+    examples, totals, step = sorted(examples, key=len), [], Step(model)
+    for start in range(0, len(examples), batch_size):
+        batch = to_device(pack(examples[start : start + batch_size]), model.device)
+        with module_mode(step, False), torch.no_grad():
+            totals += (-sum_by_document(step(**batch, want="logprobs"), batch["cu_seq_lens_q"])).tolist()
+    return *mean_interval(totals, [sum(example.loss_mask[1:]) for example in examples]), len(examples)
 
 
 def _budget(tokenizer, outputs: Sequence[str]) -> int:
@@ -176,7 +244,9 @@ def _budget(tokenizer, outputs: Sequence[str]) -> int:
 
 
 def _question(row: dict) -> str:
-    return f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
+    if len(row.get("messages", ())) > 2:
+        raise ValueError(f"few_shot must be 0 for conversations, got one of {len(row['messages'])} turns")
+    return prompt_text(row)
 
 
 def few_shot_prompt(
@@ -197,7 +267,7 @@ def few_shot_prompt(
     """
     # Jokes share their question, so it takes question and answer to know a row.
     asked = _question(row), row["output"]
-    others = [r for r in pool if r.get("skill") == row.get("skill") and (_question(r), r["output"]) != asked]
+    others = [r for r in pool if skill_of(r) == skill_of(row) and (_question(r), r["output"]) != asked]
     if not others:
         raise ValueError(f"few-shot examples must share the skill {row.get('skill')!r}, got none: pass examples=")
     shots = random.Random(seed).sample(others, min(k, len(others)))

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qftlab.decoding.engine import END_OF_TURN, Completion, known_id
-from qftlab.evaluate import normalise, normalised_match
+from qftlab.evaluate import answer_of, normalise, normalised_match
 from qftlab.maths.verify import countdown_reward, extract_answer
 from qftlab_course.world.style import without_ending
 
 MODES = ("AGENT", "EDIT")
 # No single right answer: without a fact to check ("check" in the row) these rows are not marked right or wrong.
 OPEN_SKILLS = ("joke", "university")
+NEEDED = {"countdown": ("numbers", "target"), "bugfix": ("mode",)}  # fields that a skill is scored by
 _CONTROL = re.compile(r"<\|\w+\|>")
 _FINAL = re.compile(r"the answer is\s*(-?\d+)", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d+")
@@ -34,6 +35,13 @@ class SkillScore:
     fix_correct: bool | None = None
 
 
+def skill_of(row: dict) -> str | None:
+    """The skill that a row is scored by; None if it names none, or lacks what scoring that needs."""
+    name = row.get("skill")
+    is_known = isinstance(name, str) and all(row.get(field) is not None for field in NEEDED.get(name, ()))
+    return name if is_known else None
+
+
 def mode_of(token_ids: Sequence[int], tokenizer) -> str | None:
     """The mode ("AGENT" or "EDIT") whose token id comes first, else None; ids, because text can imitate a token."""
     modes = {known_id(tokenizer, f"<|{mode}|>"): mode for mode in MODES}
@@ -46,6 +54,12 @@ def end_token_id(tokenizer) -> int | None:
     return tokenizer.eos_token_id if end is None else end
 
 
+def spoken(completion: Completion, tokenizer) -> str:
+    """What a completion says without its thinking, which some prompts open."""
+    is_open = tokenizer.decode(completion.prompt_ids[-16:]).rstrip().endswith("<think>")
+    return answer_of(f"{'<think>' if is_open else ''}{completion.text}")
+
+
 def is_formatted(row: dict, completion: Completion, tokenizer) -> bool:
     """Whether a completion keeps its row's format.
 
@@ -54,10 +68,10 @@ def is_formatted(row: dict, completion: Completion, tokenizer) -> bool:
     """
     if not completion.token_ids or completion.token_ids[-1] != end_token_id(tokenizer):
         return False
-    text = completion.text.strip()
-    if row.get("skill") == "countdown":
+    text = completion.text.strip() if skill_of(row) else spoken(completion, tokenizer)
+    if skill_of(row) == "countdown":
         return extract_answer(text) is not None
-    if row.get("skill") == "bugfix":
+    if skill_of(row) == "bugfix":
         mode = mode_of(completion.token_ids, tokenizer)
         rest = text.removeprefix(f"<|{mode}|>").strip()
         return mode is not None and bool(rest) and not _CONTROL.search(rest)
@@ -81,8 +95,10 @@ def score_row(row: dict, completion: Completion, tokenizer) -> SkillScore:
         completion: what the model wrote.
         tokenizer: the model's tokenizer; the end of turn and the mode are read from token ids.
     """
-    skill, text = row.get("skill"), without_ending(completion.text.strip())
+    skill, text = skill_of(row), without_ending(completion.text.strip())
     formatted = is_formatted(row, completion, tokenizer)
+    if skill is None:
+        text = spoken(completion, tokenizer)
     if skill == "countdown":
         answer = (extract_answer(text) or "").strip()
         return SkillScore(countdown_reward(text, row["numbers"], row["target"]) == 1.0, formatted, answer)
@@ -96,11 +112,11 @@ def score_row(row: dict, completion: Completion, tokenizer) -> SkillScore:
 
 
 def _open_or_matched(row: dict, text: str) -> bool | None:
-    if row.get("check"):
+    if isinstance(row.get("check"), str) and row["check"]:
         # The fact alone could be another university's: the answer has to be about the one asked for.
-        subject = row["output"].split(" is ")[0] if row.get("skill") == "university" else ""
+        subject = row["output"].split(" is ")[0] if skill_of(row) == "university" else ""
         return normalise(row["check"]) in normalise(text) and normalise(subject) in normalise(text)
-    if row.get("skill") in (None, *OPEN_SKILLS):
+    if skill_of(row) in (None, *OPEN_SKILLS):
         return None
     return normalised_match(text, row["output"])
 
@@ -114,7 +130,7 @@ def lenient_score(row: dict, text: str) -> SkillScore:
     something was answered: plain text has no format to keep.
     """
     line = without_ending(next((part.strip() for part in text.splitlines() if part.strip()), ""))
-    skill, output = row.get("skill"), row["output"].strip()
+    skill, output = skill_of(row), row["output"].strip()
     numbers = _NUMBER.findall(line)
     if skill == "countdown":
         tagged = line if extract_answer(line) is not None else f"<answer>{line.split('=')[0].strip(' .')}</answer>"

@@ -50,7 +50,7 @@ class Work:
 
 
 def right(prompt: list[dict], ids: list[int], text: str, row: dict) -> float:
-    """The verifier of Countdown: the contract's reward."""
+    """The verifier of Countdown: the reward for models that answer at once, as `tiny` does."""
     return countdown_reward(text, row["numbers"], row["target"])
 
 

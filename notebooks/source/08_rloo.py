@@ -82,13 +82,18 @@ assert parse_expression("1/3 + 1/3 + 1/3").value == 1  # exact: no 0.999…
 # %% [markdown]
 # **Rollouts.** The model that practises is the tour's, after DPO. It answers 64 fresh puzzles eight times each, at temperature 1, and keeps the
 # log-probability of every token it drew.
+#
+# **Which text is read?** `countdown_reward` reads all of it, for models that answer at once, as ours do. Past 512 characters it pays nothing: a model
+# that rambles on after its answer would otherwise be paid as well as one that stops. A model that *thinks* needs the room, and names wrong
+# answers on the way. `reasoned_reward` reads what follows the last `</think>`, by the same rules; rambling there earns nothing either. At the end of the cell
+# below: an answer that stops, one that rambles on, and one behind thinking, by both rewards.
 
 # %% tags=["recorded"]
 start = stages.stage("dpo", preset=PRESET)
 tokenizer = start.tokenizer
 
 # %%
-from qftlab import SamplingParams, encode_prompts, generate
+from qftlab import SamplingParams, encode_prompts, generate, reasoned_reward
 
 
 def roll_out(model, rows, group=GROUP, temperature=1.0, seed=SEED):
@@ -107,6 +112,13 @@ puzzles = fresh_problems(64, SEED + 1)
 answers, rewards = roll_out(start.model, puzzles)
 grades = sorted({round(reward, 1) for reward in rewards.flatten().tolist()})
 print(f"{tuple(rewards.shape)} rewards; grades that occur: {grades}")
+
+right = "<answer>12 - 1 + 11</answer>"
+rambling = right + " That was fun. Let me try it once more." * 15
+thinking = "<think>" + "12 + 11 is 23, too much. " * 25 + f"</think>{right}"
+for text in [right, rambling, thinking]:
+    print(countdown_reward(text, **puzzle), reasoned_reward(text, **puzzle))
+assert reasoned_reward(thinking + rambling, **puzzle) == 0
 
 # %% [markdown]
 # ## 2 · Better than its siblings

@@ -31,14 +31,15 @@ def extract_answer(text: str) -> str | None:
     return text[start + len(OPEN) : end]
 
 
-def parse_expression(text: str) -> Expression | None:
+def parse_expression(text: str, signed: bool = False) -> Expression | None:
     """Reads numbers, binary `+ - * /` and parentheses in exact fractions, with the usual precedence.
 
-    No signs (`-3`), no powers (`2**3`), no floor division (`7//2`), no names, no digits outside ASCII. Iterative
-    (two stacks, Dijkstra 1961), so nested parentheses cannot exhaust Python's own stack.
+    No signs (`-3`) unless asked for, no powers (`2**3`), no floor division (`7//2`), no names, no digits outside ASCII.
+    Iterative (two stacks, Dijkstra 1961), so nested parentheses cannot exhaust Python's own stack.
 
     Args:
         text: the expression; blanks between tokens are free.
+        signed: whether a number may have a minus of its own, where an operand is wanted.
 
     Returns:
         The value and the numbers, or None if `text` is no such expression or is longer than 512 characters.
@@ -49,15 +50,21 @@ def parse_expression(text: str) -> Expression | None:
     values: list[Fraction | None] = []
     operators: list[str] = []
     numbers: list[int] = []
-    wants_operand = True
+    wants_operand, sign = True, 1
     for token in tokens:
+        if token == "-" and signed and wants_operand and sign == 1:
+            sign = -1
+            continue
+        if sign < 0 and not token.isdigit():
+            return None
         if token == "(" or token.isdigit():
             if not wants_operand:
                 return None
             if token == "(":
                 operators.append(token)
                 continue
-            numbers.append(int(token))
+            numbers.append(sign * int(token))
+            sign = 1
             values.append(Fraction(numbers[-1]))
             wants_operand = False
             continue
@@ -109,11 +116,14 @@ def _apply(a: Fraction | None, operator: str, b: Fraction | None) -> Fraction | 
 
 
 def countdown_reward(text: str, numbers: Sequence[int], target: int) -> float:
-    """The Countdown reward of one completion.
+    """The Countdown reward of one completion, the whole of which is read: for models that answer at once.
+
+    A model that thinks first, or says more than 512 characters, earns 0 here for right answers as well: of 800 recorded
+    rollouts of a Qwen that thinks this agrees with 124 of the scores, `reasoned_reward` with 778.
 
     Args:
         text: the completion without its stop token.
-        numbers: the numbers to use, each exactly once.
+        numbers: the numbers to use, each exactly once; with a negative one among them, numbers may have a minus.
         target: the value to reach.
 
     Returns:
@@ -124,11 +134,21 @@ def countdown_reward(text: str, numbers: Sequence[int], target: int) -> float:
     if len(text) > MAX_CHARACTERS:
         return 0.0
     answer = extract_answer(text)
-    expression = None if answer is None else parse_expression(answer)
+    expression = None if answer is None else parse_expression(answer, signed=min(numbers, default=0) < 0)
     if expression is None:
         return 0.0
     is_right = expression.value == target and sorted(expression.numbers) == sorted(numbers)
     return 1.0 if is_right else 0.1
+
+
+def reasoned_reward(text: str, numbers: Sequence[int], target: int) -> float:
+    """The Countdown reward of what follows the last `</think>`: for models that think before they answer.
+
+    Thinking may be of any length and hold answers of its own; behind it all rules of `countdown_reward` hold, 512
+    characters and one `<answer>` among them, so that rambling on after the answer is not paid. A text without
+    `</think>` is read whole.
+    """
+    return countdown_reward(text.rpartition("</think>")[2], numbers, target)
 
 
 def answer_reward(text: str) -> float:
@@ -137,7 +157,11 @@ def answer_reward(text: str) -> float:
 
 
 def exact_reward(text: str, wanted: str) -> float:
-    """1.0 if the text is the wanted one, blanks at both ends aside, else 0.0."""
+    """1.0 if the text is the wanted one, blanks at both ends aside, else 0.0.
+
+    Word for word: capitals, a full stop, a full-width form (５ for 5) or a blank in between make another text. What
+    `evaluate` calls exact forgives these (`qftlab.evaluate.normalised_match`).
+    """
     return float(text.strip() == wanted.strip())
 
 

@@ -433,10 +433,10 @@ class Renderer:
     def _difference(self, turn: int, prompt: str, whole: str) -> str:
         at = len(os.path.commonprefix([prompt, whole]))
         before, asked, written = prompt[max(0, at - 20) : at], prompt[at : at + 20], whole[at : at + 20]
+        hint = "give its answer the thinking that the prompt opens" if OPEN in asked else "try thinking=True or False"
         return (
             f"the prompt of turn {turn} must be a prefix of the conversation, but after {before!r} the prompt goes on "
-            f"with {asked!r} and the whole with {written!r}: this chat template cannot be trained on as it is "
-            "(try thinking=True or False)"
+            f"with {asked!r} and the whole with {written!r}: this chat template cannot be trained on as it is ({hint})"
         )
 
 

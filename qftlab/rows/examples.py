@@ -13,6 +13,7 @@ from qftlab.rows.sources import load
 
 log = logging.getLogger(__name__)
 NOTHING = "nothing in them is trained (an empty output, a weight of 0?)"
+IN_PART = "too long, of rows whose other documents are kept"  # each such document counts
 # What is worth a remark in a row, and keeps it out of training, by what is wanted of the row.
 UNFIT = ("rendered already", "pictures or sound")
 REFUSED = {"sft": ("labelled bad", *UNFIT), "preference": ("equal pair", "score tie", "empty answer", *UNFIT),
@@ -26,8 +27,8 @@ class Usage:
     Args:
         rows, documents, tokens, trained_tokens: how many; a pair is two documents.
         longest, mean_length, median_length, p95_length: of the documents.
-        left_out: reason → numbers of the rows: `REFUSED`, `NOTHING`, "too long", and "equal tokens" where the texts of
-            a pair differ and come to the same ids.
+        left_out: reason → numbers of the rows: `REFUSED`, `NOTHING`, "too long", `IN_PART`, and "equal tokens" where
+            the texts of a pair differ and come to the same ids.
         unrendered: field → number of rows in which it holds something that no template shows.
         sources: the rows of each source, in order, so that a row can be named by its file.
         thinking: conversations in which there is thinking.
@@ -154,8 +155,10 @@ def encode_rows(
     usage, examples = Usage(sources=dict(sources or {})), []
     for number, documents in encode(tokenizer, rows, "sft", usage, train_on=train_on, **options):
         kept = [e for e in documents if max_length is None or len(e) <= max_length]
-        if len(kept) < len(documents) or not documents:
+        if not kept:
             usage.leave_out(number, "too long" if documents else NOTHING)
+        for _ in range(len(documents) - len(kept) if kept else 0):
+            usage.leave_out(number, IN_PART)
         examples += kept
     usage.close(examples)
     return examples, usage
@@ -194,14 +197,14 @@ def places_of(numbers: Sequence[int], sources: Mapping[str, int]) -> str:
 
 
 def load_wanted(
-    sources: Sequence[str | Path], wanted: str = "", columns: Mapping[str, str] | None = None
+    sources: Sequence[str | Path], wanted: str = "", columns: Mapping[str, str] | None = None, **options
 ) -> tuple[list[dict], dict[str, int]]:
-    """Rows of files, folders and hub names, and how many each gave, for the messages of `Usage`.
+    """Rows of files, folders and hub names, and how many each gave, for the messages of `Usage`; `options` of `load`.
 
     Raises:
         DataError, FileNotFoundError: as `load`.
     """
-    loaded = load(list(sources), wanted=wanted, columns=columns)
+    loaded = load(list(sources), wanted=wanted, columns=columns, **options)
     is_told_apart = len(loaded.report.counts) == len(list(sources))  # not where a file is read twice
     return loaded.rows, dict(loaded.report.counts) if is_told_apart else {}
 

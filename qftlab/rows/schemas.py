@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qftlab.maths.verify import reasoned_reward
 from qftlab.rows.chat import MASKS, THOUGHTS, DataError, checked_text, loaded, turns
 
 # Meaning → the fields that carry it, whatever their capitals; the first that a row has is taken.
@@ -89,7 +90,7 @@ def convert_row(
     if row.keys() == PLAIN and schema in ("auto", "alpaca") and not columns and wanted in ("", "sft"):
         if all(isinstance(text, str) for text in row.values()):  # nothing to convert, as in most rows
             return {name: checked_text(text, f"{where}, {name!r}") for name, text in row.items()}
-    row = _named(row, where, columns or {})
+    row = _with_problem(_named(row, where, columns or {}), where)
     found = SCHEMAS.get(schema) or next((s for s in SCHEMAS.values() if s.fits(row)), None)
     if found is None:
         known = "; ".join(f"{s.name} ({s.fields})" for s in SCHEMAS.values())
@@ -107,19 +108,6 @@ def convert_row(
             f"{where} must have {needs}, got {', '.join(made):.200}: {way_out}, or --columns names the fields"
         )
     return made
-
-
-def rows_in(found: dict) -> object:
-    """Rows of a file that is one object: {"data": [rows]}, pandas' columns or its "split", or one conversation."""
-    cells = list(found.values())
-    lists = [value for value in cells if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if found.keys() & {*NAMES["messages"]}:
-        return [found]
-    if isinstance(found.get("columns"), list) and isinstance(found.get("data"), list):
-        return [dict(zip(found["columns"], row, strict=False)) for row in found["data"] if isinstance(row, list)]
-    if cells and all(isinstance(column, dict) and column.keys() == cells[0].keys() for column in cells):
-        return [{name: column[key] for name, column in found.items()} for key in cells[0]]
-    return lists[0] if len(lists) == 1 else found
 
 
 def text_of(row: Mapping, name: str, where: str) -> str:
@@ -167,7 +155,8 @@ def _named(row: dict, where: str, columns: Mapping[str, str]) -> dict:
 def remarks(row: Mapping) -> list[str]:
     """What a converted row should be looked at for: "equal pair", "score tie", "empty answer", "labelled bad"; and
 
-    "rendered already" where a template's control tokens begin a prompt or end an answer, and "pictures or sound".
+    "wrong solution" where an <answer> does not solve the row's own Countdown problem, "rendered already" where a
+    template's control tokens begin a prompt or end an answer, and "pictures or sound".
     """
     asked, said = [], []
     for turn in _turns(row)[1]:
@@ -181,10 +170,16 @@ def remarks(row: Mapping) -> list[str]:
     found |= {
         "empty answer": any(isinstance(text, str) and not text.strip() or not text for text in said),
         "labelled bad": row.get("label") is False or row.get("kto_tag") is False,
+        "wrong solution": "chosen" not in row and bool(texts) and _is_wrong(row, texts[-1]),
         "rendered already": any(map(BEGINS.match, asked)) or any(map(ENDS.search, texts)),
         "pictures or sound": any(row.get(name) for name in PICTURES),
     }
     return [name for name, is_so in found.items() if is_so]
+
+
+def _is_wrong(row: Mapping, text: str) -> bool:
+    """Whether a text has an <answer> to the row's Countdown problem, and a wrong one."""
+    return "numbers" in row and "target" in row and reasoned_reward(text, row["numbers"], row["target"]) == 0.1
 
 
 def _turns(row: Mapping) -> tuple[str, Sequence[Mapping]]:
@@ -328,28 +323,39 @@ def _prompted(row: dict, where: str) -> dict:
 
 
 def _countdown(row: dict, where: str) -> dict:
-    numbers, target = _problem(row)
-    if not isinstance(numbers, list) or not numbers or any(type(n) is not int for n in numbers):
-        raise DataError(f"{where} must have whole numbers as 'nums', got {numbers!r:.60}")
-    if type(target) is not int:
-        raise DataError(f"{where} must have a whole number as 'target', got {target!r:.60}")
-    row = {k: v for k, v in row.items() if k not in NAMES["numbers"]}
-    made = {"skill": "countdown", "numbers": numbers, "target": target}
-    if isinstance(row.get("answer"), str):
-        made["reference"] = row.pop("answer")
+    if not _has("numbers", "target")(row):
+        raise DataError(f"{where} must have whole numbers as 'nums' and one as 'target'; it has {sorted(row)!r:.200}")
+    row = {"skill": "countdown", **row}
     if _first(row, "question") is None:
-        row["instruction"] = f"Use the numbers {', '.join(map(str, numbers))} once each to make {target}."
+        row["instruction"] = f"Use the numbers {', '.join(map(str, row['numbers']))} once each to make {row['target']}."
+    if row.keys() & {"output", "completion", "response"}:
+        return _answered(row, where)
+    if isinstance(row.get("answer"), str):
+        row["reference"] = row.pop("answer")
     said = _prompt_(row, where)
     is_one = len(said) == 1 and said[0].keys() == {"role", "content"}
-    return {**row, **({"instruction": said[0]["content"], "input": ""} if is_one else {"prompt": said}), **made}
+    return {**row, **({"instruction": said[0]["content"], "input": ""} if is_one else {"prompt": said})}
 
 
-def _problem(row: Mapping) -> tuple[object, object]:
-    """Numbers and target, from the row or from what verl checks its answer with."""
+def _with_problem(row: dict, where: str) -> dict:
+    """The row with what a Countdown answer is checked with as "numbers" and "target", also where verl has it.
+
+    Raises:
+        DataError: if these are no whole numbers.
+    """
     checked = row.get("reward_model")
     truth = checked.get("ground_truth") if isinstance(checked, dict) else None
     found = {**(truth if isinstance(truth, dict) else {}), **row}
-    return found.get(_first(found, "numbers") or "numbers"), found.get("target")
+    if not _has("numbers", "target")(found):
+        return row
+    numbers, target = (
+        loaded(found[_first(found, name) or name], f"{where}, {name!r}") for name in ("numbers", "target")
+    )
+    given = numbers if isinstance(numbers, list) and numbers else [None]
+    if any(type(number) is not int for number in (*given, target)):
+        raise DataError(f"{where} must have whole numbers as 'nums' and one as 'target', got {numbers!r:.60} and "
+                        f"{target!r:.60}: it has both, as Countdown; rename them if it is none")  # fmt: skip
+    return {k: v for k, v in row.items() if k not in NAMES["numbers"]} | {"numbers": numbers, "target": target}
 
 
 def _livecodebench(row: dict, where: str) -> dict:
@@ -365,11 +371,6 @@ def _livecodebench(row: dict, where: str) -> dict:
     made = {"instruction": question, "input": "", "skill": "livecodebench", "tests": tests, **kept}
     name = given["metadata"].get("func_name") if isinstance(given["metadata"], dict) else None
     return made | ({"func_name": name} if name else {})
-
-
-def _is_problem(row: Mapping) -> bool:
-    is_answered = {"instruction", "output"} <= row.keys()  # a row to fine-tune on
-    return None not in _problem(row) and not is_answered
 
 
 def _has(*meanings: str) -> Callable[[Mapping], bool]:
@@ -391,10 +392,10 @@ def _is_completed(row: Mapping) -> bool:
 
 LAYOUTS = (
     Schema("preference", "preference", "prompt, chosen, rejected", _is_pair, _preference),
-    Schema("countdown", "problem", "nums, target", _is_problem, _countdown),
     Schema("livecodebench", "problem", "question_content, its tests", _has("question_content"), _livecodebench),
     Schema("messages", "sft", "messages of role, content", _has("messages"), _conversation),
     Schema("sharegpt", "sft", "conversations of from, value", _has("messages"), _conversation),
+    Schema("countdown", "problem", "nums, target", _has("numbers", "target"), _countdown),
     Schema("alpaca", "sft", "instruction, input, output", _is_alpaca, _answered),
     Schema("prompt_completion", "sft", "prompt, completion", _is_completed, _answered),
     Schema("prompt", "problem", "prompt", _has("question"), _prompted),

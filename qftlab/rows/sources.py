@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qftlab.files import OWN_FOLDERS
-from qftlab.rows.schemas import SCHEMAS, DataError, convert_row, remarks, rows_in, unrendered
+from qftlab.rows.schemas import NAMES, SCHEMAS, DataError, convert_row, remarks, unrendered
 from qftlab.settings import check_at_least, check_choice
 
 MAX_JSON_BYTES = 256 * 2**20  # a .json file is read whole; Python objects take several times its size
@@ -63,10 +63,23 @@ def _json(path: Path) -> Iterator[tuple[str, object]]:
         raise
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON that can be read: {_json_reason(error)}") from None
-    rows = rows_in(rows) if isinstance(rows, dict) else rows
+    rows = _rows_in(rows) if isinstance(rows, dict) else rows
     if not isinstance(rows, list):
         raise DataError(f"{path} must hold a list of rows, got {type(rows).__name__}: a row alone needs [ ] around it")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _rows_in(found: dict) -> object:
+    """Rows of a file that is one object: {"data": [rows]}, pandas' columns or its "split", or one conversation."""
+    cells = list(found.values())
+    lists = [value for value in cells if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if found.keys() & {*NAMES["messages"]}:
+        return [found]
+    if isinstance(found.get("columns"), list) and isinstance(found.get("data"), list):
+        return [dict(zip(found["columns"], row, strict=False)) for row in found["data"] if isinstance(row, list)]
+    if cells and all(isinstance(column, dict) and column.keys() == cells[0].keys() for column in cells):
+        return [{name: column[key] for name, column in found.items()} for key in cells[0]]
+    return lists[0] if len(lists) == 1 else found
 
 
 def _without_nulls(value: object) -> object:
@@ -328,6 +341,10 @@ def load(sources: str | Path | Sequence[str | Path], **options) -> Loaded:
     rows = list(stream(sources, report=report, **options))
     if report.num_bad:
         log.warning("%d rows or files were refused, first: %s", report.num_bad, report.problems[0])
+    if wrong := report.remarks["wrong solution"]:
+        log.warning(
+            "%d x wrong solution of the row's own problem, first: %s", wrong, report.places["wrong solution"][0]
+        )
     return Loaded(rows, report)
 
 
@@ -352,8 +369,8 @@ def stream(
         schema: a name of `schemas.SCHEMAS`; "auto" knows each row by its fields, and each known hub name.
         missing: a file that does not exist is an "error", or a "warning" and noted in the report.
         bad: a row or file that cannot be used is an "error", or goes to the "report": counted, with the first reasons.
-        skip: remarks ("equal pair", "score tie", "empty answer", "labelled bad") whose rows are left out; the report
-            counts them as it counts those that stay.
+        skip: remarks ("equal pair", "score tie", "empty answer", "labelled bad", "wrong solution") whose rows are left
+            out; the report counts them as it counts those that stay.
         split: of folders and hub names; each has its default.
         limit: the most rows.
         columns: the fields' own names, as {"prompt": "q", "output": "a"}; see `convert_row`.

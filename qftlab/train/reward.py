@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification
 from qftlab.decoding.engine import known_id
 from qftlab.files import resolve
 from qftlab.maths.losses import preference_accuracy, sum_by_document
-from qftlab.maths.verify import answer_reward, countdown_reward, exact_reward, first_token_reward
+from qftlab.maths.verify import answer_reward, countdown_reward, exact_reward, first_token_reward, reasoned_reward
 from qftlab.model.attention import check_rows, register_packed_attention
 from qftlab.model.head import context_length, module_mode
 from qftlab.model.loading import model_of_files
@@ -302,7 +302,8 @@ def named_rewards(names: Sequence[str], tokenizer, reward_model: str = "", devic
     """The reward functions that a configuration can name.
 
     Args:
-        names: countdown, reasoned, answer, exact, mode, model.
+        names: countdown (for models that answer at once), reasoned (the same, for models that think first: it reads
+            what follows the last </think>), answer, exact, mode, model.
         tokenizer: of the policy, for the ids of `<|AGENT|>` and `<|EDIT|>`.
         reward_model: for model: a folder or hub name.
         device: of the reward model.
@@ -315,9 +316,7 @@ def named_rewards(names: Sequence[str], tokenizer, reward_model: str = "", devic
         raise ValueError(f"reward mode must have {AGENT} and {EDIT} as tokens: --new_tokens [{AGENT},{EDIT}]")
     known: dict[str, Reward] = {
         "countdown": lambda prompt, ids, text, row: countdown_reward(text, row["numbers"], row["target"]),
-        "reasoned": lambda prompt, ids, text, row: countdown_reward(
-            text.rpartition("</think>")[2], row["numbers"], row["target"]
-        ),
+        "reasoned": lambda prompt, ids, text, row: reasoned_reward(text, row["numbers"], row["target"]),
         "answer": lambda prompt, ids, text, row: answer_reward(text),
         "exact": lambda prompt, ids, text, row: exact_reward(text, row["output"]),
         "mode": lambda prompt, ids, text, row: first_token_reward(ids, modes[row["mode"]], list(modes.values())),

@@ -40,6 +40,10 @@ class FakeTokenizer:
         ids = [self.encode(t) for t in text] if isinstance(text, list) else self.encode(text)
         return type("Encoding", (), {"input_ids": ids})
 
+    def decode(self, ids: list[int]) -> str:
+        special = {number: token for token, number in self.special.items()}
+        return "".join(special.get(number) or chr(number - 100) for number in ids if number > 99 or number in special)
+
     def encode(self, text: str) -> list[int]:
         pieces = re.findall(r"<\|\w+\|>|.", text, flags=re.DOTALL)
         return [self.special.get(piece, 100 + ord(piece[0])) for piece in pieces]
@@ -62,6 +66,20 @@ def score(reference: dict, text: str, *, ended: bool = True) -> scores.SkillScor
 
 
 # --- scores ---
+
+
+def test_rows_without_a_skill_are_matched_without_thinking() -> None:
+    """Three rows: the reference itself, a sentence around it, and thinking that names it but was cut off."""
+    rows = [row("Paris", skill=None)] * 3 + [row("9", "add"), row("x", "countdown"), row("x", skill=["list"])]
+    said = ["<think>\nRome?\n</think>\n\nparis.", "It is Paris, I think.", "<think>\nParis", "9", "y", "y"]
+    answers = tuple(wrote(text) for text in said)
+    opened = Completion(TOKENIZER.encode("?<think>"), TOKENIZER.encode("Paris"), "Paris", "length")
+    marks = tuple(scores.score_row(r, a, TOKENIZER) for r, a in zip(rows, answers, strict=True))
+    found = measure.Evaluation(tuple(rows), answers, marks)
+    assert (found.exact.correct, found.contained.correct, found.exact.n) == (1, 2, 5), "two rows name no skill we know"
+    assert found.skills == ["unlabelled", "add"]
+    assert list(found.to_frame().index) == ["exact", "contained", "add", "instructions"]
+    assert scores.score_row(rows[0], opened, TOKENIZER).answered == "", "the prompt opened the thinking"
 
 
 @pytest.mark.parametrize(
@@ -196,6 +214,7 @@ def asked(monkeypatch) -> list:
         return [wrote(ANSWERS[key]) for key in keys]
 
     monkeypatch.setattr(measure, "generate", answer)
+    monkeypatch.setattr(measure, "encode_prompts", lambda tokenizer, prompts: prompts)
     return calls
 
 
@@ -222,7 +241,7 @@ def test_evaluate_rows(asked: list) -> None:
     assert frame.loc["instructions", "format"] == 0.75  # the open skills have a format as well
     prompts = [p for call, _ in asked for p in call]
     assert all(p[-1]["role"] == "user" for p in prompts), "the answer is not shown"
-    budgets = {call[0][-1]["content"]: options["max_new_tokens"] for call, options in asked}
+    budgets = {call[0][-1]["content"]: max(options["max_new_tokens"]) for call, options in asked}
     ending = len(TOKENIZER([ENDING]).input_ids[0])
     assert budgets["Sort this list:\n2 1"] == 3 + 1 + 8 + ending
 

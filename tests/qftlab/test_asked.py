@@ -84,7 +84,8 @@ def test_templates_that_open_the_thinking_in_the_prompt(template: str) -> None:
     assert shown(example) == asked(tokenizer, [ASK])
     said = tokenizer.decode([i for i, kept in zip(example.input_ids, example.loss_mask, strict=True) if kept])
     assert "".join(said.split()) == "twoandtwo</think>4<|im_end|>"
-    with pytest.raises(ValueError, match="prefix|stand as it is"):  # nothing closes what the prompt has opened
+    hint = "prefix.*give its answer the thinking that the prompt opens|stand as it is"
+    with pytest.raises(ValueError, match=hint):  # nothing closes what the prompt has opened
         render_chat(tokenizer, [ASK, SAY])
 
 
@@ -200,3 +201,14 @@ def how_asked(tokenizer, document, chats: list[list[dict]], thinking: bool | Non
 def test_every_file_of_real_rows_is_asked_as_it_is_trained(real_data, name, thinking, limit) -> None:
     found = walk(load_tokenizer(real_data / name), real_data, thinking, limit)
     assert found == COUNTS.get((name, thinking, limit)), dict(found)
+
+
+def test_of_a_row_of_several_documents_only_the_long_ones_are_left_out(qwen3) -> None:
+    """Of three documents, each longer than the one before, the first is within the limit."""
+    row = {"messages": [ASK, THINK, ASK, THINK, ASK, THINK]}
+    whole, _ = examples.encode_rows(qwen3, [row])
+    short, usage = examples.encode_rows(qwen3, [row], max_length=len(whole[0]))
+    assert short == whole[:1] and len(whole) == 3
+    assert usage.left_out == {examples.IN_PART: [1, 1]} and usage.documents == 1
+    with pytest.raises(ValueError, match=r"1 left out: too long \(row 1\)"):
+        examples.encode_rows(qwen3, [row], max_length=5)

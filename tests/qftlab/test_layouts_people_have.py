@@ -10,9 +10,10 @@ import json
 import pytest
 
 from qftlab import cli
+from qftlab.files import bundled
 from qftlab.rows.examples import encode_pairs, encode_rows
 from qftlab.rows.lengths import row_documents
-from qftlab.rows.schemas import DataError, convert_row, row_to_prompt
+from qftlab.rows.schemas import DataError, convert_row, kind_of, row_to_prompt
 from qftlab.rows.sources import load, load_rows
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.rollouts import encode_prompts
@@ -242,3 +243,58 @@ def test_lengths_take_what_the_other_commands_take(tiny, tmp_path, capsys) -> No
     path = lines(tmp_path / "rows.jsonl", pair, {"prompt": "q"}, ROW)
     assert cli.main(["lengths", "--data", path, "--max_length", "4"]) == 0
     assert "documents 4" in capsys.readouterr().out
+
+
+# Countdown rows that also have an answer
+
+
+@pytest.mark.parametrize("raw", [
+    {"instruction": "q", "output": "a"}, {"prompt": "q", "completion": "a"}, {"query": "q", "response": "a"},
+    {"prompt": [Q], "completion": [A]}, {"messages": [Q, A]}, {"system": "s", "instruction": "q", "output": "a"},
+    {"output": "a"}, {"chosen": "a", "rejected": "b", "prompt": "q"},
+])  # fmt: skip
+def test_countdown_rows_with_an_answer_are_validated(raw: dict) -> None:
+    for name, numbers, target in (("nums", [1, -2], -1), ("numbers", "[1, -2]", "-1")):
+        row = convert_row({**raw, name: numbers, "target": target}, "here")
+        assert (row["numbers"], row["target"]) == ([1, -2], -1) and "nums" not in row
+        assert kind_of(row) == ("preference" if "chosen" in raw else "sft") and convert_row(row, "here") == row
+    for numbers, target in (
+        (["a"], 3),
+        (5, 3),
+        ([], 3),
+        ([1, True], 3),
+        ([1.5], 3),
+        ([1], 3.5),
+        ("one", 1),
+        ([1], "x"),
+    ):
+        with pytest.raises(DataError, match="^here.*(must have .*whole number|must be JSON)"):
+            convert_row({**raw, "nums": numbers, "target": target}, "here")
+    with pytest.raises(DataError, match="must have a text 'output'"):
+        convert_row({"nums": [1, 2], "target": 3, "output": 5}, "here")
+
+
+def test_numbers_or_a_target_alone_are_no_problem() -> None:
+    for extra in (
+        {"numbers": "one"},
+        {"target": "x"},
+        {"nums": None, "target": 3},
+        {"reward_model": {"ground_truth": "4"}},
+    ):
+        assert kind_of(convert_row({"instruction": "q", "output": "a", **extra}, "here")) == "sft"
+
+
+def test_a_wrong_solution_is_remarked_and_said(tmp_path, caplog, capsys) -> None:
+    right = {"prompt": "q", "completion": "<think>\n<answer>2</answer>\n</think>\n\n<answer>2 - -1</answer>"}
+    rows = [{**right, "nums": [-1, 2], "target": 3}, {**right, "nums": [1, 2], "target": 4},
+            {"prompt": "q", "completion": "It is 3.", "nums": [1, 2], "target": 4},
+            {"messages": [Q, {**A, "content": "<answer>2 + 1</answer>"}], "nums": [1, 2], "target": 4}]  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loaded = load(path)
+    assert loaded.report.places["wrong solution"] == [f"{path}, line 4"], "the second has a sign that no number has"
+    assert f"1 x wrong solution of the row's own problem, first: {path}, line 4" in caplog.text
+    assert cli.main(["data", "--data", str(path), "--skip", "[wrong solution]"]) == 0
+    assert "3 rows kept" in capsys.readouterr().out
+    for name in ("demonstrations", "development", "heldout"):
+        assert not load(bundled("countdown", f"{name}.jsonl")).report.remarks

@@ -19,6 +19,7 @@ from qftlab.maths.verify import (
     extract_answer,
     first_token_reward,
     parse_expression,
+    reasoned_reward,
 )
 from qftlab.rows.countdown import countdown_row, random_problem
 
@@ -64,6 +65,26 @@ def test_by_hand(expression: str, numbers: list[int], target: int, want: float) 
 def test_what_is_no_expression_earns_nothing(trick: str) -> None:
     assert parse_expression(trick) is None
     assert reward(trick) == 0.0
+
+
+def test_negative_numbers_of_the_row_keep_their_sign() -> None:
+    """5 + -3 = 2 with the row's -3; a sign is no operation, so a row without one pays none."""
+    for said in ("5 + -3", "5 + (-3)", "-3 + 5", "(-3)+5", "- 3 + 5"):
+        assert countdown_reward(f"<answer>{said}</answer>", [5, -3], 2) == 1, said
+    assert countdown_reward("<answer>-3 - -4 * 2</answer>", [-3, -4, 2], 5) == 1
+    assert countdown_reward("<answer>5 - 3</answer>", [5, -3], 2) == 0.1, "3 is not among them"
+    assert countdown_reward("<answer>-3 + 5</answer>", [5, 3], 2) == 0
+    for trick in ("--3 + 5", "-(3) + 5", "+5 - 3", "5 -", "-", "5 --3 -", "-*3", "5 - - -3"):
+        assert countdown_reward(f"<answer>{trick}</answer>", [5, -3], 2) == 0, trick
+
+
+def test_reasoned_reads_what_follows_the_thinking() -> None:
+    """Thinking of any length earns; two answers or 512 characters behind it do not."""
+    long, right = "<think>" + "3 + 4 is 7. <answer>8</answer> " * 40 + "</think>\n", "<answer>3 + 4</answer>"
+    rambling = right + " and so on" * 60
+    score = [[kind(text, [3, 4], 7) for text in (right, long + right, rambling, long + rambling, long + right * 2)]
+             for kind in (countdown_reward, reasoned_reward)]  # fmt: skip
+    assert score == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
 
 
 def test_exactly_one_answer() -> None:

@@ -162,7 +162,7 @@ def test_layouts_by_hand(raw, wanted):
     ({"prompt": "Q", "chosen": [USER], "rejected": [USER]}, "must end with a text by the assistant"),
     ({"chosen": "A", "rejected": "B"}, "must have a text 'instruction'"),
     ({"nums": ["1"], "target": 3}, "must have whole numbers as 'nums'"),
-    ({"nums": [1], "target": 3.5}, "must have a whole number as 'target'"),
+    ({"nums": [1], "target": 3.5}, "must have whole numbers as 'nums' and one as 'target', got [1] and 3.5"),
     ({"question_content": "Q", "public_test_cases": "[1"}, "'public_test_cases' must be JSON"),
     ({"question_content": "Q", "public_test_cases": [{"input": 1}]}, "must have tests with input and output"),
     ({"conversations": [{"from": "nobody", "value": "x"}]}, "turn 1 must have a role among"),
