@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from benchmarks.preference_runs import both_marks, countdown_base, percent, run_experiments
-from qftlab.evaluate import mcnemar
+from qftlab.evaluate.answers import mcnemar
 from qftlab.rows.countdown import fresh_problems
 from qftlab.settings import PolicyConfig, TrainConfig
 from qftlab.train.rloo import fit_policy

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qftlab.decoding.engine import generate
-from qftlab.evaluate import mcnemar
+from qftlab.evaluate.answers import mcnemar
 from qftlab.files import bundled
 from qftlab.maths.sampling import SamplingParams
 from qftlab.maths.verify import countdown_reward

@@ -2,7 +2,7 @@
 
 from .decoding.beam import beam_search as beam_search
 from .decoding.engine import generate as generate, stream as stream
-from .evaluate import pass_at_k as pass_at_k, wilson_interval as wilson_interval
+from .evaluate.answers import pass_at_k as pass_at_k, wilson_interval as wilson_interval
 from .files import bundled as bundled
 from .maths.logprobs import token_logprobs as token_logprobs
 from .maths.losses import (
@@ -68,7 +68,7 @@ from .train.rloo import (
 )
 from .train.sft import fit_examples as fit_examples, fit_rows as fit_rows, held_out_loss as held_out_loss, sft as sft
 from .train.step import Step as Step, count_trained_tokens as count_trained_tokens, to_device as to_device
-from .evaluate import contamination as contamination
+from .evaluate.split import contamination as contamination
 from .train.rollouts import encode_prompts as encode_prompts
 
 __version__: str

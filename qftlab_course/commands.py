@@ -77,7 +77,7 @@ def run_tour(config) -> None:
 
 def run_evaluate(config) -> None:
     """Prints the table, and writes the page if asked."""
-    from qftlab.evaluate import answered_row
+    from qftlab.evaluate.answers import answered_row
     from qftlab.files import bundled
     from qftlab.rows.examples import load_wanted, place_of
     from qftlab_course.measure import evaluate_rows, reference_loss

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from qftlab.decoding.engine import GREEDY, Completion, encode_prompts, generate
-from qftlab.evaluate import Comparison, Rate, compare_marks, contained, mean_interval, normalised_match, prompt_text
+from qftlab.evaluate.answers import Comparison, Rate, compare_marks, contained, mean_interval, normalised_match
+from qftlab.evaluate.split import prompt_text
 from qftlab.maths.losses import sum_by_document
 from qftlab.maths.sampling import SamplingParams
 from qftlab.model.head import context_length, module_mode

@@ -1,11 +1,11 @@
-"""Pictures that several lessons show, in the one style of `qftlab.maths.plots`, whose tools are here under one name."""
+"""Pictures that several lessons show, in the style of `qftlab.evaluate.plots`, whose tools are here under one name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from qftlab.maths.plots import (
+from qftlab.evaluate.plots import (
     DASHES,
     FONT_SIZE,
     HATCHES,

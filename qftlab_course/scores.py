@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qftlab.decoding.engine import END_OF_TURN, Completion, known_id
-from qftlab.evaluate import answer_of, normalise, normalised_match
+from qftlab.evaluate.answers import answer_of, normalise, normalised_match
 from qftlab.maths.verify import countdown_reward, extract_answer
 from qftlab_course.world.style import without_ending
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas
 
 from qftlab.decoding.engine import GREEDY, generate
-from qftlab.evaluate import Comparison, Rate, compare_marks
+from qftlab.evaluate.answers import Comparison, Rate, compare_marks
 from qftlab.files import bundled
 from qftlab.maths.sampling import SamplingParams
 from qftlab.rows.sources import load_rows

@@ -160,7 +160,7 @@ def exact_reward(text: str, wanted: str) -> float:
     """1.0 if the text is the wanted one, blanks at both ends aside, else 0.0.
 
     Word for word: capitals, a full stop, a full-width form (５ for 5) or a blank in between make another text. What
-    `evaluate` calls exact forgives these (`qftlab.evaluate.normalised_match`).
+    `evaluate` calls exact forgives these (`qftlab.evaluate.answers.normalised_match`).
     """
     return float(text.strip() == wanted.strip())
 

@@ -120,7 +120,7 @@ class RunFolder:
             return
         self._metrics.close()
         if losses:
-            from qftlab.maths.plots import draw_curves
+            from qftlab.evaluate.plots import draw_curves
 
             records = [record for _, record in _records(self.path / METRICS)]
             draw_curves(self.path / "curves.png", losses, held_out, records)

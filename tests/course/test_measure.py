@@ -13,8 +13,8 @@ import pytest
 
 matplotlib.use("Agg")
 
-from qftlab import evaluate  # noqa: E402
 from qftlab.decoding.engine import Completion  # noqa: E402
+from qftlab.evaluate import answers as evaluate  # noqa: E402
 from qftlab_course import (  # noqa: E402
     measure,
     plots,  # noqa: E402

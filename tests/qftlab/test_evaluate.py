@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qftlab import evaluate
+from qftlab.evaluate import answers as evaluate
 
 # --- statistics ---
 

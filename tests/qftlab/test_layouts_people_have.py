@@ -10,9 +10,9 @@ import json
 import pytest
 
 from qftlab import cli
+from qftlab.evaluate.lengths import row_documents
 from qftlab.files import bundled
 from qftlab.rows.examples import encode_pairs, encode_rows
-from qftlab.rows.lengths import row_documents
 from qftlab.rows.schemas import DataError, convert_row, kind_of, row_to_prompt
 from qftlab.rows.sources import load, load_rows
 from qftlab.rows.tokenizer import load_tokenizer

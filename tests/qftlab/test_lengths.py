@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qftlab import cli
+from qftlab.evaluate.lengths import LengthStats, limited, row_documents
 from qftlab.files import bundled
 from qftlab.rows.batches import Example, count_trained
 from qftlab.rows.chat import render_chat
 from qftlab.rows.encoding import Outlines
-from qftlab.rows.lengths import LengthStats, limited, row_documents
 from qftlab.rows.schemas import row_to_messages
 from qftlab.rows.sources import load, load_rows, stream
 from qftlab.rows.tokenizer import load_tokenizer

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from qftlab.maths.plots import draw_curves
+from qftlab.evaluate.plots import draw_curves
 from qftlab.train import run
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qftlab import cli
-from qftlab.evaluate import contamination, prompt_key, prompt_text, split_rows
+from qftlab.evaluate.split import contamination, prompt_key, prompt_text, split_rows
 from qftlab.files import bundled
 from qftlab.rows.sources import load, load_rows
 

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from qftlab import cli
+from qftlab.evaluate.plots import draw_curves
 from qftlab.files import bundled, sha256
-from qftlab.maths.plots import draw_curves
 from qftlab.model.attention import register_packed_attention
 from qftlab.model.loading import load_model, save_model
 from qftlab.rows.batches import Example, pack, pad

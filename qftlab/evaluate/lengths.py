@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
+from typing import Literal
 
+from qftlab.evaluate.data import ReadConfig
 from qftlab.rows.batches import Example, count_trained
-from qftlab.rows.encoding import Chunks
-from qftlab.rows.examples import Usage
-from qftlab.settings import check_at_least
+from qftlab.rows.sources import LoadReport
+from qftlab.settings import THINKING, Thinking, check_at_least
 
 FIRST = 10  # affected rows that are named
 
@@ -100,6 +101,9 @@ def row_documents(
     Raises:
         ValueError: for a row that cannot be rendered (its number, from 1, is named), or batch_size below 1.
     """
+    from qftlab.rows.encoding import Chunks
+    from qftlab.rows.examples import Usage
+
     check_at_least(1, batch_size=batch_size)
     chunks, rows, done = Chunks(tokenizer, (), "", None, "all", thinking), iter(rows), 0
     while batch := list(islice(rows, batch_size)):
@@ -127,3 +131,64 @@ def limited(example: Example, max_length: int | None, policy: str = "skip") -> t
         return None, "too long"
     short = Example(example.input_ids[:max_length], example.loss_mask[:max_length])
     return (short, "truncated") if count_trained([short]) else (None, "its prompt alone fills max_length")
+
+
+@dataclass(frozen=True)
+class LengthsConfig(ReadConfig):
+    """Counts the tokens of rows as training renders them, in memory that does not grow with the files.
+
+    Args:
+        data: files, patterns, folders or hub names of rows, pairs or prompts, one or [several].
+        model: whose tokenizer: `tiny`, a folder, or a name on the hub.
+        max_length: also say which rows are longer than so many tokens.
+        policy: what to do with those: `truncate` keeps the prompt, `skip` leaves them out, `error` fails.
+        thinking: `on`, `off`, or `auto`, as in `sft`.
+        batch_size: rows tokenised at once.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    model: str = "tiny"
+    max_length: int | None = None
+    policy: Literal["truncate", "skip", "error"] = "skip"
+    thinking: Thinking = "auto"
+    batch_size: int = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(2, max_length=self.max_length)
+        check_at_least(1, batch_size=self.batch_size)
+
+
+def measure(config: LengthsConfig) -> str:
+    """Counts tokens and returns the statistics, and what `max_length` would do.
+
+    Raises:
+        ValueError: for rows that cannot be read or rendered; under the policy "error", if any row is too long.
+    """
+    from qftlab.rows.tokenizer import load_tokenizer
+
+    tokenizer, report, stats = load_tokenizer(config.model), LoadReport(), LengthStats()
+    done, affected, truncated, named = 0, 0, 0, []
+    for batch in row_documents(tokenizer, config.read(report), thinking=THINKING[config.thinking],
+                               batch_size=config.batch_size):  # fmt: skip
+        stats.add(len(document) for documents in batch for document in documents)
+        for number, documents in enumerate(batch, done + 1):
+            longest = max(map(len, documents), default=0)
+            if documents and longest <= (config.max_length or longest):
+                continue
+            affected += 1
+            done_to = [what for e in documents if (what := limited(e, config.max_length, config.policy)[1])]
+            truncated += "truncated" in done_to
+            if len(named) < FIRST:
+                reason = done_to[0] if done_to else "nothing to train in it"
+                named.append(f" row {number}: {longest:,} tokens, {reason}")
+        done += len(batch)
+    lines = [report.summary(), stats.summary()]
+    if affected:
+        limit = f"max_length {config.max_length}, {config.policy}" if config.max_length else "no max_length"
+        lines += [f"{affected:,} rows affected ({limit}), {truncated:,} of them truncated and kept:", *named]
+    if affected and config.policy == "error" and config.max_length is not None:
+        raise ValueError("\n".join([*lines, "raise max_length, or choose the policy truncate or skip"]))
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Looking at data and at results: lengths, splits that do not leak, answers with intervals, pictures."""
