@@ -84,7 +84,7 @@ GRID += [(on_model, command, form) for command in ("lengths", "generate") for fo
 
 
 def test_a_sample_of_json_of_all_kinds_ends_well(suite, tmp_path, capsys, monkeypatch) -> None:
-    """60 of the grid's 21,760 cases, by seed; few of those that load a model, which take longest."""
+    """60 of the grid's cases, by seed; few of those that load a model, which take longest."""
     rng, light = random.Random(0), [c for c in GRID if c[0] is not on_model and c[1] in READS]
     heavy = [case for case in GRID if case not in light]
     codes = {run(capsys, monkeypatch, tmp_path, command, form, rng.choice(suite).read_bytes())

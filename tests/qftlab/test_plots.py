@@ -8,7 +8,7 @@ from matplotlib.colors import to_rgb
 
 matplotlib.use("Agg")
 
-from qftlab.maths import plots  # noqa: E402
+from qftlab.evaluate import plots  # noqa: E402
 
 
 def test_loss_curve_draws_the_numbers() -> None:
