@@ -205,7 +205,7 @@ def evaluate_rows(
 
 def _say_cut(completions: Sequence[Completion]) -> None:
     if cut := sum(completion.finish_reason == "length" for completion in completions):
-        logger.warning("%d of %d answers were cut off: --max_new_tokens gives them more room", cut, len(completions))
+        logger.info("%d of %d answers were cut off: --max_new_tokens gives them more room", cut, len(completions))
 
 
 def _limits(asked: Sequence[list[int]], budget: int, context: int | None, numbers: Sequence[int], sources) -> list[int]:

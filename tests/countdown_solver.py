@@ -5,7 +5,8 @@ from __future__ import annotations
 from fractions import Fraction
 from itertools import permutations
 
-from qftlab.rows.countdown import OPERATORS, combine
+from qftlab.maths.verify import combine
+from qftlab.rows.countdown import OPERATORS
 
 
 def solve(numbers: list[int], target: int) -> str | None:

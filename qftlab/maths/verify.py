@@ -102,10 +102,11 @@ def _reduce(values: list[Fraction | None], operators: list[str], rank: int) -> N
     """Applies the waiting operators that bind at least as tightly as `rank`, back to the last parenthesis."""
     while operators and operators[-1] != "(" and _RANK[operators[-1]] >= rank:
         operator, b, a = operators.pop(), values.pop(), values.pop()
-        values.append(_apply(a, operator, b))
+        values.append(combine(a, operator, b))
 
 
-def _apply(a: Fraction | None, operator: str, b: Fraction | None) -> Fraction | None:
+def combine(a: Fraction | None, operator: str, b: Fraction | None) -> Fraction | None:
+    """`a operator b` in exact fractions; None for a division by zero, and for what is made of one."""
     if a is None or b is None or (operator == "/" and b == 0):
         return None
     if operator == "+":

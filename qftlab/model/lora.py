@@ -65,7 +65,8 @@ def add_adapters(model: PreTrainedModel, config: LoRAConfig, *, token_ids: Seque
         raise ValueError("model must be without adapters, got one that has some: merge_adapters(model) first")
     num_rows = model.get_input_embeddings().weight.shape[0]
     if token_ids and not 0 <= min(token_ids) <= max(token_ids) < num_rows:
-        raise ValueError(f"token_ids must be from 0 to {num_rows - 1}, got {list(token_ids)}: call extend_model first")
+        said = f"token_ids must be from 0 to {num_rows - 1}, the rows of the embedding, got {list(token_ids)}"
+        raise ValueError(f"{said}: call extend_model first")
     names = [name.rpartition(".")[2] for name, module in model.named_modules()]
     targets = [target for target in TARGETS[config.targets] if target in names]
     if not targets:

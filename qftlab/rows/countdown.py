@@ -7,6 +7,8 @@ import random
 from dataclasses import dataclass
 from fractions import Fraction
 
+from qftlab.maths.verify import combine
+
 
 def is_held_out(key: str, *, one_in: int = 10) -> bool:
     """True for one key in `one_in`, decided by SHA-256 of the key, so that it never depends on order or seed."""
@@ -28,17 +30,6 @@ class CountdownProblem:
     def key(self) -> str:
         """The problem without its order: two problems with one key are the same problem."""
         return f"countdown {sorted(self.numbers)} {self.target}"
-
-
-def combine(a: Fraction, operator: str, b: Fraction) -> Fraction | None:
-    """`a operator b` in exact fractions, or None for a division by zero."""
-    if operator == "+":
-        return a + b
-    if operator == "-":
-        return a - b
-    if operator == "*":
-        return a * b
-    return a / b if b else None
 
 
 def _join(left: tuple, operator: str, right: tuple) -> tuple | None:

@@ -13,6 +13,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from datetime import date
 from itertools import chain
 from pathlib import Path
 
@@ -265,7 +266,9 @@ def _digest(chunks: Chunks, thinking: bool | None) -> str:
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
     tokenizer = chunks.tokenizer
-    settings = [chunks.wanted, chunks.train_on, thinking, tokenizer.chat_template, chunks.usage.sources]
+    template = tokenizer.chat_template
+    day = str(date.today()) if "strftime_now" in str(template) else ""  # which such a template writes
+    settings = [chunks.wanted, chunks.train_on, thinking, template, day, chunks.usage.sources]
     digest.update(json.dumps(settings).encode() + tokenizer.backend_tokenizer.to_str().encode())
     for row in chunks.rows:
         try:
