@@ -161,6 +161,10 @@ COUNTS = {
     ("qwen3-0.6b", None, 6): {"prompts": 30, "off": 163, "on": 24},
     ("qwen3-0.6b", True, 6): {"prompts": 30, "on": 24, "refused": 113},
     ("qwen3-0.6b", False, 6): {"prompts": 30, "off": 163, "refused": 18},
+    ("qwen2.5-0.5b-instruct", None, 300): {"prompts": 1210, "asked": 5463},
+    ("qwen3-0.6b", None, 300): {"prompts": 1210, "off": 5789, "on": 136},
+    ("qwen3-0.6b", True, 300): {"prompts": 1210, "on": 136, "refused": 4154},
+    ("qwen3-0.6b", False, 300): {"prompts": 1210, "off": 5789, "refused": 80},
 }
 
 
