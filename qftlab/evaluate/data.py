@@ -56,8 +56,8 @@ class DataConfig(ReadConfig):
         schema: layout of the rows (alpaca, messages, sharegpt, prompt_completion, preference, prompt, countdown,
             livecodebench); `auto` knows it by the fields.
         missing: a file that does not exist is an `error`, or a `warning`.
-        skip: leave out rows with these remarks (equal pair, score tie, empty answer, labelled bad, wrong solution,
-            rendered already, pictures or sound).
+        skip: leave out rows with these remarks (equal pair, score tie, empty answer, empty question, labelled bad,
+            wrong solution, rendered already, pictures or sound).
         instruction: a text that takes the place of each row's instruction; {target}, {numbers} and the row's other
             fields in braces stand for what the row holds, lists with commas.
         output: also write the rows, in the lab's form and in one file, to this new .jsonl file.

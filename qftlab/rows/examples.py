@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 NOTHING = "nothing in them is trained (an empty output, a weight of 0?)"
 IN_PART = "too long, of rows whose other documents are kept"  # each such document counts
 # What is worth a remark in a row, and keeps it out of training, by what is wanted of the row.
-UNFIT = ("rendered already", "pictures or sound")
+UNFIT = ("empty question", "rendered already", "pictures or sound")
 REFUSED = {"sft": ("labelled bad", *UNFIT), "preference": ("equal pair", "score tie", "empty answer", *UNFIT),
            "problem": UNFIT}  # fmt: skip
 

@@ -153,10 +153,11 @@ def _named(row: dict, where: str, columns: Mapping[str, str]) -> dict:
 
 
 def remarks(row: Mapping) -> list[str]:
-    """What a converted row should be looked at for: "equal pair", "score tie", "empty answer", "labelled bad"; and
+    """What a converted row should be looked at for.
 
-    "wrong solution" where an <answer> does not solve the row's own Countdown problem, "rendered already" where a
-    template's control tokens begin a prompt or end an answer, and "pictures or sound".
+    "equal pair", "score tie", "empty answer", "empty question", "labelled bad"; "wrong solution" where an <answer> does
+    not solve the row's own Countdown problem; "rendered already" where a template's control tokens begin a prompt or
+    end an answer; and "pictures or sound".
     """
     asked, said = [], []
     for turn in _turns(row)[1]:
@@ -169,6 +170,7 @@ def remarks(row: Mapping) -> list[str]:
     texts = [text for text in said if isinstance(text, str)]
     found |= {
         "empty answer": any(isinstance(text, str) and not text.strip() or not text for text in said),
+        "empty question": bool(asked) and not any(str(text).strip() for text in asked),
         "labelled bad": row.get("label") is False or row.get("kto_tag") is False,
         "wrong solution": "chosen" not in row and bool(texts) and _is_wrong(row, texts[-1]),
         "rendered already": any(map(BEGINS.match, asked)) or any(map(ENDS.search, texts)),

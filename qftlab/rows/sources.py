@@ -148,7 +148,8 @@ def _csv(path: Path) -> Iterator[tuple[str, object]]:
             for row in reader:
                 if None in row or None in row.values():
                     where = f"{path}, line {reader.line_num}"
-                    row = DataError(f"{where} must have {len(names)} cells: check its quotes")
+                    count = sum(cell is not None for name, cell in row.items() if name) + len(row.get(None, ()))
+                    row = DataError(f"{where} must have {len(names)} cells, got {count}: check its commas and quotes")
                 yield f"line {reader.line_num}", row
         except csv.Error as error:
             raise DataError(f"{path}, after line {reader.line_num}: {error}") from None
@@ -369,8 +370,8 @@ def stream(
         schema: a name of `schemas.SCHEMAS`; "auto" knows each row by its fields, and each known hub name.
         missing: a file that does not exist is an "error", or a "warning" and noted in the report.
         bad: a row or file that cannot be used is an "error", or goes to the "report": counted, with the first reasons.
-        skip: remarks ("equal pair", "score tie", "empty answer", "labelled bad", "wrong solution") whose rows are left
-            out; the report counts them as it counts those that stay.
+        skip: remarks ("equal pair", "score tie", "empty answer", "empty question", "labelled bad", "wrong solution")
+            whose rows are left out; the report counts them as it counts those that stay.
         split: of folders and hub names; each has its default.
         limit: the most rows.
         columns: the fields' own names, as {"prompt": "q", "output": "a"}; see `convert_row`.

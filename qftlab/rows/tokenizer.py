@@ -83,7 +83,7 @@ def set_thinking_(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> None:
         ValueError: for a template that cannot be asked for it.
     """
     if not knows_thinking(tokenizer):
-        raise ValueError("thinking must be left to a chat template that has no enable_thinking: leave it at auto")
+        raise ValueError("thinking must be left at auto: this model's chat template has no enable_thinking to be set")
     ours = "|".join(re.escape(DEFAULT % word) for word in ("true", "false"))
     tokenizer.chat_template = DEFAULT % str(thinking).lower() + re.sub(f"^({ours})", "", tokenizer.chat_template)
 

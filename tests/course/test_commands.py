@@ -61,7 +61,7 @@ def test_every_option_is_explained(capsys, name: str) -> None:
     [
         (["evaluate", "--data", "none.jsonl"], "none.jsonl does not exist"),
         (["evaluate", "--output", "page.pdf"], "output must end in .html or .md"),
-        (["evaluate", "--thinking", "off"], "thinking must be left to a chat template that has no enable_thinking"),
+        (["evaluate", "--thinking", "off"], "thinking must be left at auto"),
         (["tour", "--preset", "huge"], "preset must be one of tiny"),
     ],
 )

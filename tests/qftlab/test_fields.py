@@ -323,3 +323,12 @@ def test_decoded_ids_are_the_content_of_real_rows(real_data, qwen) -> None:
     assert len(found) == len(wanted) > 1000
     same = [unicodedata.normalize("NFC", "".join(text.split())) for text in wanted]
     assert ["".join(text.removesuffix("<|im_end|>").split()) for text in found] == same
+
+
+def test_an_empty_question_is_left_out_and_counted() -> None:
+    rows = [{"instruction": text, "input": "", "output": "It is 5."} for text in ("What is it?", "", " \n")]
+    rows.append({"messages": [PIRATE, {"role": "user", "content": ""}, ARR]})  # what is asked stands with the system
+    examples, usage = encode_rows(load_tokenizer("tiny"), rows)
+    assert len(examples) == 2 and usage.left_out == {"empty question": [2, 3]}
+    assert remarks(convert_row(rows[1], "here")) == ["empty question"]
+    assert encode_prompts(load_tokenizer("tiny"), [{"prompt": "q"}, {"prompt": " "}])[0].number == 1
