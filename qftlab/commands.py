@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from qftlab.settings import THINKING
+from qftlab.settings import ENABLE_THINKING
 
 PROGRAM = "python -m qftlab"
 log = logging.getLogger(__name__)
@@ -170,8 +170,7 @@ def load_for(config) -> tuple:
 
     params = SamplingParams(**dataclasses.asdict(config.sampling))
     model, tokenizer = load_named(config.model, config.dtype, config.device, config.base)
-    if config.thinking != "auto":
-        set_thinking_(tokenizer, THINKING[config.thinking])
+    set_thinking_(tokenizer, ENABLE_THINKING[config.thinking])
     return model, tokenizer, {"max_new_tokens": config.max_new_tokens, "params": params, "seed": config.seed}
 
 

@@ -14,7 +14,7 @@ Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 REWARDS = ("countdown", "reasoned", "answer", "exact", "mode", "model")  # see qftlab.train.reward.named_rewards
 Names = tuple[str, ...] | str  # of files, rewards, tokens; one text is one name, an empty one none
 Thinking = Literal["auto", "on", "off"]
-THINKING = {"auto": None, "on": True, "off": False}  # what chat templates take as enable_thinking
+ENABLE_THINKING = {"auto": None, "on": True, "off": False}  # what chat templates take as enable_thinking
 
 
 def check_at_least(low: float, **values: float | None) -> None:

@@ -17,7 +17,7 @@ from typing import Literal
 from qftlab.evaluate.data import ReadConfig
 from qftlab.rows.batches import Example, count_trained
 from qftlab.rows.sources import LoadReport
-from qftlab.settings import THINKING, Thinking, check_at_least
+from qftlab.settings import ENABLE_THINKING, Thinking, check_at_least
 
 FIRST = 10  # affected rows that are named
 
@@ -171,7 +171,7 @@ def measure(config: LengthsConfig) -> str:
 
     tokenizer, report, stats = load_tokenizer(config.model), LoadReport(), LengthStats()
     done, affected, truncated, named = 0, 0, 0, []
-    for batch in row_documents(tokenizer, config.read(report), thinking=THINKING[config.thinking],
+    for batch in row_documents(tokenizer, config.read(report), thinking=ENABLE_THINKING[config.thinking],
                                batch_size=config.batch_size):  # fmt: skip
         stats.add(len(document) for documents in batch for document in documents)
         for number, documents in enumerate(batch, done + 1):

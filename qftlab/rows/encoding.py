@@ -77,9 +77,9 @@ class Outlines:
         """
         renderer = self._renderer(messages)
         documents = renderer.documents(train_on)
-        trained = [text for pieces in documents for text, kept in pieces if kept]
-        spelled = [self.tokenizer.backend_tokenizer.decode(renderer.encode(t, True), False) for t in trained]
-        check_spelling(self.tokenizer, list(map(renderer.shown, trained)), spelled)
+        for text in [text for pieces in documents for text, kept in pieces if kept]:
+            spelled = self.tokenizer.backend_tokenizer.decode(renderer.encode(text, True), False)
+            check_spelling(self.tokenizer, renderer.shown(text), spelled)
         return [renderer.example(pieces) for pieces in documents]
 
     def _renderer(self, messages: Sequence[Message]) -> Renderer:
@@ -167,26 +167,29 @@ class Chunks(Dataset):
         """Refuses the place of a text that its ids do not spell, of (place, text, ids) each."""
         spelled = self.tokenizer.backend_tokenizer.decode_batch([ids for *_, ids in trained], skip_special_tokens=False)
         for (place, text, _), decoded in zip(trained, spelled, strict=True):
-            if decoded != text:
-                check_spelling(self.tokenizer, [text], [decoded], place)
+            try:
+                check_spelling(self.tokenizer, text, decoded)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from error
 
 
-def check_spelling(tokenizer, texts: Sequence[str], decoded: Sequence[str], place: str = "") -> None:
-    """Refuses texts that the tokenizer cannot spell; blanks, and what it normalises, aside.
+def check_spelling(tokenizer, text: str, decoded: str) -> None:
+    """Refuses a text that the tokenizer cannot spell; blanks, and what it normalises, aside.
 
     Raises:
         ValueError: showing where they part.
     """
+    if decoded == text:
+        return
     normalizer = tokenizer.backend_tokenizer.normalizer
-    for both in zip(texts, decoded, strict=True):
-        wanted, got = (normalizer.normalize_str(text) if normalizer else text for text in both)
-        wanted, got = ("".join(text.replace("\u2581", " ").split()) for text in (wanted, got))
-        if wanted != got:
-            at = len(os.path.commonprefix([wanted, got]))
-            raise ValueError(
-                f"{place}{': ' * bool(place)}the tokenizer must spell what is trained, but makes {got[at : at + 20]!r} "
-                f"of {wanted[at : at + 20]!r}: take another tokenizer, or leave the row out"
-            )
+    wanted, got = (normalizer.normalize_str(each) if normalizer else each for each in (text, decoded))
+    wanted, got = ("".join(each.replace("\u2581", " ").split()) for each in (wanted, got))
+    if wanted != got:
+        at = len(os.path.commonprefix([wanted, got]))
+        raise ValueError(
+            f"the tokenizer must spell what is trained, but makes {got[at : at + 20]!r} of {wanted[at : at + 20]!r}: "
+            "take another tokenizer, or leave the row out"
+        )
 
 
 def chats_of(row: dict, where: str, train_on: str) -> list[tuple[str, Sequence[Message], str]]:

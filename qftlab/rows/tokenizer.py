@@ -76,12 +76,16 @@ def not_loadable(source: str, error: Exception) -> OSError | ValueError:
     )
 
 
-def set_thinking_(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> None:
+def set_thinking_(tokenizer: PreTrainedTokenizerBase, thinking: bool | None) -> None:
     """Has the chat template ask with thinking on or off where nobody says which; saved with it, so every tool asks so.
+
+    None leaves the template as it is.
 
     Raises:
         ValueError: for a template that cannot be asked for it.
     """
+    if thinking is None:
+        return
     if not knows_thinking(tokenizer):
         raise ValueError("thinking must be left at auto: this model's chat template has no enable_thinking to be set")
     ours = "|".join(re.escape(DEFAULT % word) for word in ("true", "false"))

@@ -22,7 +22,7 @@ from qftlab.model.loading import extend_model, load_model, save_model
 from qftlab.model.lora import add_adapters, check_continued, is_adapted
 from qftlab.rows.chat import knows_thinking
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer, set_thinking_
-from qftlab.settings import THINKING, RunConfig
+from qftlab.settings import ENABLE_THINKING, RunConfig
 from qftlab.train.checkpoint import Checkpoints, step_of
 from qftlab.train.distributed import Ranks, processes, training_dtype, unsharded
 from qftlab.train.loop import TrainResult
@@ -338,8 +338,7 @@ def load_extended(config: RunConfig) -> tuple:
     dtype = training_dtype(config.dtype, device)
     model = load_model(source, lora=lora, dtype=dtype, device=device, quant=config.quant, adapters=config.lora.from_)
     tokenizer = load_tokenizer(name)
-    if config.thinking != "auto":
-        set_thinking_(tokenizer, THINKING[config.thinking])
+    set_thinking_(tokenizer, ENABLE_THINKING[config.thinking])
     report = extend_tokenizer(tokenizer, config.new_tokens)
     wanted = {token.text: token.id for token in report.new}
     for text in config.lora.tokens:
@@ -358,7 +357,7 @@ def load_extended(config: RunConfig) -> tuple:
 
 def row_options(config: RunConfig, model) -> dict:
     """What `encode_rows` and `encode_pairs` are told by a configuration."""
-    return {"max_length": config.max_length or context_length(model), "thinking": THINKING[config.thinking],
+    return {"max_length": config.max_length or context_length(model), "thinking": ENABLE_THINKING[config.thinking],
             "num_proc": config.num_proc, "cache": Path(config.output) / "encoded"}  # fmt: skip
 
 
