@@ -163,6 +163,7 @@ class Bug:
     mode: str  # "AGENT" or "EDIT"
     kind: str  # "crash", "named line", "wrong value", "failed test"
     answer: str
+    test: str  # what the fixed program passes
 
     @property
     def key(self) -> str:
@@ -253,6 +254,6 @@ def random_bug(rng: random.Random, *, held_out: bool = False) -> Bug:
         edit = f"line {bug[0]}: {good[bug[0] - 1].strip()}"
         explore = f"run {call} and print {watch.format(**names)} after line {line}"
         result = Bug("\n".join(bad), "\n".join(good), f"{report}\n{remark}".strip(), mode, kind,
-                     edit if mode == "EDIT" else explore)  # fmt: skip
+                     edit if mode == "EDIT" else explore, f"assert {call} == {want!r}")  # fmt: skip
         if is_held_out(result.key) == held_out:
             return result

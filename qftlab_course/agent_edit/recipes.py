@@ -1,0 +1,137 @@
+"""What makes a row of a teacher's answers: `whole` (it writes everything), `assembled` (it reasons, we write the call)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qftlab.evaluate.sandbox import run_tests
+from qftlab.evaluate.validate import FORMAT, Case, validate
+from qftlab.remote.teacher import Asked, Problem, Recipe, Task
+from qftlab.settings import AGENT, EDIT
+from qftlab_course.agent_edit.prompts import ASKED, MEND, PLANT, REASON, SYSTEM, TOOLS, assembled
+
+CODE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+DECIDED = re.compile(rf"\s*<think>(.+?)</think>\s*({re.escape(AGENT)}|{re.escape(EDIT)})\s*", re.DOTALL)
+
+
+class _Miss(ValueError):
+    """Why this try made no row."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A buggy program as a user shows it: the question, the program, and its mended form where it is known."""
+
+    instruction: str
+    program: str
+    fixed: str
+
+
+def code_in(text: str) -> str:
+    """The first code block of an answer, or all of it where there is none."""
+    found = CODE.search(text)
+    return (found[1] if found else text).strip("\n")
+
+
+def own_error(problem: Problem, program: str, level: str) -> str | None:
+    """The error that a program raises on the problem's tests ("TypeError: …"); "" for a wrong result, None if it is right."""
+    result = run_tests(program, problem.tests, func_name=problem.func_name, level=level)
+    if result.passed:
+        return None
+    last = result.error.strip().splitlines()[-1:] or [""]
+    return "" if last[0].startswith("AssertionError") else last[0]
+
+
+def can_show(level: str) -> Callable[[Problem, str], bool]:
+    """Whether a problem can show a mode: its report says so, or its own program raises an error (EDIT), or nothing yet."""
+    errors: dict[str, str | None] = {}
+
+    def fits(problem: Problem, mode: str) -> bool:
+        if problem.mode or not problem.program:
+            return problem.mode in ("", mode)
+        if problem.id not in errors:
+            errors[problem.id] = own_error(problem, problem.program, level)
+        return errors[problem.id] is not None and (mode == AGENT or bool(errors[problem.id]))
+
+    return fits
+
+
+def shown(ask: Asked, task: Task, language: str, level: str) -> Shown:
+    """The program of a task, with a bug of the problem's own or one that the teacher plants, and how a user asks of it.
+
+    Raises:
+        ValueError: if a planted bug does not do what was asked for.
+    """
+    problem, program = task.problem, task.problem.program
+    if problem.report:
+        return Shown(f"{program}\n{problem.report}", program, problem.fixed)
+    if not program:
+        begin = f"\n\nBegin with this code:\n{problem.starter}" if problem.starter else ""
+        program = code_in(ask([{"role": "user", "content": f"{PLANT[task.mode]}\n\n{problem.text}{begin}"}]))
+    error = own_error(problem, program, level)
+    is_planted_wrong = not problem.program and task.mode == AGENT and error
+    if error is None or (task.mode == EDIT and not error) or is_planted_wrong:
+        raise _Miss("bug-not-as-asked")
+    question = task.rng().choice(ASKED[language][task.mode])
+    return Shown(question.format(error=error, code=program), program, problem.fixed)
+
+
+def whole(language: str = "en", level: str = "auto") -> Recipe:
+    """The teacher writes everything, as in the original; a fix counts only if the problem's tests pass."""
+
+    def recipe(ask: Asked, task: Task) -> dict:
+        def write(show: Shown) -> str:
+            messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": show.instruction}]
+            return ask(messages, TOOLS)
+
+        return _row(ask, task, language, level, write)
+
+    return recipe
+
+
+def reasoned(language: str = "en", level: str = "auto") -> Recipe:
+    """The teacher only reasons; its thinking is kept if it comes to the mode asked for, and the program writes the call.
+
+    Where the problem has no mended program the teacher writes one; either way it counts only if the tests pass.
+    """
+
+    def recipe(ask: Asked, task: Task) -> dict:
+        def write(show: Shown) -> str:
+            said = ask([{"role": "system", "content": REASON}, {"role": "user", "content": show.instruction}])
+            decided = DECIDED.fullmatch(said)
+            if not decided:
+                raise _Miss("no-decision")
+            if decided[2] != task.mode:
+                raise _Miss("wrong-mode")
+            fixed = show.fixed
+            if task.mode == EDIT and not fixed:
+                asked = f"{task.problem.text}\n\n{show.instruction}"
+                fixed = code_in(ask([{"role": "system", "content": MEND}, {"role": "user", "content": asked}]))
+            return assembled(task.mode, decided[1], show.program, fixed)
+
+        return _row(ask, task, language, level, write)
+
+    return recipe
+
+
+def _row(ask: Asked, task: Task, language: str, level: str, write: Callable[[Shown], str]) -> dict:
+    """A row, judged by itself: form, mode, code, and whether a fix passes the tests."""
+    row = {"instruction": "", "output": "", "buggy_code": "", "issues": []}
+    try:
+        show = shown(ask, task, language, level)
+        row |= {"instruction": show.instruction, "buggy_code": show.program}
+        row["output"] = write(show)
+        verdict = validate([Case(row["instruction"], row["output"], task.mode)], prompts=[SYSTEM]).verdicts[0]
+        if not verdict.ok:
+            raise _Miss(verdict.reason)
+        code = verdict.call["arguments"][FORMAT[task.mode][1][-1]]
+        if task.mode == EDIT and task.problem.tests and own_error(task.problem, code, level) is not None:
+            raise _Miss("fix-fails-tests")
+    except _Miss as miss:
+        row["issues"] = [str(miss)]
+    return row
+
+
+RECIPES: dict[str, Callable[..., Recipe]] = {"whole": whole, "reasoned": reasoned}

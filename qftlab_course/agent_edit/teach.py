@@ -1,0 +1,150 @@
+"""`qftlab teach-data`: AGENT/EDIT rows by a teacher behind any endpoint of OpenAI's protocol."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from qftlab.remote.client import Budget
+from qftlab.settings import AGENT, EDIT, Names, ServerConfig, check_at_least, check_fields
+
+OUTPUT = "outputs/training_data/training_data_from_parquet.json"  # the original's default
+
+
+@dataclass(frozen=True)
+class TeachConfig:
+    """Makes training rows with both modes by asking a teacher; what was answered is kept and never asked again.
+
+    The key is read from the environment variable named by `key`, and written nowhere. A run that was killed, or that
+    ended because of its server or its budget, goes on when the same command is given again.
+
+    Args:
+        data: problems, one source or [several]: LiveCodeBench, LiveBench coding, HumanEvalFix, files or hub names.
+        problems: so many programs of the bundled bug set, in place of data.
+        samples: rows to make; more than there are problems is possible.
+        threads: requests at a time; fewer while the server says it is busy.
+        output: the raw list; beside it come `_alpaca.json` and `_invalid.json`, a journal, and a report (in
+            outputs/reports, if the list is in a folder training_data).
+        model: the teacher, as its server names it.
+        url: of the server, such as http://localhost:8000/v1; by default the environment's OPENAI_BASE_URL.
+        key: the environment variable with the server's key.
+        recipe: `whole` lets the teacher write everything, as the original did; `reasoned` takes its reasons only and
+            writes the call itself, from a mended program that passes the problem's tests.
+        language: of the questions.
+        tries: of a row, until it is valid.
+        retries: of a request that failed.
+        timeout: seconds a request may take.
+        temperature: of the teacher.
+        max_tokens: of an answer.
+        sandbox: where programs run, for their own errors and to test fixes: `auto` takes `monty` or `bwrap`; `process`
+            is no boundary, only limits, and has to be named.
+        budget: caps on requests, tokens and money.
+        seed: of the plan and of the wording.
+
+    Raises:
+        ValueError: for a value out of range, and without data, problems or a server.
+    """
+
+    data: Names = ()
+    problems: int = 0
+    samples: int = 100
+    threads: int = 32
+    output: str = OUTPUT
+    model: str = "gpt-4.1"
+    url: str = ""
+    key: str = "OPENAI_API_KEY"
+    recipe: Literal["whole", "reasoned"] = "whole"
+    language: Literal["en", "zh"] = "en"
+    tries: int = 3
+    retries: int = 8
+    timeout: float = 120.0
+    temperature: float = 0.7
+    max_tokens: int = 2048
+    sandbox: Literal["auto", "monty", "bwrap", "process"] = "auto"
+    budget: Budget = field(default_factory=Budget)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_at_least(1, samples=self.samples, tries=self.tries, max_tokens=self.max_tokens)
+        check_at_least(0, problems=self.problems, temperature=self.temperature)
+        if bool(self.data) == bool(self.problems):
+            raise ValueError("data or problems must be given, one of them: --data problems.jsonl, or --problems 128 for "
+                             "the bundled bug set")  # fmt: skip
+        if not self.output.endswith(".json"):
+            raise ValueError(f"output must end in .json, got {self.output!r}")
+
+    def server(self) -> ServerConfig:
+        """The server, as the client takes it.
+
+        Raises:
+            ValueError: without an address, and for one that is none.
+        """
+        if not (url := self.url or os.environ.get("OPENAI_BASE_URL", "")):
+            raise ValueError("url must be given, got none: --url http://localhost:8000/v1, or OPENAI_BASE_URL in the "
+                             "environment")  # fmt: skip
+        return ServerConfig(url=url, model=self.model, key=self.key, threads=self.threads, retries=self.retries,
+                            timeout=self.timeout)  # fmt: skip
+
+
+def bug_problems(count: int, seed: int, *, held_out: bool = False) -> list:
+    """Programs of the bug set as problems, each with the report that its mode calls for."""
+    from qftlab.remote.teacher import Problem
+    from qftlab_course.world.bugfix import random_bug
+
+    rng, found = random.Random(f"problems {seed}"), {}
+    while len(found) < count:
+        bug = random_bug(rng, held_out=held_out)
+        found.setdefault(f"{bug.program}\n{bug.report}", bug)
+    return [
+        Problem(f"bug-{i}", bug.kind, bug.program, bug.test, bug.program, bug.fixed, bug.report, f"<|{bug.mode}|>")
+        for i, bug in enumerate(found.values())
+    ]
+
+
+@contextmanager
+def teaching(config: TeachConfig, *, progress: bool = False) -> Iterator[tuple]:
+    """The client, and the rows as they are made: `with teaching(config) as (client, rows): …`."""
+    from qftlab.remote.client import Client
+    from qftlab.remote.teacher import plan, read_problems, teach
+    from qftlab_course.agent_edit.recipes import RECIPES, can_show
+
+    server = config.server()
+    problems = bug_problems(config.problems, config.seed) if config.problems else read_problems(config.data)
+    tasks = plan(problems, config.samples, (AGENT, EDIT), seed=config.seed, fits=can_show(config.sandbox))
+    recipe = RECIPES[config.recipe](config.language, config.sandbox)
+    settings = {"model": config.model, "temperature": config.temperature, "max_tokens": config.max_tokens}
+    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    journal = Path(config.output).with_suffix(".journal.jsonl")
+    with Client(server, journal, config.budget) as client:
+        yield client, teach(client, tasks, recipe, settings, tries=config.tries, progress=progress)
+
+
+def make_set(config: TeachConfig, *, progress: bool = False) -> list[Path]:
+    """Makes the rows and writes them; what was made before an error is written as well.
+
+    Returns:
+        The raw list, the valid rows, the invalid ones, the report.
+
+    Raises:
+        ServerError, BudgetError, KeyboardInterrupt: as the client says.
+    """
+    from qftlab.remote.teacher import write_set
+
+    rows: list[dict] = []
+    with teaching(config, progress=progress) as (client, made):
+        try:
+            rows.extend(made)
+        finally:
+            paths = write_set(rows, config.output, config.samples, client.totals) if rows else []
+    return paths
+
+
+def said(paths: Sequence[Path]) -> str:
+    """What the command prints: the report, and where things are."""
+    return "\n".join([paths[-1].read_text(encoding="utf-8").strip(), "", *map(str, paths)])
