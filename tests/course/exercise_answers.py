@@ -8,6 +8,7 @@ as well; here are those that no suspect implements, each with words that the che
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections import Counter
@@ -616,6 +617,133 @@ ANSWERS |= {
         (merge_adapter_by_product, merge_adapter_by_outer_products),
         ((merge_adapter_in_place, "changed in place"),),
     ),
+}
+
+
+# 06.1 ---------------------------------------------------------------------------------------------------------------
+def stub_pause(attempt, draw, retry_after=None, base=1.0, cap=60.0):
+    """Seconds before the next try; attempt 0 has just failed, draw is in [0, 1)."""
+    ...
+
+
+def pause_by_max(attempt, draw, retry_after=None, base=1.0, cap=60.0):
+    limit = min(cap, base * 2**attempt)
+    return max(draw * limit, retry_after or 0)
+
+
+def pause_by_loop(attempt, draw, retry_after=None, base=1.0, cap=60.0):
+    limit = base
+    for _ in range(attempt):
+        limit = min(limit * 2, cap)
+    seconds = draw * min(limit, cap)
+    if retry_after is not None and retry_after > seconds:
+        seconds = retry_after
+    return torch.tensor(seconds, dtype=torch.float64)
+
+
+# 06.2 ---------------------------------------------------------------------------------------------------------------
+def stub_replay(text):
+    """The answers by key, and how many characters are whole lines."""
+    ...
+
+
+def replay_by_lines(text):
+    answers, kept = {}, 0
+    for line in text.splitlines(keepends=True):
+        if not line.endswith("\n"):
+            break
+        record = json.loads(line)
+        answers.setdefault(record["key"], record["answer"])
+        kept += len(line)
+    return answers, kept
+
+
+def replay_by_partition(text):
+    whole, _, piece = text.rpartition("\n")
+    records = [json.loads(line) for line in whole.split("\n") if line]
+    return {r["key"]: r["answer"] for r in reversed(records)}, len(text) - len(piece)
+
+
+def replay_everything(text):
+    answers = {}
+    for line in text.splitlines():
+        record = json.loads(line)
+        answers.setdefault(record["key"], record["answer"])
+    return answers, len(text)
+
+
+# 06.3 ---------------------------------------------------------------------------------------------------------------
+CALLS = {"<|AGENT|>": ("python", {"code"}), "<|EDIT|>": ("editor", {"original_code", "modified_code"})}
+
+
+def stub_reading(output):
+    """The mode token of an answer that is right; None for any other."""
+    ...
+
+
+def reading_by_partition(output):
+    before, _, rest = output.partition("<think>")
+    thought, closed, rest = rest.partition("</think>")
+    if before.strip() or not closed or not thought.strip():
+        return None
+    if sum(output.count(token) for token in CALLS) != 1:
+        return None
+    token = next((token for token in CALLS if rest.lstrip().startswith(token)), None)
+    if token is None or "{" not in rest:
+        return None
+    try:
+        call = json.loads(rest[rest.index("{") :])
+    except ValueError:
+        return None
+    tool, names = CALLS[token]
+    is_right = call.get("name") == tool and set(call) == {"name", "arguments"} and set(call["arguments"]) == names
+    return token if is_right else None
+
+
+def reading_by_pattern(output):
+    form = r"\s*<think>(?P<why>.+?)</think>\s*(?P<token><\|AGENT\|>|<\|EDIT\|>)[^{]*(?P<call>\{.*\})\s*"
+    found = re.fullmatch(form, output, re.DOTALL)
+    if found is None or not found["why"].strip() or len(re.findall(r"<\|(?:AGENT|EDIT)\|>", output)) > 1:
+        return None
+    tool, names = CALLS[found["token"]]
+    try:
+        call = json.loads(found["call"])
+        return found["token"] if call == {"name": tool, "arguments": dict(call["arguments"])} and (
+            call["arguments"].keys() == names) else None
+    except (ValueError, KeyError):
+        return None
+
+
+# 06.4 ---------------------------------------------------------------------------------------------------------------
+def stub_balanced(modes):
+    """The numbers of the rows to keep, in order: of each mode the first, equally many."""
+    ...
+
+
+def balanced_by_counting(modes):
+    least = min(Counter(modes).values())
+    left = dict.fromkeys(modes, least)
+    kept = []
+    for i, mode in enumerate(modes):
+        if left[mode]:
+            left[mode] -= 1
+            kept.append(i)
+    return kept
+
+
+def balanced_by_sorting(modes):
+    rows = {mode: [i for i, m in enumerate(modes) if m == mode] for mode in modes}
+    least = min(map(len, rows.values()))
+    return tuple(sorted(i for mine in rows.values() for i in mine[:least]))
+
+
+ANSWERS |= {
+    "06.1": Answers(stub_pause, (pause_by_max, pause_by_loop)),
+    "06.2": Answers(
+        stub_replay, (replay_by_lines, replay_by_partition), ((replay_everything, "leave it out first"),)
+    ),
+    "06.3": Answers(stub_reading, (reading_by_partition, reading_by_pattern)),
+    "06.4": Answers(stub_balanced, (balanced_by_counting, balanced_by_sorting)),
 }
 
 
