@@ -62,8 +62,8 @@ TESTS = {
     "decoding/decoder": "decoder generate beam layouts",
     "decoding/batch": "decoder generate",
     "decoding/engine": "generate decoder parity",
-    "train/rollouts": "answers identity rloo served",
-    "train/rloo": "answers rloo served",
+    "train/rollouts": "answers identity rloo sampler",
+    "train/rloo": "answers rloo sampler",
 }
 EVERYWHERE = "signatures"  # of every file, and last
 BELOW = ("model/loading",)  # not of the core itself: mutated where --files names them

@@ -400,6 +400,8 @@ class ServerConfig:
     def __post_init__(self) -> None:
         check_at_least(1, threads=self.threads)
         check_at_least(0, retries=self.retries, timeout=self.timeout)
+        if set("@?#") & set(self.url):  # it stands in logs and in config.json
+            raise ValueError("server.url must be without user, password, query and fragment, got one (not shown)")
         if self.url and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"server.url must begin with http:// or https://, got {self.url!r}")
 

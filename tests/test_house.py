@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = sorted((ROOT / "qftlab").rglob("*.py"))
 COURSE = sorted((ROOT / "qftlab_course").rglob("*.py"))
 SCRIPTS = [ROOT / "lab.py", ROOT / "notebooks/build.py"]
-ROOMS = "settings files maths rows model decoding evaluate train remote serve commands cli".split()
+ROOMS = "settings files maths rows model decoding evaluate remote train serve commands cli".split()
 # In the order in which they are read; README.md says a sentence on each.
 CORE = """
     settings rows/chat rows/batches rows/examples model/attention model/head maths/logprobs maths/losses train/step
@@ -31,7 +31,7 @@ CORE = """
 FILE, FUNCTION = 300, 45
 CORE_LINES, CORE_FILES = 4_400, 24
 LIBRARY_LINES, WHOLE_LINES = 7_600, 9_500  # without and with what stands apart
-APART = ("remote", "serve", "evaluate", "train/served")  # the last becomes a part of remote
+APART = ("remote", "serve", "evaluate")
 
 
 @cache

@@ -1,1 +1,1 @@
-"""What goes over the network: a client of the OpenAI protocol, and who uses it: a teacher, a sampler."""
+"""What is asked of others over the network: the client of every endpoint, and what stands on it."""

@@ -334,7 +334,7 @@ def prepare(config: RLOOConfig) -> Stage:
 
     sampler = None
     if config.server.url:
-        from qftlab.train.served import ServerSampler
+        from qftlab.remote.sampler import ServerSampler
 
         sampler = ServerSampler(config.server, model, tokenizer, config.policy)
 

@@ -15,12 +15,13 @@ from random_models import random_model
 from qftlab.decoding.engine import generate
 from qftlab.maths.sampling import SamplingParams
 from qftlab.model.lora import add_adapters
+from qftlab.remote import client
+from qftlab.remote.client import ServerError
+from qftlab.remote.sampler import ServerSampler
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.settings import LoRAConfig, PolicyConfig, RLOOConfig, ServerConfig, TrainConfig
-from qftlab.train import served
 from qftlab.train.rloo import fit_policy, rloo
 from qftlab.train.rollouts import encode_prompts
-from qftlab.train.served import ServerError, ServerSampler
 
 CONSTANT = {"warmup_ratio": 0, "schedule": "constant", "weight_decay": 0.0}
 POLICY = PolicyConfig(num_generations=4, max_new_tokens=6, temperature=0.8)
@@ -107,7 +108,7 @@ def tokenizer():
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch) -> None:
-    monkeypatch.setattr(served, "PAUSE", 0.01)
+    monkeypatch.setattr(client, "PAUSE", 0.01)
 
 
 def good(prompt: list[dict], ids: list[int], text: str, row: dict) -> float:
@@ -173,11 +174,11 @@ def test_nobody_listening_and_nonsense_are_said_clearly(tokenizer) -> None:
     with serving(Server(model, tokenizer)) as url:
         pass
     sampler = ServerSampler(ServerConfig(url=url, retries=0), model, tokenizer, POLICY)
-    with pytest.raises(ServerError, match="must answer, got .*refused.* after 1 requests"):
+    with pytest.raises(ServerError, match="must answer, got .*Refused.* after 1 requests"):
         sampler.sample(ids_of(tokenizer), seed=0, temperature=1, num_generations=2)
     server = Server(model, tokenizer)
     server.choice = lambda index, answer: {"index": index}
-    with serving(server) as url, pytest.raises(ServerError, match="must answer with choices of text"):
+    with serving(server) as url, pytest.raises(ServerError, match="must have choices of text"):
         ServerSampler(ServerConfig(url=url), model, tokenizer, POLICY).sample(
             ids_of(tokenizer), seed=0, temperature=1, num_generations=2
         )

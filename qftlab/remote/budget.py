@@ -1,0 +1,167 @@
+"""What may be sent: as many requests at a time as a server bears, within what the user wants to spend."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from qftlab.settings import check_at_least
+
+
+class ServerError(ConnectionError):
+    """The server is down, or answers what cannot be used; the same command goes on once it is back."""
+
+
+class BudgetError(OSError):
+    """The next request could pass a cap of the budget; what was answered before is kept."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run may spend; a request is sent only if the caps hold whatever it may cost.
+
+    Args:
+        requests: the most that are sent, retries included; null is without a cap.
+        tokens: the most that are read and written, together.
+        money: the most that they cost, in the currency of the prices.
+        price_in: of a million tokens that the server reads.
+        price_out: of a million tokens that it writes.
+
+    Raises:
+        ValueError: for a value below 0, or a cap on money without prices.
+    """
+
+    requests: int | None = None
+    tokens: int | None = None
+    money: float | None = None
+    price_in: float = 0.0
+    price_out: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_at_least(0, requests=self.requests, tokens=self.tokens, money=self.money)
+        check_at_least(0, price_in=self.price_in, price_out=self.price_out)
+        if self.money is not None and not self.price_in + self.price_out:
+            raise ValueError(f"money must come with price_in and price_out, got a cap of {self.money:g} without")
+
+    def cost(self, tokens_in: int, tokens_out: int) -> float:
+        """What so many tokens cost."""
+        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
+
+    def most(self, body: dict, size: int) -> tuple[int, int]:
+        """The most tokens that a request may read and write: ids are counted, and text has at most a token a byte.
+
+        Args:
+            body: of the request.
+            size: of that, in bytes.
+
+        Raises:
+            ValueError: if it has no max_tokens and there are caps on tokens or money.
+        """
+        prompt, longest = body.get("prompt"), body.get("max_completion_tokens") or body.get("max_tokens")
+        if longest is None and (self.tokens is not None or self.money is not None):
+            raise ValueError("max_tokens must be set where a budget caps tokens or money, got a request without")
+        is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
+        return len(prompt) if is_ids else size, (longest or 0) * (body.get("n") or 1)
+
+    def passed(self, requests: int, tokens_in: int, tokens_out: int) -> str:
+        """The cap that these amounts pass, in words; empty if there is none."""
+        found = {"requests": requests, "tokens": tokens_in + tokens_out, "money": self.cost(tokens_in, tokens_out)}
+        caps = {name: getattr(self, name) for name in found}
+        passed = [name for name, cap in caps.items() if cap is not None and found[name] > cap]
+        return f"budget.{passed[0]} must cover the next request, got {caps[passed[0]]:g}" if passed else ""
+
+
+@dataclass
+class Totals:
+    """What a client has done: counts, tokens, money, and seconds by the clock.
+
+    `requests` were sent, `answers` could be used, `journaled` came from an earlier run; `retries` counts by kind. For a
+    request that failed after it was sent, the most tokens that it can have cost are counted.
+    """
+
+    requests: int = 0
+    answers: int = 0
+    journaled: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    money: float = 0.0
+    seconds: float = 0.0
+    retries: Counter = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        money = f", {self.money:.4f} spent" if self.money else ""
+        return f"{self.tokens_in + self.tokens_out} tokens{money}, {sum(self.retries.values())} retries"
+
+
+class Gate:
+    """Who may send: as many at a time as the server bears, within the budget, and nobody once it is shut."""
+
+    def __init__(self, threads: int, budget: Budget) -> None:
+        self.threads, self.budget, self.totals = threads, budget, Totals()
+        self.changed = threading.Condition()
+        self.limit, self.cut, self.is_shut = float(threads), 0.0, False
+        self.flying, self.reserved = 0, (0, 0)
+
+    @contextmanager
+    def passing(self, tokens_in: int, tokens_out: int) -> Iterator[Ticket]:
+        """Waits for a place, and for the budget as long as what others have set aside may come back."""
+        ticket, totals = Ticket(tokens_in, tokens_out), self.totals
+        with self.changed:
+            while self.is_shut or self.flying >= int(self.limit) or self._passed(ticket):
+                if self.is_shut:
+                    raise ServerError("the client was stopped: the request was not sent")
+                if not self.flying:
+                    raise BudgetError(f"{self._passed(ticket)}: raise it, and the same command goes on")
+                self.changed.wait()
+            self._reserve(ticket, 1)
+            totals.requests += 1
+        try:
+            yield ticket
+        finally:
+            with self.changed:
+                self._reserve(ticket, -1)
+                totals.tokens_in += ticket.spent[0]
+                totals.tokens_out += ticket.spent[1]
+                totals.answers += ticket.is_good
+                totals.money = self.budget.cost(totals.tokens_in, totals.tokens_out)
+                self._adapt(ticket)
+                self.changed.notify_all()
+
+    def _reserve(self, ticket: Ticket, sign: int) -> None:
+        self.flying += sign
+        self.reserved = self.reserved[0] + sign * ticket.most[0], self.reserved[1] + sign * ticket.most[1]
+
+    def _passed(self, ticket: Ticket) -> str:
+        spent = self.totals.tokens_in, self.totals.tokens_out
+        sums = (sum(amounts) for amounts in zip(spent, self.reserved, ticket.most, strict=True))
+        return self.budget.passed(self.totals.requests + 1, *sums)
+
+    def _adapt(self, ticket: Ticket) -> None:
+        """Halves the number of requests at a time once for a burst of refusals; a round of successes adds one."""
+        if ticket.is_busy and ticket.start > self.cut:
+            self.limit, self.cut = max(1.0, self.limit / 2), time.monotonic()
+        elif ticket.is_good:
+            self.limit = min(float(self.threads), self.limit + 1 / self.limit)
+
+    def shut(self) -> None:
+        """Lets nobody pass any more, and ends all pauses."""
+        with self.changed:
+            self.is_shut = True
+            self.changed.notify_all()
+
+    def wait(self, seconds: float) -> None:
+        """A pause that ends when the gate is shut."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.is_shut, seconds)
+
+
+class Ticket:
+    """One request under way: the most it may cost, what it did cost, and how it went."""
+
+    def __init__(self, tokens_in: int, tokens_out: int) -> None:
+        self.most, self.spent, self.start = (tokens_in, tokens_out), (0, 0), time.monotonic()
+        self.is_busy = self.is_good = False
