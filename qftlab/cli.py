@@ -79,7 +79,7 @@ def overview(commands: dict[str, Command]) -> str:
     """The help of the whole program."""
     lines = [f"usage: {PROGRAM} COMMAND [--config FILE.yaml] [--OPTION VALUE ...]", ""]
     for name, command in commands.items():
-        lines += [f"  {name:9} {command.summary}", f"            {PROGRAM} {command.example}", ""]
+        lines += [f"  {name:10} {command.summary}", f"             {PROGRAM} {command.example}", ""]
     lines += [
         f"Options of a command:        {PROGRAM} sft --help",
         f"Its settings as YAML:        {PROGRAM} sft --data rows.jsonl --print_config > sft.yaml",

@@ -29,9 +29,8 @@ if colab := sys.modules.get("google.colab"):  # on Colab only: fetch the library
     get_ipython().system(repo.expand(r"pip install -q git+https://github.com/\1@\2"))
 
 # %%
-import itertools
 import json
-import os
+import logging
 import random
 import subprocess
 import tempfile
@@ -50,6 +49,8 @@ from qftlab_course.agent_edit.teach import bug_problems
 from qftlab_course.flaky import Flaky
 from qftlab_course.lessons import teacher_plots
 
+logging.getLogger("qftlab.remote").setLevel("ERROR")  # failures are planted here
+
 # %% [markdown]
 # Everything you may want to change is in this cell. `PRICES` are dollars for a million tokens that the teacher reads and writes, about what a large hosted model
 # costs. `MONEY` is what you may spend in part 6.
@@ -59,7 +60,7 @@ SEED = 0
 PROBLEMS = 240
 PRICES = (2.0, 8.0)
 MONEY = 0.60
-STEPS = 80
+STEPS = 64
 
 # %% [markdown]
 # ## 1 · Ask once
@@ -232,7 +233,7 @@ from qftlab.remote.teacher import read_chat
 
 budget = Budget(price_in=PRICES[0], price_out=PRICES[1])
 with Flaky(teacher.answer, FAULTS, seed=SEED, retry_after=0.05) as server:
-    local = ServerConfig(url=server.url, threads=8, retries=8)
+    local = ServerConfig(url=server.url, threads=32, retries=8)
     with Client(local, budget=budget) as client:
         def told(question):
             """The text of one answer."""
@@ -350,7 +351,7 @@ def my_reading(output):
 checks.check("06.3", my_reading)
 
 # %%
-from qftlab.evaluate.validate import judge
+from qftlab.evaluate.outputs import judge
 from qftlab_course.agent_edit.check import course_verdict
 
 reading = checks.or_library("06.3", my_reading)
@@ -422,6 +423,9 @@ def lenient_recipe(ask, task):
     return {"instruction": question, "output": output, "issues": issues}
 
 
+SETTINGS = {"model": "expert", "temperature": 0.7, "max_tokens": 512}
+
+
 def spend(recipe, tries):
     """The valid rows that `MONEY` buys, and how many answers it paid for."""
     many = bug_problems(1000, SEED + 1)
@@ -431,7 +435,7 @@ def spend(recipe, tries):
         alone = ServerConfig(url=server.url, threads=1)  # so that the game is always the same
         with Client(alone, budget=purse) as client:
             try:
-                rows.extend(teach(client, tasks, recipe, {"model": "expert"}, tries=tries))
+                rows.extend(teach(client, tasks, recipe, SETTINGS, tries=tries))
             except BudgetError:
                 pass  # the purse is empty
     return [row for row in rows if row["valid"]], client.totals.requests
@@ -457,7 +461,7 @@ MODE = re.compile(r"<\|(AGENT|EDIT)\|>")
 
 def trained_on(rows):
     """A fresh model after `STEPS` steps on some rows."""
-    start = stages.stage("extended", trainable=True)
+    start = stages.stage("extended")
     train = TrainConfig(lr=1e-3, max_steps=STEPS, batch_size=8, seed=SEED)
     fit_rows(start.model, start.tokenizer, rows, train)
     return start
@@ -544,7 +548,9 @@ assert len(made) > len(sets["filtering"])
 # to look at the word "Error" and not at the program. Running the program costs 50 milliseconds, and its own error is true:
 
 # %%
-print(run_code("def total(xs):\n    return sum(xs) / count\n\ntotal([1, 2])").error)
+broken = "def total(xs):\n    return sum(xs) / count\n\ntotal([1, 2])"
+error = run_code(broken).error
+print(error.partition(". Did you mean")[0])
 
 # %% [markdown]
 # **The tokens were never tokens.** The same repository trained its rows on a model whose tokenizer had not been extended. `<|AGENT|>` went in as seven ordinary pieces, came out as seven ordinary pieces, and every score was

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from qftlab.evaluate.sandbox import run_tests
-from qftlab.evaluate.validate import FORMAT, Case, validate
+from qftlab.evaluate.outputs import FORMAT
+from qftlab.evaluate.validate import Case, validate
 from qftlab.remote.teacher import Asked, Problem, Recipe, Task
 from qftlab.settings import AGENT, EDIT
 from qftlab_course.agent_edit.prompts import ASKED, MEND, PLANT, REASON, SYSTEM, TOOLS, assembled

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -107,24 +106,6 @@ def bug_problems(count: int, seed: int, *, held_out: bool = False) -> list:
     ]
 
 
-@contextmanager
-def teaching(config: TeachConfig, *, progress: bool = False) -> Iterator[tuple]:
-    """The client, and the rows as they are made: `with teaching(config) as (client, rows): …`."""
-    from qftlab.remote.client import Client
-    from qftlab.remote.teacher import plan, read_problems, teach
-    from qftlab_course.agent_edit.recipes import RECIPES, can_show
-
-    server = config.server()
-    problems = bug_problems(config.problems, config.seed) if config.problems else read_problems(config.data)
-    tasks = plan(problems, config.samples, (AGENT, EDIT), seed=config.seed, fits=can_show(config.sandbox))
-    recipe = RECIPES[config.recipe](config.language, config.sandbox)
-    settings = {"model": config.model, "temperature": config.temperature, "max_tokens": config.max_tokens}
-    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    journal = Path(config.output).with_suffix(".journal.jsonl")
-    with Client(server, journal, config.budget) as client:
-        yield client, teach(client, tasks, recipe, settings, tries=config.tries, progress=progress)
-
-
 def make_set(config: TeachConfig, *, progress: bool = False) -> list[Path]:
     """Makes the rows and writes them; what was made before an error is written as well.
 
@@ -134,12 +115,20 @@ def make_set(config: TeachConfig, *, progress: bool = False) -> list[Path]:
     Raises:
         ServerError, BudgetError, KeyboardInterrupt: as the client says.
     """
-    from qftlab.remote.teacher import write_set
+    from qftlab.remote.client import Client
+    from qftlab.remote.teacher import plan, read_problems, teach, write_set
+    from qftlab_course.agent_edit.recipes import RECIPES, can_show
 
-    rows: list[dict] = []
-    with teaching(config, progress=progress) as (client, made):
+    server, rows, paths = config.server(), [], []
+    problems = bug_problems(config.problems, config.seed) if config.problems else read_problems(config.data)
+    tasks = plan(problems, config.samples, (AGENT, EDIT), seed=config.seed, fits=can_show(config.sandbox))
+    recipe = RECIPES[config.recipe](config.language, config.sandbox)
+    settings = {"model": config.model, "temperature": config.temperature, "max_tokens": config.max_tokens}
+    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    with Client(server, Path(config.output).with_suffix(".journal.jsonl"), config.budget) as client:
         try:
-            rows.extend(made)
+            for row in teach(client, tasks, recipe, settings, tries=config.tries, progress=progress):
+                rows.append(row)
         finally:
             paths = write_set(rows, config.output, config.samples, client.totals) if rows else []
     return paths

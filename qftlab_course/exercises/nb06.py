@@ -7,7 +7,7 @@ import random
 import re
 from collections import Counter
 
-from qftlab.evaluate.validate import FORMAT, judge
+from qftlab.evaluate.outputs import FORMAT, judge
 from qftlab.settings import AGENT, EDIT
 from qftlab_course.exercises import Exercise, Suspect
 
