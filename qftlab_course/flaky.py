@@ -45,6 +45,7 @@ class Flaky:
         answered: of each fingerprint, those that were answered well.
         faults_made: of each kind.
         headers: of the last ten requests.
+        elsewhere: where redirects lead.
         at_once: the most requests that were under way together.
         money: what the answers cost, those included that were lost on the way.
     """
@@ -60,7 +61,7 @@ class Flaky:
         self.prices, self.retry_after, self.burst, self.port = prices, retry_after, burst, port
         self.requests, self.answered, self.faults_made, self.draws = Counter(), Counter(), Counter(), Counter()
         self.money, self.at_once, self._now, self._busy_until = 0.0, 0, 0, 0.0
-        self.headers, self._is_up = [], threading.Event()
+        self.headers, self._is_up, self.elsewhere = [], threading.Event(), "http://elsewhere.example"
 
     def __enter__(self) -> Flaky:
         listening = socket.create_server(("127.0.0.1", self.port), backlog=1024)
@@ -252,7 +253,7 @@ async def _echo_error(flaky: Flaky, writer, answer: dict, headers: dict) -> None
 
 async def _redirect(flaky: Flaky, writer, answer: dict, headers: dict) -> None:
     key = headers.get("authorization", "").removeprefix("Bearer ")
-    await _write(writer, 307, b"", extra={"Location": f"http://elsewhere.example/{key}?key={key}"})
+    await _write(writer, 307, b"", extra={"Location": f"{flaky.elsewhere}/{key}?key={key}"})
 
 
 FAULTS = {

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -97,55 +98,58 @@ class Totals:
         return f"{self.tokens_in + self.tokens_out} tokens{money}, {sum(self.retries.values())} retries"
 
 
+@dataclass(eq=False)
+class Ticket:
+    """One request under way: the most tokens it may cost (read, written), what it did cost, and how it went."""
+
+    most: tuple[int, int]
+    spent: tuple[int, int] = (0, 0)
+    start: float = 0.0
+    is_busy: bool = False
+    is_good: bool = False
+    future: Future | None = None
+
+
 class Gate:
     """Who may send: as many at a time as the server bears, within the budget, and nobody once it is shut."""
 
     def __init__(self, threads: int, budget: Budget) -> None:
-        self.threads, self.budget, self.totals = threads, budget, Totals()
-        self.changed = threading.Condition()
-        self.limit, self.cut, self.is_shut = float(threads), 0.0, False
-        self.flying, self.reserved = 0, (0, 0)
+        self.threads, self.budget, self.totals, self.changed = threads, budget, Totals(), threading.Condition()
+        self.limit, self.cut, self.is_shut, self.flying = float(threads), 0.0, False, []
 
     @contextmanager
-    def passing(self, tokens_in: int, tokens_out: int) -> Iterator[Ticket]:
-        """Waits for a place, and for the budget as long as what others have set aside may come back."""
-        ticket, totals = Ticket(tokens_in, tokens_out), self.totals
+    def passing(self, most: tuple[int, int]) -> Iterator[Ticket]:
+        """Waits for a place, and for the budget as long as others may give back what they have set aside."""
+        ticket, totals = Ticket(most), self.totals
         with self.changed:
-            while self.is_shut or self.flying >= int(self.limit) or self._passed(ticket):
+            while self.is_shut or len(self.flying) >= int(self.limit) or (cap := self._passed(most)):
                 if self.is_shut:
                     raise ServerError("the client was stopped: the request was not sent")
                 if not self.flying:
-                    raise BudgetError(f"{self._passed(ticket)}: raise it, and the same command goes on")
+                    raise BudgetError(f"{cap}: with a larger one the same command goes on")
                 self.changed.wait()
-            self._reserve(ticket, 1)
+            ticket.start = time.monotonic()
+            self.flying.append(ticket)
             totals.requests += 1
         try:
             yield ticket
         finally:
             with self.changed:
-                self._reserve(ticket, -1)
+                self.flying.remove(ticket)
                 totals.tokens_in += ticket.spent[0]
                 totals.tokens_out += ticket.spent[1]
-                totals.answers += ticket.is_good
                 totals.money = self.budget.cost(totals.tokens_in, totals.tokens_out)
-                self._adapt(ticket)
+                totals.answers += ticket.is_good
+                if ticket.is_busy and ticket.start > self.cut:  # once for a burst
+                    self.limit, self.cut = max(1.0, self.limit / 2), time.monotonic()
+                elif ticket.is_good:  # a round of them adds one
+                    self.limit = min(float(self.threads), self.limit + 1 / self.limit)
                 self.changed.notify_all()
 
-    def _reserve(self, ticket: Ticket, sign: int) -> None:
-        self.flying += sign
-        self.reserved = self.reserved[0] + sign * ticket.most[0], self.reserved[1] + sign * ticket.most[1]
-
-    def _passed(self, ticket: Ticket) -> str:
-        spent = self.totals.tokens_in, self.totals.tokens_out
-        sums = (sum(amounts) for amounts in zip(spent, self.reserved, ticket.most, strict=True))
-        return self.budget.passed(self.totals.requests + 1, *sums)
-
-    def _adapt(self, ticket: Ticket) -> None:
-        """Halves the number of requests at a time once for a burst of refusals; a round of successes adds one."""
-        if ticket.is_busy and ticket.start > self.cut:
-            self.limit, self.cut = max(1.0, self.limit / 2), time.monotonic()
-        elif ticket.is_good:
-            self.limit = min(float(self.threads), self.limit + 1 / self.limit)
+    def _passed(self, most: tuple[int, int]) -> str:
+        reserved = [sum(amounts) for amounts in zip(most, *(ticket.most for ticket in self.flying), strict=True)]
+        totals = self.totals
+        return self.budget.passed(totals.requests + 1, totals.tokens_in + reserved[0], totals.tokens_out + reserved[1])
 
     def shut(self) -> None:
         """Lets nobody pass any more, and ends all pauses."""
@@ -157,11 +161,3 @@ class Gate:
         """A pause that ends when the gate is shut."""
         with self.changed:
             self.changed.wait_for(lambda: self.is_shut, seconds)
-
-
-class Ticket:
-    """One request under way: the most it may cost, what it did cost, and how it went."""
-
-    def __init__(self, tokens_in: int, tokens_out: int) -> None:
-        self.most, self.spent, self.start = (tokens_in, tokens_out), (0, 0), time.monotonic()
-        self.is_busy = self.is_good = False

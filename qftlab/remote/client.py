@@ -67,7 +67,7 @@ class Client:
     def __init__(self, server: ServerConfig, journal: str | Path | None = None, budget: Budget | None = None) -> None:
         self.server, self.gate, self.redact = server, Gate(server.threads, budget or Budget()), _redactor(server.key)
         self._openai, self._headers, self._is_closed = *_connect(server), False
-        self._said, self._flying = set(), set()
+        self._said = set()
         self._loop, self._start, self._sigterm = asyncio.new_event_loop(), time.monotonic(), None
         self.journal = Journal(journal) if journal else None
 
@@ -155,7 +155,7 @@ class Client:
 
     def _attempt(self, path: str, payload: bytes, most: tuple[int, int], read: Callable | None, key: str) -> object:
         """One request: sent, received, paid for, read and journaled."""
-        with self.gate.passing(*most) as ticket:
+        with self.gate.passing(most) as ticket:
             status, headers, received = self._exchange(path, payload, ticket)
             if status >= 300:
                 ticket.spent, ticket.is_busy = (0, 0), status in BUSY
@@ -177,8 +177,7 @@ class Client:
         """Status, headers and body of an answer, within `server.timeout` by the clock."""
         ticket.spent = ticket.most  # whoever hangs up may have worked all the same
         sending = asyncio.wait_for(self._send(path, payload), self.server.timeout)
-        future = asyncio.run_coroutine_threadsafe(sending, self._loop)
-        self._flying.add(future)
+        future = ticket.future = asyncio.run_coroutine_threadsafe(sending, self._loop)
         try:
             return future.result()
         except CancelledError:
@@ -186,9 +185,10 @@ class Client:
         except (asyncio.TimeoutError, TimeoutError):
             raise _Failure("timeout", f"no whole answer in {self.server.timeout:g} s", None) from None
         except Exception as error:  # whatever a server does to the libraries below is its failure
+            if type(error.__cause__).__name__ == "ConnectError":  # nothing was sent
+                ticket.spent = (0, 0)
             raise _Failure("connection", self.redact(_reason(error)), None) from None
         finally:
-            self._flying.discard(future)
             future.cancel()
 
     async def _send(self, path: str, payload: bytes) -> tuple[int, Mapping[str, str], bytes]:
@@ -216,7 +216,9 @@ class Client:
         if status < 500 and (status not in MENDABLE or "insufficient_quota" in text):
             hint = f" (the key is read from the environment variable {self.server.key})" if status in (401, 403) else ""
             raise Refused(f"{self.server.url} must take the request, got HTTP {status}: {text}{hint}", status)
-        raise _Failure(str(status), f"HTTP {status}: {text}", _retry_after(headers))
+        asked = _retry_after(headers)
+        pause = "" if asked is None else f" (it asks for a pause of {asked:.0f} s)"
+        raise _Failure(str(status), f"HTTP {status}: {text}{pause}", asked)
 
     def _parsed(self, received: bytes) -> dict:
         """The JSON object of an answer, without the key: not as it stands, and not with escapes in it."""
@@ -277,43 +279,43 @@ class Client:
                     bar.update()
                     yield index, result
         finally:
-            if waiting:
-                with suppress(Empty):
-                    while True:
-                        todo.get_nowait()
-                self._land()
+            with suppress(Empty):
+                while waiting:
+                    todo.get_nowait()
             for _ in workers:
                 todo.put(None)
-            for worker in workers:
-                worker.join(0.3 / len(workers))
-            self.gate.is_shut = self._is_closed or any(worker.is_alive() for worker in workers)
+            if waiting:
+                self._land()
+                end = time.monotonic() + 0.3
+                for worker in workers:
+                    worker.join(max(0.0, end - time.monotonic()))
+                self.gate.is_shut = self._is_closed or any(worker.is_alive() for worker in workers)
 
     def _work(self, function: Callable, todo: SimpleQueue, done: SimpleQueue) -> None:
         while (task := todo.get()) is not None:
             try:
                 done.put((task[0], function(task[1]), None))
             except BaseException as error:
+                done.put((task[0], None, error))  # before the others say that they were stopped
                 self.gate.shut()
-                done.put((task[0], None, error))
 
     def _land(self) -> None:
         """Sends nothing more; what is in flight goes on while answers come, and the rest is cancelled."""
         gate = self.gate
         gate.shut()
-        try:
-            with gate.changed:
+        with gate.changed:
+            try:
                 if gate.flying:
-                    log.warning("stopping: %d requests are under way (Ctrl-C again stops at once)", gate.flying)
-                while before := gate.flying:
-                    if not gate.changed.wait_for(lambda: gate.flying < before, SILENCE):  # noqa: B023
+                    log.warning("stopping: %d requests are under way (Ctrl-C again stops at once)", len(gate.flying))
+                while before := len(gate.flying):
+                    if not gate.changed.wait_for(lambda: len(gate.flying) < before, SILENCE):  # noqa: B023
                         break
-        finally:
-            for _ in range(20):
-                for future in tuple(self._flying):
-                    future.cancel()
-                with gate.changed:
-                    if gate.changed.wait_for(lambda: not gate.flying, 0.02):
-                        break
+            finally:
+                end = time.monotonic() + 0.4
+                while gate.flying and time.monotonic() < end:
+                    for ticket in gate.flying:
+                        ticket.future and ticket.future.cancel()
+                    gate.changed.wait(0.02)
 
     def _say(self, what: str, message: str, *values) -> None:
         """One warning of a kind, and the rest for those who want more."""

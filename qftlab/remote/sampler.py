@@ -17,6 +17,9 @@ from qftlab.remote.client import Client, Refused
 from qftlab.settings import PolicyConfig, ServerConfig
 
 log = logging.getLogger(__name__)
+# No filter; in vLLM's words also: ids in the answer, special tokens in the text.
+PLAIN = {"top_p": 1.0, "logprobs": 0}
+VLLM = {"return_token_ids": True, "skip_special_tokens": False, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 ROUNDING = 1e-4  # nats that a log-probability may be above 0
 
 
@@ -68,15 +71,12 @@ class ServerSampler:
         return [completion for i in range(len(prompts)) for completion in groups[i]]
 
     def _ask(self, client: Client, prompt: list[int], seed: int, temperature: float, count: int) -> list[Completion]:
-        body = {"model": self.name, "prompt": prompt, "n": count, "max_tokens": self.policy.max_new_tokens,
-                "temperature": temperature, "top_p": 1.0, "seed": seed, "logprobs": 0}  # fmt: skip
-        # vLLM's words: ids in the answer, special tokens in the text, our stop tokens, no filter.
-        extra = {"return_token_ids": True, "skip_special_tokens": False, "stop_token_ids": sorted(self.stop_ids),
-                 "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}  # fmt: skip
+        body = {"model": self.name, "prompt": prompt, "n": count, "max_tokens": self.policy.max_new_tokens, **PLAIN}
+        body |= {"temperature": temperature, "seed": seed}
         read = partial(self._read, prompt, count)
         if not self._is_plain:
             try:
-                return client.ask("completions", {**body, **extra}, read)
+                return client.ask("completions", {**body, **VLLM, "stop_token_ids": sorted(self.stop_ids)}, read)
             except Refused as error:
                 if error.status not in (400, 422):
                     raise
@@ -100,7 +100,7 @@ class ServerSampler:
         return [self._completion(prompt, c) for c in sorted(choices, key=lambda choice: choice.get("index", 0))]
 
     def _completion(self, prompt: list[int], choice: dict) -> Completion:
-        text, is_finished, ids = choice["text"], choice["finish_reason"] == "stop", choice.get("token_ids")
+        text, is_finished, ids = choice["text"], choice.get("finish_reason") == "stop", choice.get("token_ids")
         logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
         longest = self.policy.max_new_tokens
         if ids is None:

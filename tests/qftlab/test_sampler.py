@@ -16,12 +16,13 @@ from qftlab.decoding.engine import generate
 from qftlab.maths.sampling import SamplingParams
 from qftlab.model.lora import add_adapters
 from qftlab.remote import client
-from qftlab.remote.client import ServerError
+from qftlab.remote.client import Refused, ServerError
 from qftlab.remote.sampler import ServerSampler
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.settings import LoRAConfig, PolicyConfig, RLOOConfig, ServerConfig, TrainConfig
 from qftlab.train.rloo import fit_policy, rloo
 from qftlab.train.rollouts import encode_prompts
+from qftlab_course.flaky import Flaky
 
 CONSTANT = {"warmup_ratio": 0, "schedule": "constant", "weight_decay": 0.0}
 POLICY = PolicyConfig(num_generations=4, max_new_tokens=6, temperature=0.8)
@@ -186,6 +187,63 @@ def test_nobody_listening_and_nonsense_are_said_clearly(tokenizer) -> None:
         ServerConfig(url="localhost:8000")
     with pytest.raises(ValueError, match="server.adapters must go with adapters"):
         ServerSampler(ServerConfig(url="http://localhost:1", adapters="x"), model, tokenizer, POLICY)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"token_ids": "5 6"}, "token_ids must be a list of ids below"),
+    ({"token_ids": [5, True]}, "token_ids must be a list of ids below"),
+    ({"token_ids": [5, 1.0]}, "token_ids must be a list of ids below"),
+    ({"token_ids": [5, -1]}, "token_ids must be a list of ids below"),
+    ({"token_ids": [5, 10**9]}, "token_ids must be a list of ids below"),
+    ({"token_ids": [5] * 7}, "must have from 1 to 6 tokens, got 7"),
+    ({"token_ids": [], "logprobs": None, "text": "said"}, "must have from 1 to 6 tokens, got 0"),
+    ({"token_ids": None}, "token ids of every answer or of none"),
+    ({"logprobs": {"token_logprobs": [float("nan")] * 2}}, "must hold numbers, got NaN"),
+    ({"logprobs": {"token_logprobs": [-1.0, 0.5]}}, "token_logprobs must be 2 numbers of at most 0"),
+    ({"logprobs": {"token_logprobs": [-1.0, -1e999]}}, "must hold numbers, got -Infinity"),
+    ({"logprobs": {"token_logprobs": [-1.0]}}, "token_logprobs must be 2 numbers"),
+    ({"logprobs": {"token_logprobs": [-1.0, "-1"]}}, "token_logprobs must be 2 numbers"),
+    ({"logprobs": {"token_logprobs": [-1.0, None]}}, "token_logprobs must be 2 numbers"),
+    ({"logprobs": [-1.0, -1.0]}, "must have choices of text"),
+    ({"text": None}, "must have choices of text"),
+    ({"finish_reason": 3}, "must have choices of text"),
+    ({"index": "0"}, "must have choices of text"),
+])  # fmt: skip
+def test_an_answer_that_cannot_be_trained_on_is_asked_for_again(change: dict, message: str, tokenizer, caplog) -> None:
+    """The first answer is bad in one of its two completions, the second is good: 2 tokens, by hand."""
+    model, prompts = random_model(), ids_of(tokenizer)[:1]
+    good = {"text": "ab", "token_ids": [5, 6], "finish_reason": "length", "logprobs": {"token_logprobs": [-1.0, -0.0]}}
+    asked = []
+
+    def answer(path: str, body: dict) -> dict:
+        asked.append(body)
+        bad = good | (change if len(asked) % 2 else {})
+        return {"choices": [{"index": 1} | bad, {"index": 0} | good]}
+
+    with Flaky(answer) as server:
+        sampler = ServerSampler(ServerConfig(url=server.url, retries=1), model, tokenizer, POLICY)
+        found = sampler.sample(prompts, seed=0, temperature=1, num_generations=2)
+        assert [c.token_ids for c in found] == [[5, 6]] * 2 and [c.logprobs for c in found] == [[-1.0, 0.0]] * 2
+        assert len(asked) == 2 and message in caplog.text
+        sampler.server = ServerConfig(url=server.url, retries=0)
+        with pytest.raises(ServerError, match=re.escape(message)):
+            sampler.sample(prompts, seed=0, temperature=1, num_generations=2)
+
+
+@pytest.mark.parametrize("choices", [None, {}, "text", [], [3, 4], [{}] * 2])
+def test_answers_without_two_choices_are_refused(choices: object, tokenizer) -> None:
+    with Flaky(lambda path, body: {"choices": choices}) as server:
+        sampler = ServerSampler(ServerConfig(url=server.url, retries=0), random_model(), tokenizer, POLICY)
+        with pytest.raises(ServerError, match="must have choices of text|must give 2 answers"):
+            sampler.sample(ids_of(tokenizer)[:1], seed=0, temperature=1, num_generations=2)
+
+
+def test_a_key_that_is_refused_is_not_taken_for_a_plain_server(tokenizer) -> None:
+    with Flaky(lambda path, body: {}, key="right") as server:
+        sampler = ServerSampler(ServerConfig(url=server.url, retries=0), random_model(), tokenizer, POLICY)
+        with pytest.raises(Refused, match="got HTTP 401: .*environment variable OPENAI_API_KEY"):
+            sampler.sample(ids_of(tokenizer)[:1], seed=0, temperature=1, num_generations=2)
+        assert not sampler._is_plain and sum(server.requests.values()) == 0
 
 
 def test_rows_that_vllm_takes_no_adapters_with_are_refused_before_there_is_a_run(tokenizer, tmp_path) -> None:
