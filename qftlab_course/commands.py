@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qftlab.commands import Command, hide_loading_bars, load_for
 from qftlab.settings import AnswerConfig, Names, check_at_least
+from qftlab_course.agent_edit.commands import COMMANDS as AGENT_EDIT
 
 
 @dataclass(frozen=True)
@@ -147,4 +148,5 @@ COMMANDS = {
                       "stages --output runs/anew/stages", "qftlab_course.commands:StagesConfig", run_stages),
     "pretrain": Command("rebuild the bundled model `tiny` from nothing (about an hour of one core)",
                         "pretrain --output data/tiny", "qftlab_course.world.pretrain:PretrainConfig", run_pretrain),
+    **AGENT_EDIT,
 }  # fmt: skip

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qftlab.files import aside
+
 if TYPE_CHECKING:
     import pandas
     from matplotlib.axes import Axes
@@ -84,7 +86,8 @@ def write_report(
     page = (
         _html_page(title, intro, sections) if path.suffix == ".html" else _markdown_page(title, intro, sections, path)
     )
-    path.write_text(page, encoding="utf-8")
+    with aside(path) as place:
+        place.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
 
 

@@ -127,7 +127,8 @@ class Report:
         for name, of in found["reasons"].items():
             lines.append(f"{of['count']:,} × {name}: {of['meaning']}")
             lines += [f"  row {one['row']}: {one['detail']}" for one in of["examples"]]
-        lines += [f"kind {kind}: {of['valid']:,} of {of['total']:,} valid" for kind, of in found["kinds"].items()]
+        kinds = [f"kind {kind}: {of['valid']:,} of {of['total']:,} valid" for kind, of in found["kinds"].items()]
+        lines += [*kinds[:10], *([f"and {len(kinds) - 10:,} other kinds"] if len(kinds) > 10 else [])]
         return "\n".join(lines)
 
 
