@@ -236,7 +236,9 @@ def teach(
         yield row
 
 
-def write_set(rows: Iterable[dict], output: str | Path, planned: int, totals: object = "") -> list[Path]:
+def write_set(
+    rows: Iterable[dict], output: str | Path, planned: int, totals: object = "", balance: bool = False
+) -> list[Path]:
     """Writes a set as `data_constructor.py` names its files, in the plan's order.
 
     Rows that are valid by themselves are judged once more against each other: a later one that repeats an earlier one
@@ -248,6 +250,8 @@ def write_set(rows: Iterable[dict], output: str | Path, planned: int, totals: ob
             stands in `reports` where the list is in a folder `training_data`.
         planned: rows that were asked for.
         totals: of the client, for the report.
+        balance: leaves so many of the more frequent mode's valid rows out of `_alpaca`, the last ones, that all modes
+            are there equally often; in the raw list they have a field `surplus`.
 
     Returns:
         The four paths, the report's last.
@@ -257,8 +261,15 @@ def write_set(rows: Iterable[dict], output: str | Path, planned: int, totals: ob
     for row, verdict in zip(rows, found.verdicts, strict=True):
         if row["valid"] and not verdict.ok:
             row["valid"], row["issues"] = False, [verdict.reason]
+    modes = Counter(row["expected_type"] for row in rows if row["valid"])
+    left = dict.fromkeys(modes, min(modes.values(), default=0) if balance else len(rows))
+    for row in rows:
+        if row["valid"]:
+            left[row["expected_type"]] -= 1
+            row |= {"surplus": True} if left[row["expected_type"]] < 0 else {}
     folder = output.parent.parent / "reports" if output.parent.name == "training_data" else output.parent
-    alpaca = [{"instruction": row["instruction"], "input": "", "output": row["output"]} for row in rows if row["valid"]]
+    alpaca = [{"instruction": row["instruction"], "input": "", "output": row["output"]}
+              for row in rows if row["valid"] and not row.get("surplus")]  # fmt: skip
     texts = {
         output: rows,
         output.with_name(f"{output.stem}_alpaca.json"): alpaca,
@@ -285,4 +296,7 @@ def report(rows: Sequence[Mapping], planned: int, totals: object = "") -> str:
         "tries": (row["tries"] for row in rows),
     }.items():
         lines += ["", f"by {name}:", *(f"{n:>6}  {value}" for value, n in Counter(values).most_common(10))]
+    modes = Counter(row["expected_type"] for row in valid)
+    if modes and max(modes.values()) > 0.55 * len(valid):
+        lines += ["", "the modes are not balanced (45 to 55 % each): more tries, or balance, which leaves some out"]
     return "\n".join([*lines, "", str(totals)])

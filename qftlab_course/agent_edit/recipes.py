@@ -14,6 +14,7 @@ from qftlab.settings import AGENT, EDIT
 from qftlab_course.agent_edit.prompts import ASKED, MEND, PLANT, REASON, SYSTEM, TOOLS, assembled
 
 CODE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+RAISED = re.compile(r"(?!AssertionError)[\w.]*(?:Error|Exception|Exit|Interrupt|Iteration)\b")
 DECIDED = re.compile(rf"\s*<think>(.+?)</think>\s*({re.escape(AGENT)}|{re.escape(EDIT)})\s*", re.DOTALL)
 
 
@@ -41,8 +42,8 @@ def own_error(problem: Problem, program: str, level: str) -> str | None:
     result = run_tests(program, problem.tests, func_name=problem.func_name, level=level)
     if result.passed:
         return None
-    last = result.error.strip().splitlines()[-1:] or [""]
-    return "" if last[0].startswith("AssertionError") else last[0]
+    last = (result.error.strip().splitlines() or [""])[-1]
+    return last if RAISED.match(last) else ""
 
 
 def can_show(level: str) -> Callable[[Problem, str], bool]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qftlab.settings import AnswerConfig, Names, SamplingConfig, ServerConfig, check_at_least
 from qftlab_course.agent_edit.prompts import SYSTEM, TOOLS
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,10 @@ def _from_model(config: TasksConfig, talks: Sequence[list[dict]], progress: bool
     from qftlab.decoding.engine import generate
 
     model, tokenizer, options = load_for(config)
-    prompts = [[{**turns[0], "tools": TOOLS}, *turns[1:]] for turns in talks]
+    has_place = "tools" in str(tokenizer.chat_template)
+    if not has_place:
+        log.warning("the chat template has no place for tools: the system prompt alone says what they are")
+    prompts = [[{**turns[0], **({"tools": TOOLS} if has_place else {})}, *turns[1:]] for turns in talks]
     answers = generate(model, tokenizer, prompts, batch_size=config.batch_size, progress=progress, **options)
     opened = [tokenizer.decode(a.prompt_ids[-16:]).rstrip().endswith("<think>") for a in answers]
     return [f"{'<think>' if is_open else ''}{a.text}" for a, is_open in zip(answers, opened, strict=True)]

@@ -36,6 +36,7 @@ class TeachConfig:
             writes the call itself, from a mended program that passes the problem's tests.
         language: of the questions.
         tries: of a row, until it is valid.
+        balance: leaves the surplus of one mode out of `_alpaca.json`.
         retries: of a request that failed.
         timeout: seconds a request may take.
         temperature: of the teacher.
@@ -60,6 +61,7 @@ class TeachConfig:
     recipe: Literal["whole", "reasoned"] = "whole"
     language: Literal["en", "zh"] = "en"
     tries: int = 3
+    balance: bool = False
     retries: int = 8
     timeout: float = 120.0
     temperature: float = 0.7
@@ -92,14 +94,15 @@ class TeachConfig:
 
 
 def bug_problems(count: int, seed: int, *, held_out: bool = False) -> list:
-    """Programs of the bug set as problems, each with the report that its mode calls for."""
+    """Different programs of the bug set as problems, each with the report that its mode calls for; modes take turns."""
     from qftlab.remote.teacher import Problem
     from qftlab_course.world.bugfix import random_bug
 
     rng, found = random.Random(f"problems {seed}"), {}
     while len(found) < count:
         bug = random_bug(rng, held_out=held_out)
-        found.setdefault(f"{bug.program}\n{bug.report}", bug)
+        if bug.mode == ("AGENT", "EDIT")[len(found) % 2]:
+            found.setdefault(f"{bug.program}\n{bug.report}", bug)
     return [
         Problem(f"bug-{i}", bug.kind, bug.program, bug.test, bug.program, bug.fixed, bug.report, f"<|{bug.mode}|>")
         for i, bug in enumerate(found.values())
@@ -130,7 +133,7 @@ def make_set(config: TeachConfig, *, progress: bool = False) -> list[Path]:
             for row in teach(client, tasks, recipe, settings, tries=config.tries, progress=progress):
                 rows.append(row)
         finally:
-            paths = write_set(rows, config.output, config.samples, client.totals) if rows else []
+            paths = write_set(rows, config.output, config.samples, client.totals, config.balance) if rows else []
     return paths
 
 
