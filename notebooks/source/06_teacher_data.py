@@ -344,7 +344,7 @@ print("\n".join(done.stdout.splitlines()[:1]))
 
 # %%
 def my_reading(output):
-    """The mode token of an answer that is right; None for any other."""
+    """The mode token of an answer that is right; "" for any other."""
     ...
 
 
@@ -357,9 +357,9 @@ from qftlab_course.agent_edit.check import course_verdict
 reading = checks.or_library("06.3", my_reading)
 lenient = [course_verdict(text).passed for text in texts]
 strict = [reading(text) for text in texts]
-assert [judge(text).mode if judge(text).ok else None for text in texts] == strict
+assert [judge(text).mode if judge(text).ok else "" for text in texts] == strict
 print(f"of {len(texts)} answers the lenient checker passes {sum(lenient)}, "
-      f"the strict reading {sum(mode is not None for mode in strict)}")
+      f"the strict reading {sum(mode != '' for mode in strict)}")
 
 # %%
 why = Counter(judge(text).reason for text, ok in zip(texts, lenient, strict=True) if ok)

@@ -88,7 +88,7 @@ def _problem(row: object, where: str) -> Problem:
     kinds = {"turns": _livebench, "question_content": _livecodebench, "buggy_solution": _humanevalfix, "program": _own}
     make = next((make for name, make in kinds.items() if isinstance(row, Mapping) and row.get(name)), None)
     if make is None:
-        raise DataError(f"{where} must be a problem of LiveCodeBench (question_content), LiveBench (turns), HumanEvalFix "
+        raise DataError(f"{where} must be of LiveCodeBench (question_content), LiveBench (turns), HumanEvalFix "
                         f"(buggy_solution) or have a program, got {row!r:.80}")  # fmt: skip
     try:
         return make(row)
@@ -191,7 +191,8 @@ def read_chat(answer: Mapping) -> str:
     """
     try:
         message = answer["choices"][0]["message"]
-        thinking, text = message.get("reasoning_content") or message.get("reasoning") or "", message.get("content") or ""
+        thinking = message.get("reasoning_content") or message.get("reasoning") or ""
+        text = message.get("content") or ""
         calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls") or ()]
         text = text if not thinking or "<think>" in text else f"<think>{thinking.strip()}</think>\n{text.lstrip()}"
         return text + "".join(f'{{"name": {json.dumps(name)}, "arguments": {given}}}' for name, given in calls)

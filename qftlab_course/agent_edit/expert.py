@@ -49,7 +49,9 @@ def _patterns() -> list[tuple[re.Pattern, dict, tuple]]:
             text = "\n".join(lines).format(f="QfQ", a="QaQ", b="QbQ", v="QvQ")
             pattern = re.escape(text).replace(re.escape("\n"), r"(?:\ \ \#\ [^\n]*)?\n")
             for name in "fabv":
-                pattern = pattern.replace(f"Q{name}Q", rf"(?P<{name}>[a-z_]\w*)", 1).replace(f"Q{name}Q", f"(?P={name})")
+                pattern = pattern.replace(f"Q{name}Q", rf"(?P<{name}>[a-z_]\w*)", 1).replace(
+                    f"Q{name}Q", f"(?P={name})"
+                )
             made.append((re.compile(rf"(?m)^{pattern}(?:\ \ \#\ [^\n]*)?$"), template, bug))
     return made
 

@@ -44,7 +44,8 @@ TOOLS = [
 SYSTEM = f"""You help with faulty Python programs. You work in exactly one of two modes.
 
 {AGENT}: the user names no concrete error. You do not know the cause yet, so you run the program and look.
-{EDIT}: the user names a concrete error (an exception, its message, or the faulty line). The cause is known, so you fix it.
+{EDIT}: the user names a concrete error (an exception, its message, or the faulty line). The cause is known, so you \
+fix it.
 
 Decide by what the user says, not by what you can see in the program: a bug that you notice yourself is still unknown \
 to the user, and has to be shown by running the program.
@@ -68,10 +69,10 @@ Decide by what the user says, not by what you can see in the program. Write <thi
 fits and why, </think>, and then {AGENT} or {EDIT}. Nothing else: no code, no call."""
 
 PLANT = {
-    EDIT: "Write a Python program that tries to solve the problem, with one bug that makes it raise an exception on the "
-    "examples. Answer with the program in one code block, without comments on the bug.",
-    AGENT: "Write a Python program that tries to solve the problem, with one bug that makes it give a wrong result on "
-    "the examples, without an exception. Answer with the program in one code block, without comments on the bug.",
+    EDIT: "Write a Python program that tries to solve the problem, with one bug that makes it raise an exception on "
+    "the examples. Answer with the program in one code block, without comments on the bug.",
+    AGENT: "Write a Python program that tries to solve the problem, with one bug that makes it give a wrong result "
+    "on the examples, without an exception. Answer with the program in one code block, without comments on the bug.",
 }
 MEND = "The program has a bug. Answer with the whole program, mended, in one code block."
 

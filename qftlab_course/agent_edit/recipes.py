@@ -1,4 +1,4 @@
-"""What makes a row of a teacher's answers: `whole` (it writes everything), `assembled` (it reasons, we write the call)."""
+"""What makes a row of a teacher's answers: `whole`, it writes everything; `reasoned`, it reasons and we write the call."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qftlab.evaluate.sandbox import run_tests
 from qftlab.evaluate.outputs import FORMAT
+from qftlab.evaluate.sandbox import run_tests
 from qftlab.evaluate.validate import Case, validate
 from qftlab.remote.teacher import Asked, Problem, Recipe, Task
 from qftlab.settings import AGENT, EDIT
@@ -38,7 +38,7 @@ def code_in(text: str) -> str:
 
 
 def own_error(problem: Problem, program: str, level: str) -> str | None:
-    """The error that a program raises on the problem's tests ("TypeError: …"); "" for a wrong result, None if it is right."""
+    """The error that a program raises on its tests ("TypeError: …"); "" for a wrong result, None if it is right."""
     result = run_tests(program, problem.tests, func_name=problem.func_name, level=level)
     if result.passed:
         return None
@@ -47,7 +47,7 @@ def own_error(problem: Problem, program: str, level: str) -> str | None:
 
 
 def can_show(level: str) -> Callable[[Problem, str], bool]:
-    """Whether a problem can show a mode: its report says so, or its own program raises an error (EDIT), or nothing yet."""
+    """Whether a problem can show a mode: as its report says, or EDIT where its program raises an error; or it has none."""
     errors: dict[str, str | None] = {}
 
     def fits(problem: Problem, mode: str) -> bool:
@@ -94,7 +94,7 @@ def whole(language: str = "en", level: str = "auto") -> Recipe:
 
 
 def reasoned(language: str = "en", level: str = "auto") -> Recipe:
-    """The teacher only reasons; its thinking is kept if it comes to the mode asked for, and the program writes the call.
+    """The teacher only reasons; its thinking is kept if it comes to the mode wanted, and the program writes the call.
 
     Where the problem has no mended program the teacher writes one; either way it counts only if the tests pass.
     """

@@ -1,4 +1,4 @@
-"""`qftlab tasks`: the course's second task, questions answered in one of the two modes by a model that is only prompted."""
+"""`qftlab tasks`: the course's second task, questions answered in the two modes by a model that is only prompted."""
 
 from __future__ import annotations
 

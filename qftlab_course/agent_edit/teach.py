@@ -94,7 +94,7 @@ class TeachConfig:
 
 
 def bug_problems(count: int, seed: int, *, held_out: bool = False) -> list:
-    """Different programs of the bug set as problems, each with the report that its mode calls for; modes take turns."""
+    """Different programs of the bug set as problems, with the reports that their modes call for; modes take turns."""
     from qftlab.remote.teacher import Problem
     from qftlab_course.world.bugfix import random_bug
 

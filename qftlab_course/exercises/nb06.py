@@ -15,7 +15,7 @@ TRIES = "python def loop print editor return value".split()
 
 
 def pause(attempt: int, draw: float, retry_after: float | None = None, base: float = 1.0, cap: float = 60.0) -> float:
-    """Seconds before the next try: a share `draw` of a limit that doubles up to `cap`, and what the server asks at least."""
+    """Seconds before the next try: a share of a limit that doubles up to `cap`, and at least what the server asks."""
     return max(draw * min(cap, base * 2**attempt), retry_after or 0.0)
 
 
@@ -23,7 +23,7 @@ def _draw_pause(rng: random.Random, size: int) -> tuple:
     # Before and behind the cap; with a server that asks for less and for more than the draw.
     attempt = (0, 1, 3, 2, 9, 4, 12, 5)[size - 1]
     asked = (None, None, None, 30.0, None, 0.25, 90.0, 2.0)[size - 1]
-    return attempt, round(rng.uniform(0.3, 0.95), 2), asked, (1.0, 0.5)[size % 2], (60.0, 20.0)[size % 2]
+    return attempt, round(rng.uniform(0.3, 0.95), 2), asked, (1.0, 0.25)[size % 2], (60.0, 20.0)[size % 2]
 
 
 def _paused(grow=lambda base, n: base * 2**n, capped=min, jitter=lambda draw, limit: draw * limit, joined=max):
@@ -84,10 +84,10 @@ def _replayed_where_it_parses(text):
     return answers, kept
 
 
-def right_mode(output: str) -> str | None:
-    """The mode token of an answer that is right by the strict reading; None for any other."""
+def right_mode(output: str) -> str:
+    """The mode token of an answer that is right by the strict reading; "" for any other."""
     verdict = judge(output)
-    return verdict.mode if verdict.ok else None
+    return verdict.mode if verdict.ok else ""
 
 
 def _draw_output(rng: random.Random, size: int) -> tuple:
@@ -103,8 +103,8 @@ def _draw_output(rng: random.Random, size: int) -> tuple:
         f"{think}{AGENT}\nI run it.{json.dumps(run)}",
         f"{AGENT}\nI run it.{json.dumps(run)}",  # no thinking
         f"{think}I fix it.{json.dumps(edit)}",  # no token
-        f"{think}{AGENT}\nI run it, because {EDIT} would guess.{json.dumps(run)}",  # both
         f"{think}I fix it.{json.dumps(edit)}\n{EDIT}",  # the token comes too late
+        f"{think}{AGENT}\nI run it, because {EDIT} would guess.{json.dumps(run)}",  # both
         f"{think}{EDIT}\nI fix it.{json.dumps(edit)[:-1]}",  # never closed
         f"{think}{AGENT}\nI fix it.{json.dumps(edit)}",  # another mode's tool
         f"{think}{EDIT}\nI fix it.{json.dumps(short)}",  # other arguments
@@ -119,30 +119,49 @@ def _draw_output(rng: random.Random, size: int) -> tuple:
     return (answers[size - 1],)
 
 
-def _lenient(output, first=(EDIT, AGENT)):
+def _lenient(output):
     """The course's own checker: some thinking, some token, the right name somewhere."""
     thought = re.findall(r"<think>(.*?)</think>", output, re.DOTALL)
     rest = re.sub(r"<think>.*?</think>", "", output, flags=re.DOTALL)
-    token = next((token for token in first if token in rest), None)
+    token = next((token for token in (EDIT, AGENT) if token in rest), None)
     named = re.search(r'\{\s*"name":\s*"(\w+)"', rest)
     is_right = any(t.strip() for t in thought) and token and named and named[1] == FORMAT[token][0]
-    return token if is_right else None
+    return token if is_right else ""
 
 
 def _read(skip: str):
     """The strict reading without one of its rules."""
 
     def mode(output):
-        verdict = judge(output)
-        return verdict.mode if verdict.ok or verdict.reason == skip else None
+        thought, closed, rest = output.removeprefix("<think>").partition("</think>")
+        token = next((token for token in (AGENT, EDIT) if rest.lstrip().startswith(token)), None)
+        if not closed or token is None:
+            return ""
+        try:
+            call, end = json.JSONDecoder().raw_decode(rest, rest.find("{"))
+        except ValueError:
+            return ""
+        names = [found for found in (AGENT, EDIT) for _ in range(output.count(found))]
+        tool, wanted = FORMAT[token]
+        rules = {
+            "empty-think": thought.strip(),
+            "token-in-think": AGENT not in thought and EDIT not in thought,
+            "two-tokens": len(names) == 1 or AGENT in thought or EDIT in thought,
+            "wrong-tool": call["name"] == tool,
+            "wrong-arguments": call.get("arguments", {}).keys() == set(wanted),
+            "text-after-call": not rest[end:].strip(),
+        }
+        if skip == "wrong-tool":  # then its arguments are another tool's as well
+            rules["wrong-arguments"] = call["arguments"].keys() == set(dict(FORMAT.values())[call["name"]])
+        return token if all(is_kept for name, is_kept in rules.items() if name != skip) else ""
 
     return mode
 
 
 def _unparsed(output):
     if not (found := re.fullmatch(r"<think>.*?\S.*?</think>\s*(<\|\w+\|>)[^{]*(\{.*)", output, re.DOTALL)):
-        return None
-    return found[1] if output.count("<|") == 1 and f'"{FORMAT[found[1]][0]}"' in found[2] else None
+        return ""
+    return found[1] if output.count("<|") == 1 and f'"{FORMAT[found[1]][0]}"' in found[2] else ""
 
 
 def balanced(modes: list[str]) -> list[int]:
@@ -184,7 +203,10 @@ EXERCISES = (
         suspects=(
             Suspect("the limit grows without end: past `cap` it stays there", like=_paused(capped=lambda cap, x: x)),
             Suspect("the limit has to double with every attempt", like=_paused(grow=lambda base, n: base * (n + 1))),
-            Suspect("the first attempt is number 0, so its limit is `base`", like=_paused(grow=lambda b, n: b * 2**(n + 1))),
+            Suspect(
+                "the first attempt is number 0, so its limit is `base`",
+                like=_paused(grow=lambda b, n: b * 2 ** (n + 1)),
+            ),
             Suspect("`base` is not used", like=_paused(grow=lambda base, n: 2.0**n)),
             Suspect("without the draw all threads come back in the same instant", like=_paused(jitter=lambda d, x: x)),
             Suspect(
@@ -192,7 +214,10 @@ EXERCISES = (
                 like=_paused(jitter=lambda d, x: x / 2 + d * x / 2),
             ),
             Suspect("`retry_after` is not used: the server knows best", like=_paused(joined=lambda a, b: a)),
-            Suspect("a pause that is longer than `retry_after` stays: take the longer one", like=_paused(joined=lambda a, b: b or a)),
+            Suspect(
+                "a pause that is longer than `retry_after` stays: take the longer one",
+                like=_paused(joined=lambda a, b: b or a),
+            ),
             Suspect("the two pauses are not added: take the longer one", like=_paused(joined=lambda a, b: a + b)),
             Suspect(
                 "the draw is of the limit with its cap, not cut off afterwards",
@@ -217,8 +242,12 @@ EXERCISES = (
                 "the count must leave out the piece of a line at the end, or the next line is glued to it",
                 like=_replayed(tolerant=True),
             ),
-            Suspect("of two answers with one key the first counts: it was given out already", like=_replayed(last=True)),
-            Suspect("the last whole line is lost: a file that ends well has no piece of a line", like=_replayed(dropped=1)),
+            Suspect(
+                "of two answers with one key the first counts: it was given out already", like=_replayed(last=True)
+            ),
+            Suspect(
+                "the last whole line is lost: a file that ends well has no piece of a line", like=_replayed(dropped=1)
+            ),
             Suspect(
                 "the piece of a line at the end was read as JSON: leave it out first",
                 when=lambda args, got, wanted: isinstance(got, json.JSONDecodeError),
@@ -237,13 +266,14 @@ EXERCISES = (
         sizes=16,
         repeats=3,
         suspects=(
-            Suspect("that is the lenient checker: it looks for names, and takes whatever stands around them", like=_lenient),
             Suspect(
-                "AGENT is looked for first now; an answer with both tokens is still no answer",
-                like=lambda output: _lenient(output, (AGENT, EDIT)),
+                "that is the lenient checker: it looks for names, and takes whatever stands around them", like=_lenient
             ),
             Suspect("the call was never read: json.loads finds what a pattern does not", like=_unparsed),
-            Suspect("the arguments are not looked at: exactly those of the tool, under `arguments`", like=_read("wrong-arguments")),
+            Suspect(
+                "the arguments are not looked at: exactly those of the tool, under `arguments`",
+                like=_read("wrong-arguments"),
+            ),
             Suspect("the tool is not compared with the mode's", like=_read("wrong-tool")),
             Suspect("a token may stand there once in the whole answer", like=_read("two-tokens")),
             Suspect("the thinking must have a text", like=_read("empty-think")),

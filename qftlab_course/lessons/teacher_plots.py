@@ -1,4 +1,4 @@
-"""The pictures of notebook 06: when threads come back, answers against threads, faults by kind, and what was learned."""
+"""The pictures of notebook 06: when threads come back, answers against threads, faults, and what was learned."""
 
 from __future__ import annotations
 

@@ -677,7 +677,7 @@ CALLS = {"<|AGENT|>": ("python", {"code"}), "<|EDIT|>": ("editor", {"original_co
 
 
 def stub_reading(output):
-    """The mode token of an answer that is right; None for any other."""
+    """The mode token of an answer that is right; "" for any other."""
     ...
 
 
@@ -685,33 +685,36 @@ def reading_by_partition(output):
     before, _, rest = output.partition("<think>")
     thought, closed, rest = rest.partition("</think>")
     if before.strip() or not closed or not thought.strip():
-        return None
+        return ""
     if sum(output.count(token) for token in CALLS) != 1:
-        return None
-    token = next((token for token in CALLS if rest.lstrip().startswith(token)), None)
-    if token is None or "{" not in rest:
-        return None
+        return ""
+    token = next((token for token in CALLS if rest.lstrip().startswith(token)), "")
+    if not token or "{" not in rest:
+        return ""
     try:
         call = json.loads(rest[rest.index("{") :])
     except ValueError:
-        return None
+        return ""
     tool, names = CALLS[token]
     is_right = call.get("name") == tool and set(call) == {"name", "arguments"} and set(call["arguments"]) == names
-    return token if is_right else None
+    return token if is_right else ""
 
 
 def reading_by_pattern(output):
     form = r"\s*<think>(?P<why>.+?)</think>\s*(?P<token><\|AGENT\|>|<\|EDIT\|>)[^{]*(?P<call>\{.*\})\s*"
     found = re.fullmatch(form, output, re.DOTALL)
     if found is None or not found["why"].strip() or len(re.findall(r"<\|(?:AGENT|EDIT)\|>", output)) > 1:
-        return None
+        return ""
     tool, names = CALLS[found["token"]]
     try:
         call = json.loads(found["call"])
-        return found["token"] if call == {"name": tool, "arguments": dict(call["arguments"])} and (
-            call["arguments"].keys() == names) else None
+        return (
+            found["token"]
+            if call == {"name": tool, "arguments": dict(call["arguments"])} and (call["arguments"].keys() == names)
+            else ""
+        )
     except (ValueError, KeyError):
-        return None
+        return ""
 
 
 # 06.4 ---------------------------------------------------------------------------------------------------------------
@@ -739,9 +742,7 @@ def balanced_by_sorting(modes):
 
 ANSWERS |= {
     "06.1": Answers(stub_pause, (pause_by_max, pause_by_loop)),
-    "06.2": Answers(
-        stub_replay, (replay_by_lines, replay_by_partition), ((replay_everything, "leave it out first"),)
-    ),
+    "06.2": Answers(stub_replay, (replay_by_lines, replay_by_partition), ((replay_everything, "leave it out first"),)),
     "06.3": Answers(stub_reading, (reading_by_partition, reading_by_pattern)),
     "06.4": Answers(stub_balanced, (balanced_by_counting, balanced_by_sorting)),
 }

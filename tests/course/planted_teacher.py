@@ -18,10 +18,10 @@ from qftlab_course.agent_edit.prompts import PLANT
 
 # Reasons that a row of each mode can get, and a share of rows without any.
 PLANTED = {
-    EDIT: ["two-tokens", "wrong-arguments", "bad-json", "token-place", "wrong-tool", "no-token", "no-think", "wrong-mode",
-           "trivial-fix", "fix-fails-tests", "bug-not-as-asked", "fix-of-other-code", "code-does-not-parse"],
-    AGENT: ["two-tokens", "wrong-arguments", "bad-json", "token-place", "wrong-tool", "no-token", "no-think", "wrong-mode",
-            "bug-not-as-asked", "code-does-not-parse"],
+    EDIT: ["two-tokens", "wrong-arguments", "bad-json", "token-place", "wrong-tool", "no-token", "no-think",
+           "wrong-mode", "trivial-fix", "fix-fails-tests", "bug-not-as-asked", "fix-of-other-code", "code-does-not-parse"],
+    AGENT: ["two-tokens", "wrong-arguments", "bad-json", "token-place", "wrong-tool", "no-token", "no-think",
+            "wrong-mode", "bug-not-as-asked", "code-does-not-parse"],
 }  # fmt: skip
 GOOD = 3  # of four rows
 
@@ -36,7 +36,9 @@ def program(problem: Problem, bug: str = "") -> str:
     """A program that passes the problem's examples, or one with a "crash" or a "wrong" answer in it."""
     table = "tabel" if bug == "crash" else "table"
     if problem.func_name:
-        asked = {repr([json.loads(line) for line in t["input"].splitlines()]): json.loads(t["output"]) for t in problem.tests}
+        asked = {
+            repr([json.loads(line) for line in t["input"].splitlines()]): json.loads(t["output"]) for t in problem.tests
+        }
         answer = f"{table}[repr(list(given))]"
         answer = f"['wrong', {answer}]" if bug == "wrong" else answer
         return (f"# problem {problem.id}\ntable = {asked!r}\n\n\nclass Solution:\n"
@@ -68,7 +70,9 @@ class PlantedTeacher:
         text = asked.strip().partition("\n\nBegin with this code:")[0]
         problem = next(p for t, p in self.texts.items() if t.strip() == text.strip())
         is_right = verdict_of(problem.id, mode) == "bug-not-as-asked"
-        return f"Here it is.\n```python\n{program(problem, '' if is_right else 'crash' if mode == EDIT else 'wrong')}\n```"
+        return (
+            f"Here it is.\n```python\n{program(problem, '' if is_right else 'crash' if mode == EDIT else 'wrong')}\n```"
+        )
 
     def said(self, asked: str) -> str:
         """An answer in the form of the two modes, with what is planted."""

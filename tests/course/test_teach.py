@@ -73,7 +73,9 @@ def test_a_plan_is_balanced_takes_each_once_and_can_be_drawn_again() -> None:
     problems = [Problem(str(i), "", "") for i in range(10)]
     tasks = plan(problems, 25, (AGENT, EDIT), seed=3)
     assert Counter(task.mode for task in tasks) == {AGENT: 13, EDIT: 12}
-    assert Counter(Counter(task.problem.id for task in tasks).values()) == {3: 5, 2: 5}, "none a third time before all twice"
+    assert Counter(Counter(task.problem.id for task in tasks).values()) == {3: 5, 2: 5}, (
+        "none a third time before all twice"
+    )
     assert tasks == plan(problems, 25, (AGENT, EDIT), seed=3) != plan(problems, 25, (AGENT, EDIT), seed=4)
     assert tasks[0].rng().random() == tasks[0].rng().random() != tasks[1].rng().random()
 
@@ -82,7 +84,9 @@ def test_a_plan_gives_each_mode_problems_that_can_show_it() -> None:
     problems = [Problem(str(i), "", "", mode=AGENT if i % 5 else "") for i in range(10)]
     tasks = plan(problems, 8, (AGENT, EDIT))
     assert {task.problem.id for task in tasks if task.mode == EDIT} == {"0", "5"}
-    assert not {"0", "5"} & {task.problem.id for task in tasks if task.mode == AGENT}, "those first that fit nothing else"
+    assert not {"0", "5"} & {task.problem.id for task in tasks if task.mode == AGENT}, (
+        "those first that fit nothing else"
+    )
     with pytest.raises(ValueError, match=r"must have one that can show <\|EDIT\|>, got none"):
         plan(problems[1:3], 4, (AGENT, EDIT))
 
@@ -101,7 +105,9 @@ def test_what_a_server_took_out_of_an_answer_is_put_back(message: dict, text: st
     assert read_chat({"choices": [{"message": message}]}) == text
 
 
-@pytest.mark.parametrize("answer", [{}, {"choices": []}, {"choices": [{"message": None}]}, {"choices": [{"message": {"content": 3}}]}])
+@pytest.mark.parametrize(
+    "answer", [{}, {"choices": []}, {"choices": [{"message": None}]}, {"choices": [{"message": {"content": 3}}]}]
+)
 def test_an_answer_without_text_is_refused(answer: dict) -> None:
     with pytest.raises(ValueError, match="message of text"):
         read_chat(answer)
@@ -164,7 +170,9 @@ def test_a_server_that_is_down_ends_the_command_in_one_sentence(tmp_path: Path, 
     told = capsys.readouterr().err
     assert code == 2 and "must answer" in told and "Traceback" not in told
     with pytest.raises(ServerError):
-        make_set(TeachConfig(problems=4, samples=4, url="http://127.0.0.1:9/v1", retries=0, output=str(tmp_path / "y.json")))
+        make_set(
+            TeachConfig(problems=4, samples=4, url="http://127.0.0.1:9/v1", retries=0, output=str(tmp_path / "y.json"))
+        )
 
 
 @pytest.mark.parametrize(
@@ -251,7 +259,9 @@ def killed_run(folder: Path, data: Path, teacher: PlantedTeacher, samples: int, 
     return server, output, again, kept
 
 
-def check_killed(folder: Path, problems: list[Problem], data: Path, samples: int, kills: int, threads: int, faults: dict):
+def check_killed(
+    folder: Path, problems: list[Problem], data: Path, samples: int, kills: int, threads: int, faults: dict
+):
     server, output, again, kept = killed_run(folder, data, PlantedTeacher(problems), samples, kills, threads, faults)
     rows = read(output)
     assert [row["item_id"] for row in rows] == list(range(samples)), "each exactly once"
@@ -306,7 +316,9 @@ def test_a_model_that_learned_the_set_picks_the_mode_and_still_does_so_merged_an
     from qftlab import bundled, cli, generate, load_model, load_rows, load_tokenizer
 
     with Flaky(Expert().answer, {"500": 0.05}) as server:
-        config = TeachConfig(problems=600, samples=600, url=server.url, recipe="reasoned", output=str(tmp_path / "set.json"))
+        config = TeachConfig(
+            problems=600, samples=600, url=server.url, recipe="reasoned", output=str(tmp_path / "set.json")
+        )
         rows = make_set(config)[1]
     assert len(read(rows)) >= 400
     train = ["--train.lr", "3e-3", "--train.epochs", "3", "--train.batch_size", "8", "--train.log_every", "1000"]
