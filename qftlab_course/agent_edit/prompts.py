@@ -65,8 +65,8 @@ REASON = f"""You decide how a faulty Python program is to be treated.
 {AGENT}: the user names no concrete error, so the program has to be run first.
 {EDIT}: the user names a concrete error (an exception, its message, or the faulty line), so it can be fixed at once.
 
-Decide by what the user says, not by what you can see in the program. Write <think>, one or two sentences on which mode \
-fits and why, </think>, and then {AGENT} or {EDIT}. Nothing else: no code, no call."""
+Decide by what the user says, not by what you can see in the program. Write <think>, one or two sentences on which \
+mode fits and why, </think>, and then {AGENT} or {EDIT}. Nothing else: no code, no call."""
 
 PLANT = {
     EDIT: "Write a Python program that tries to solve the problem, with one bug that makes it raise an exception on "

@@ -1,4 +1,4 @@
-"""What makes a row of a teacher's answers: `whole`, it writes everything; `reasoned`, it reasons and we write the call."""
+"""What makes a row of a teacher's answers: `whole`, it writes all; `reasoned`, it reasons and we write the call."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def own_error(problem: Problem, program: str, level: str) -> str | None:
 
 
 def can_show(level: str) -> Callable[[Problem, str], bool]:
-    """Whether a problem can show a mode: as its report says, or EDIT where its program raises an error; or it has none."""
+    """Whether a problem can show a mode: as its report says, or EDIT where its program raises an error."""
     errors: dict[str, str | None] = {}
 
     def fits(problem: Problem, mode: str) -> bool:

@@ -75,8 +75,8 @@ class TeachConfig:
         check_at_least(1, samples=self.samples, tries=self.tries, max_tokens=self.max_tokens)
         check_at_least(0, problems=self.problems, temperature=self.temperature)
         if bool(self.data) == bool(self.problems):
-            raise ValueError("data or problems must be given, one of them: --data problems.jsonl, or --problems 128 for "
-                             "the bundled bug set")  # fmt: skip
+            raise ValueError("data or problems must be given, one of them: --data problems.jsonl, or --problems 128 "
+                             "for the bundled bug set")  # fmt: skip
         if not self.output.endswith(".json"):
             raise ValueError(f"output must end in .json, got {self.output!r}")
 

@@ -19,7 +19,8 @@ from qftlab_course.agent_edit.prompts import PLANT
 # Reasons that a row of each mode can get, and a share of rows without any.
 PLANTED = {
     EDIT: ["two-tokens", "wrong-arguments", "bad-json", "token-place", "wrong-tool", "no-token", "no-think",
-           "wrong-mode", "trivial-fix", "fix-fails-tests", "bug-not-as-asked", "fix-of-other-code", "code-does-not-parse"],
+           "wrong-mode", "trivial-fix", "fix-fails-tests", "bug-not-as-asked", "fix-of-other-code",
+           "code-does-not-parse"],
     AGENT: ["two-tokens", "wrong-arguments", "bad-json", "token-place", "wrong-tool", "no-token", "no-think",
             "wrong-mode", "bug-not-as-asked", "code-does-not-parse"],
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Rows by a teacher: problems and plan, both recipes against a server that fails, and a run that is killed five times."""
+"""Rows by a teacher: problems, plan, both recipes against a server that fails, a run that is killed five times."""
 
 from __future__ import annotations
 
@@ -43,10 +43,11 @@ def test_problems_of_four_layouts(tmp_path: Path) -> None:
         {"question_id": "a", "question_title": "A", "question_content": "Add.", "starter_code": "class Solution:",
          "public_test_cases": '[{"input": "1\\n2", "output": "3", "testtype": "functional"}]',
          "metadata": '{"func_name": "add"}'},
-        {"question_id": "b", "question_title": "B", "turns": ["### Instructions\nx\n### Question:\nDouble it.\n\n### Format\n"
-         "```python\nclass Solution:\n    pass\n```\n"], "public_test_cases": "[]"},
+        {"question_id": "b", "question_title": "B", "turns": ["### Instructions\nx\n### Question:\nDouble it.\n\n"
+         "### Format\n```python\nclass Solution:\n    pass\n```\n"], "public_test_cases": "[]"},
         {"task_id": "c", "entry_point": "f", "docstring": "Half of x.", "declaration": "def f(x):\n",
-         "buggy_solution": "    return x / 3\n", "canonical_solution": "    return x / 2\n", "test": "assert f(4) == 2"},
+         "buggy_solution": "    return x / 3\n", "canonical_solution": "    return x / 2\n",
+         "test": "assert f(4) == 2"},
         {"id": "d", "program": "def g():\n    return 0", "fixed": "def g():\n    return 1", "tests": "assert g() == 1"},
     ]  # fmt: skip
     path = tmp_path / "problems.jsonl"
@@ -57,7 +58,7 @@ def test_problems_of_four_layouts(tmp_path: Path) -> None:
     assert (c.program, c.fixed) == ("def f(x):\n    return x / 3\n", "def f(x):\n    return x / 2\n")
     assert (d.program, d.tests) == ("def g():\n    return 0", "assert g() == 1")
     path.write_text('{"question": 1}\n', encoding="utf-8")
-    with pytest.raises(DataError, match=r"problems.jsonl, line 1 must be a problem of LiveCodeBench"):
+    with pytest.raises(DataError, match=r"problems.jsonl, line 1 must be of LiveCodeBench"):
         read_problems([path])
 
 
@@ -165,8 +166,8 @@ def test_a_server_that_is_down_ends_the_command_in_one_sentence(tmp_path: Path, 
     from qftlab import cli
 
     monkeypatch.setattr("qftlab.remote.client.PAUSE", 0.01)
-    code = cli.main(["teach-data", "--problems", "4", "--samples", "4", "--url", "http://127.0.0.1:9/v1", "--retries", "1",
-                     "--output", str(tmp_path / "x.json")])  # fmt: skip
+    code = cli.main(["teach-data", "--problems", "4", "--samples", "4", "--retries", "1",
+                     "--url", "http://127.0.0.1:9/v1", "--output", str(tmp_path / "x.json")])  # fmt: skip
     told = capsys.readouterr().err
     assert code == 2 and "must answer" in told and "Traceback" not in told
     with pytest.raises(ServerError):
@@ -231,8 +232,8 @@ def killed_run(folder: Path, data: Path, teacher: PlantedTeacher, samples: int, 
     """The server after a run of `teach-data` that was killed -9 so many times, spread over the run."""
     output = folder / "training_data" / "set.json"
     journal = output.with_suffix(".journal.jsonl")
-    command = [sys.executable, "-m", "qftlab", "teach-data", "--data", str(data), "--samples", str(samples), "--tries", "1",
-               "--threads", str(threads), "--output", str(output), "--retries", "40", "--timeout", "5"]  # fmt: skip
+    command = [sys.executable, "-m", "qftlab", "teach-data", "--data", str(data), "--samples", str(samples),
+               "--tries", "1", "--threads", str(threads), "--output", str(output), "--retries", "40", "--timeout", "5"]  # fmt: skip
     env = {**os.environ, "QFTLAB_LAYOUT": "plain"}
     kept: set[str] = set()
     again: Counter = Counter()
@@ -277,8 +278,8 @@ def check_killed(
 @needs_cpython
 @pytest.mark.long
 def test_a_run_killed_twice_asks_for_nothing_that_it_has(tmp_path: Path) -> None:
-    problems = [Problem(f"p{i}", f"P{i}", f"Problem {i}: print the double.",
-                        ({"input": f"{i}\n", "output": f"{2 * i}\n", "testtype": "stdin"},)) for i in range(24)]  # fmt: skip
+    cases = [({"input": f"{i}\n", "output": f"{2 * i}\n", "testtype": "stdin"},) for i in range(24)]
+    problems = [Problem(f"p{i}", f"P{i}", f"Problem {i}: print the double.", case) for i, case in enumerate(cases)]
     data = tmp_path / "problems.jsonl"
     data.write_text("".join(json.dumps(as_livecodebench(p)) + "\n" for p in problems), encoding="utf-8")
     check_killed(tmp_path, problems, data, 24, 2, 6, {"500": 0.1, "reset": 0.05})
