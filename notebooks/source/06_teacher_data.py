@@ -60,7 +60,7 @@ SEED = 0
 PROBLEMS = 240
 PRICES = (2.0, 8.0)
 MONEY = 0.60
-STEPS = 64
+STEPS = 80
 
 # %% [markdown]
 # ## 1 · Ask once
@@ -96,13 +96,17 @@ def request(question, seed=0):
             "temperature": 0.7, "max_tokens": 2048, "seed": seed}
 
 
+# %% [markdown]
+# **One answer.** `Flaky` is the door: a small server on this machine, which will fail as you tell it to. The `openai` package talks to it as to any other.
+
 # %%
 teacher = expert.Expert(seed=SEED)
 with Flaky(teacher.answer) as server:
     client = openai.OpenAI(base_url=server.url, api_key="not-needed")
     answer = client.chat.completions.create(**request(question))
 print(answer.choices[0].message.content)
-print(answer.usage.prompt_tokens, "tokens read,", answer.usage.completion_tokens, "written")
+usage = answer.usage
+print(usage.prompt_tokens, "tokens read,", usage.completion_tokens, "written")
 
 # %% [markdown]
 # **What it costs.** $\text{dollars} = (n_{in}\, p_{in} + n_{out}\, p_{out}) / 10^6$. Most of it is the system prompt, which is read again for every question. (Servers
@@ -115,7 +119,7 @@ def dollars(usage):
     return (read * PRICES[0] + written * PRICES[1]) / 1e6
 
 
-print(f"{1000 * dollars(answer.usage):.2f} dollars for a thousand such answers")
+print(f"{1000 * dollars(usage):.2f} dollars for a thousand such answers")
 
 # %% [markdown]
 # **Never write the key down.** A real server wants one. It comes from the environment (`OPENAI_API_KEY`), never from a cell: a notebook is a file that one sends around. One
@@ -157,9 +161,9 @@ pause = checks.or_library("06.1", my_pause)
 rng = random.Random(SEED)
 back = {"all of the limit": [pause(2, 1.0) for _ in range(1000)],
         "a random share": [pause(2, rng.random()) for _ in range(1000)]}
-views.show_figure(teacher_plots.returns(back), alt="Two histograms of a thousand threads: "
-                  "without jitter all come back after four seconds, with it they are "
-                  "spread evenly over the four seconds")
+words = ("Two histograms of a thousand threads: without jitter all come back after "
+         "four seconds, with it they are spread evenly over the four seconds")
+views.show_figure(teacher_plots.returns(back), alt=words)
 busiest = max(Counter(int(10 * t) for t in back["a random share"]).values())
 assert busiest < 60  # of a thousand, in a tenth of a second
 
@@ -215,9 +219,9 @@ def rate(threads, url, each=5):
 
 with Flaky(teacher.answer, latency=0.1) as server:
     rates = {threads: rate(threads, server.url) for threads in (1, 2, 4, 8, 16, 32)}
-views.show_figure(teacher_plots.throughput(rates, 0.1), alt="Answers per second against "
-                  "threads, both doubling: measured points follow the line of Little's "
-                  "law at first and fall below it at many threads")
+words = ("Answers per second against threads, both doubling: measured points follow "
+         "the line of Little's law at first and fall below it at many threads")
+views.show_figure(teacher_plots.throughput(rates, 0.1), alt=words)
 assert rates[4] > 1.5 * rates[1]
 
 # %% [markdown]
@@ -273,6 +277,9 @@ def my_replay(text):
 
 checks.check("06.2", my_replay)
 
+# %% [markdown]
+# A file whose second line was cut off:
+
 # %%
 replay = checks.or_library("06.2", my_replay)
 torn = '{"key": "a", "answer": "one"}\n{"key": "b", "answer": "tw'
@@ -290,8 +297,8 @@ journal = output.with_suffix(".journal.jsonl")
 
 def command(url):
     """`python -m qftlab teach-data …`, as one would type it."""
-    options = {"problems": 48, "samples": 48, "threads": 8, "url": url, "model": "expert",
-               "output": str(output), "sandbox": "auto", "seed": SEED}
+    options = {"problems": 48, "samples": 48, "threads": 8, "url": url,
+               "model": "expert", "output": str(output), "seed": SEED}
     flags = [f"--{name}={value}" for name, value in options.items()]
     return [sys.executable, "-m", "qftlab", "teach-data", *flags]
 
@@ -302,7 +309,8 @@ def whole_lines():
 
 
 with Flaky(teacher.answer, {"500": 0.1}, seed=SEED, latency=0.2) as server:
-    run = subprocess.Popen(command(server.url), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = subprocess.Popen(command(server.url), stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)
     while whole_lines() < 20 and run.poll() is None:
         time.sleep(0.01)
     run.kill()
@@ -350,6 +358,9 @@ def my_reading(output):
 
 checks.check("06.3", my_reading)
 
+# %% [markdown]
+# Both judges, on the 240 answers:
+
 # %%
 from qftlab.evaluate.outputs import judge
 from qftlab_course.agent_edit.check import course_verdict
@@ -361,12 +372,15 @@ assert [judge(text).mode if judge(text).ok else "" for text in texts] == strict
 print(f"of {len(texts)} answers the lenient checker passes {sum(lenient)}, "
       f"the strict reading {sum(mode != '' for mode in strict)}")
 
+# %% [markdown]
+# The library's `judge` gives a *reason* with each refusal. These are the reasons for answers that the lenient checker has passed:
+
 # %%
 why = Counter(judge(text).reason for text, ok in zip(texts, lenient, strict=True) if ok)
 why.pop("", None)
-views.show_figure(teacher_plots.reasons(why), alt="Bars: why the strict reading refuses "
-                  "answers that the lenient checker passes; two tokens and wrong "
-                  "arguments are the longest")
+words = ("Bars: why the strict reading refuses answers that the lenient checker "
+         "passes; two tokens and wrong arguments are the longest")
+views.show_figure(teacher_plots.reasons(why), alt=words)
 
 # %% [markdown]
 # **Read it.** All of these passed the lenient checker. A model that is trained on them learns to name both modes, and to call tools with arguments that they do not take.
@@ -374,9 +388,9 @@ views.show_figure(teacher_plots.reasons(why), alt="Bars: why the strict reading 
 # > **Predict, then run.** Form is one thing. Of the answers that are *strictly* right in form, how many are in the mode that was called for? Our problems are half and half.
 
 # %%
-right = [mode == problem.mode for mode, problem in zip(strict, problems, strict=True) if mode]
-print(f"{sum(right)} of {len(right)} are in the right mode")
-picked = Counter((problem.title, mode) for problem, mode in zip(problems, strict, strict=True) if mode)
+said = [(p, mode) for p, mode in zip(problems, strict, strict=True) if mode]
+print(f"{sum(p.mode == mode for p, mode in said)} of {len(said)} are in the right mode")
+picked = Counter((p.title, mode) for p, mode in said)
 for kind in ("crash", "named line", "wrong value", "failed test"):
     print(f"{kind:12} AGENT {picked[kind, AGENT]:3}   EDIT {picked[kind, EDIT]:3}")
 
@@ -392,7 +406,8 @@ for kind in ("crash", "named line", "wrong value", "failed test"):
 from qftlab.evaluate.sandbox import run_code, run_tests
 
 crash = next(problem for problem in problems if problem.title == "crash")
-print(run_tests(crash.program, crash.tests).passed, run_tests(crash.fixed, crash.tests).passed)
+for program in (crash.program, crash.fixed):
+    print(run_tests(program, crash.tests).passed)
 print(run_code("while True:\n    pass", timeout=0.5).status)
 
 # %% [markdown]
@@ -432,7 +447,7 @@ def spend(recipe, tries):
     tasks = plan(many, len(many), (AGENT, EDIT), seed=SEED)
     rows, purse = [], Budget(money=MONEY, price_in=PRICES[0], price_out=PRICES[1])
     with Flaky(expert.Expert(seed=SEED, wrong_fixes=0.1).answer) as server:
-        alone = ServerConfig(url=server.url, threads=1)  # so that the game is always the same
+        alone = ServerConfig(url=server.url, threads=1)  # always the same game
         with Client(alone, budget=purse) as client:
             try:
                 rows.extend(teach(client, tasks, recipe, SETTINGS, tries=tries))
@@ -441,13 +456,16 @@ def spend(recipe, tries):
     return [row for row in rows if row["valid"]], client.totals.requests
 
 
+# %% [markdown]
+# Both purses, spent:
+
 # %%
 sets = {}
 for name, recipe, tries in [("quantity", lenient_recipe, 1), ("filtering", whole(), 3)]:
     sets[name], paid = spend(recipe, tries)
     modes = Counter(re.search(r"AGENT|EDIT", row["output"].partition("</think>")[2])[0]
                     for row in sets[name])
-    print(f"{name:9}: {paid} answers paid, {len(sets[name])} rows; they say {dict(sorted(modes.items()))}")
+    print(f"{name:9}: {paid} answers, {len(sets[name])} rows:", sorted(modes.items()))
 
 # %% [markdown]
 # > **Predict, then run.** Which set gives the better model, on 300 programs that were never seen? And *where* will the other one fail: on the bugs that are named, or on those that are not?
@@ -468,9 +486,10 @@ def trained_on(rows):
 
 
 def picks(start, rows):
-    """Of each kind of bug the share of programs whose answer begins with the right mode."""
+    """Of each kind of bug the share of programs with the right mode."""
     asked = [[{"role": "user", "content": row["instruction"]}] for row in rows]
-    said = generate(start.model, start.tokenizer, asked, max_new_tokens=32, batch_size=150)
+    said = generate(start.model, start.tokenizer, asked, max_new_tokens=32,
+                    batch_size=150)
     kinds = {row["kind"]: [] for row in rows}
     for row, answer in zip(rows, said, strict=True):
         found = MODE.search(answer.text)
@@ -481,10 +500,13 @@ def picks(start, rows):
 models = {name: trained_on(rows) for name, rows in sets.items()}
 shares = {name: picks(model, held_out) for name, model in models.items()}
 
+# %% [markdown]
+# The share of the right mode, by kind of bug:
+
 # %%
-views.show_figure(teacher_plots.modes_picked(shares), alt="Right mode by kind of bug: both "
-                  "sets teach crashes and named lines; wrong values and failed tests are "
-                  "right after filtering only")
+words = ("Right mode by kind of bug: both sets teach crashes and named lines; wrong "
+         "values and failed tests are right after filtering only")
+views.show_figure(teacher_plots.modes_picked(shares), alt=words)
 
 # %% [markdown]
 # **Read it.** Bugs that are named, on the left of each pair of kinds, both models get right. Where nobody names the error, the model of *quantity* says EDIT nearly always: it has learned its teacher's bad habit, perfectly. The model of
@@ -492,7 +514,7 @@ views.show_figure(teacher_plots.modes_picked(shares), alt="Right mode by kind of
 
 # %% tags=["nbval-ignore-output"]
 mean = {name: sum(by_kind.values()) / len(by_kind) for name, by_kind in shares.items()}
-print(f"on this machine: quantity {mean['quantity']:.0%}, filtering {mean['filtering']:.0%}")
+print("on this machine:", {name: f"{share:.0%}" for name, share in mean.items()})
 
 assert mean["filtering"] > mean["quantity"] + 0.2
 
@@ -509,16 +531,19 @@ assert mean["filtering"] > mean["quantity"] + 0.2
 #
 # <details><summary>Hint</summary>
 #
-# How often is the scarcest mode there? Each mode may stay so often.
+# How often is the scarcest mode there? Each mode may stay so often, and its first rows stay.
 # </details>
 
 # %%
 def my_balanced(modes):
-    """The numbers of the rows to keep, in order: of each mode the first, equally many."""
+    """The numbers of the rows to keep, in order: of each mode equally many."""
     ...
 
 
 checks.check("06.4", my_balanced)
+
+# %% [markdown]
+# What is left of the rows that 60 cents bought:
 
 # %%
 balanced = checks.or_library("06.4", my_balanced)
@@ -561,6 +586,9 @@ print(error.partition(". Did you mean")[0])
 # **Retrying what cannot succeed.** A wrong key is a 401: asking eight times more helps nobody. The client asks again after 408, 425, 429, every 5xx and everything that is broken on the way, and for all else ends at once, with what the server said.
 #
 # **A cap that is checked afterwards.** With 32 requests under way, "stop at 10 dollars" stops at 10 and 32 answers more. The client sets the price of an answer aside *before* it asks, at its largest.
+
+# %% [markdown]
+# ## Your exercises
 
 # %%
 checks.progress("06")

@@ -48,7 +48,7 @@ checks.check("06.1", my_pause)
 rng = random.Random(SEED)
 waits = [sum(my_pause(n, rng.random()) for n in range(6)) for _ in range(2000)]
 mean = sum(waits) / len(waits)
-print(f"six attempts wait {mean:.0f} seconds on average, half of 1 + 2 + 4 + 8 + 16 + 32")
+print(f"six attempts wait {mean:.0f} seconds, half of 1 + 2 + 4 + 8 + 16 + 32")
 assert abs(mean - 31.5) < 1.5
 
 # %% [markdown]
@@ -70,7 +70,8 @@ def my_replay(text):
 checks.check("06.2", my_replay)
 
 # %%
-lines = "".join(json.dumps({"key": str(i), "answer": "x" * i}) + "\n" for i in range(30))
+records = [{"key": str(i), "answer": "x" * i} for i in range(30)]
+lines = "".join(json.dumps(record) + "\n" for record in records)
 for cut in range(len(lines)):  # a kill after every single character
     answers, kept = my_replay(lines[:cut])
     assert lines[:kept].count("\n") == len(answers)
@@ -82,7 +83,8 @@ for cut in range(len(lines)):  # a kill after every single character
 # sentence before it must have no brace; the prompt's form gives it none.
 
 # %%
-TOOLS = {AGENT: ("python", {"code"}), EDIT: ("editor", {"original_code", "modified_code"})}
+TOOLS = {AGENT: ("python", {"code"}),
+         EDIT: ("editor", {"original_code", "modified_code"})}
 
 
 def my_reading(output):
