@@ -119,7 +119,7 @@ class Gate:
         with self.changed:
             while self.is_shut or len(self.flying) >= int(self.limit) or (cap := self._passed(most)):
                 if self.is_shut:
-                    raise ServerError("the client was stopped: the request was not sent")
+                    raise ServerError("the client was stopped, or not opened by `with`: the request was not sent")
                 if not self.flying:
                     raise BudgetError(f"{cap}: with a larger one the same command goes on")
                 self.changed.wait()

@@ -66,16 +66,18 @@ class Client:
 
     def __init__(self, server: ServerConfig, journal: str | Path | None = None, budget: Budget | None = None) -> None:
         self.server, self.gate, self.redact = server, Gate(server.threads, budget or Budget()), _redactor(server.key)
-        self._openai, self._headers, self._is_closed = *_connect(server), False
-        self._said = set()
-        self._loop, self._start, self._sigterm = asyncio.new_event_loop(), time.monotonic(), None
+        self._openai, self._headers = _connect(server)
+        self._said, self._start, self._sigterm = set(), time.monotonic(), None
         self.journal = Journal(journal) if journal else None
+        self.gate.is_shut = self._is_closed = True
 
     def __enter__(self) -> Client:
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._turn, daemon=True).start()
         is_main = threading.current_thread() is threading.main_thread()
         if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # else somebody else sees to it
             self._sigterm = signal.signal(signal.SIGTERM, _terminate)
+        self.gate.is_shut = self._is_closed = False
         return self
 
     def __exit__(self, *failure) -> None:
@@ -90,6 +92,10 @@ class Client:
                 self.journal.close()
             if self._sigterm is not None:
                 signal.signal(signal.SIGTERM, self._sigterm)
+
+    def _turn(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
 
     @property
     def totals(self) -> Totals:

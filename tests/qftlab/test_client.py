@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -496,8 +498,26 @@ def test_a_caller_that_has_enough_stops_the_rest(tmp_path) -> None:
 def test_an_empty_map_and_a_client_that_was_left() -> None:
     with Flaky(parrot) as server, Client(config(server)) as client:
         assert list(client.map(ask, [])) == []
-    with pytest.raises(ServerError, match="was stopped"):
-        ask(client)
+    for closed in (client, Client(config(server))):
+        with pytest.raises(ServerError, match="was stopped, or not opened by `with`"):
+            ask(closed)
+
+
+def test_clients_leave_no_files_open_and_no_threads() -> None:
+    """Each rollout opens one."""
+
+    def count() -> tuple[int, int]:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0, threading.active_count()
+
+    with Flaky(parrot) as server:
+        before = None
+        for _ in range(5):
+            with Client(config(server)) as client:
+                assert len(list(client.map(lambda i: ask(client, i), range(20)))) == 20  # noqa: B023
+            time.sleep(0.1)
+            before = before or count()
+        assert count() <= before
 
 
 # Keys and addresses
