@@ -22,6 +22,7 @@ import pytest
 
 from qftlab.cli import main
 from qftlab.remote import client as module
+from qftlab.remote import journal as journal_module
 from qftlab.remote.budget import Gate
 from qftlab.remote.client import Budget, BudgetError, Client, Refused, ServerError
 from qftlab.remote.journal import Journal, fingerprint
@@ -298,10 +299,34 @@ def test_a_full_disk_ends_the_run_and_leaves_the_journal_whole(tmp_path, monkeyp
         assert path.stat().st_size == size and journal.get("x") is None and journal.get(keys[0])["number"] == 0
 
 
+def test_the_disk_is_forced_in_groups_and_never_by_the_event_loop(tmp_path, monkeypatch) -> None:
+    """130 answers at once: after 64, after 128, and at the end; and with no time between two, after each."""
+    forced = []
+
+    def fsync(number: int) -> None:
+        forced.append(threading.current_thread())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(journal_module, "SECONDS", 1000.0)
+    written(tmp_path / "many.jsonl", 130)
+    assert len(forced) == 3
+    monkeypatch.setattr(journal_module, "SECONDS", 0.0)
+    forced.clear()
+    written(tmp_path / "few.jsonl", 5)
+    assert len(forced) == 6
+    forced.clear()
+    with Flaky(parrot) as server, Client(config(server), tmp_path / "loop.jsonl") as client:
+        loop = client._loop
+        for index, _ in client.map(lambda i: ask(client, i), range(20)):
+            assert f"row {index}" in rows_in(tmp_path / "loop.jsonl"), "written before the caller has it"
+        assert len(forced) == 20 and loop._thread_id not in {thread.ident for thread in forced}
+
+
 RUN = """
 import sys, json
 from qftlab.remote.client import Client
 from qftlab.remote import client as module
+from qftlab.remote import journal as journal_module
 from qftlab.settings import ServerConfig
 sys.path.insert(0, "tests/qftlab")
 from test_client import asked, said
