@@ -518,6 +518,23 @@ def test_what_a_call_raises_is_what_the_caller_gets_and_stops_the_rest(monkeypat
         assert len(list(client.map(lambda i: ask(client, i), range(5)))) == 5, "the client can be used again"
 
 
+def test_a_failure_stops_the_others_though_the_caller_is_busy() -> None:
+    def call(i: int) -> None:
+        if i == 1:
+            time.sleep(0.1)
+            raise ZeroDivisionError
+        for j in range(100 if i > 1 else 0):
+            ask(client, (i, j))
+
+    with Flaky(parrot, latency=0.02) as server, Client(config(server)) as client:
+        with pytest.raises(ZeroDivisionError):
+            for _ in client.map(call, range(8)):
+                time.sleep(0.2)
+                sent = sum(server.requests.values())
+                time.sleep(0.2)
+                assert sum(server.requests.values()) == sent > 0
+
+
 def test_a_caller_that_has_enough_stops_the_rest(tmp_path) -> None:
     with Flaky(parrot, latency=0.02) as server, Client(config(server), tmp_path / "kept.jsonl") as client:
         for index, _ in client.map(lambda i: ask(client, i), range(1000)):
