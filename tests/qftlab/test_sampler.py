@@ -224,12 +224,12 @@ def test_an_answer_that_cannot_be_trained_on_is_asked_for_again(change: dict, me
     def answer(path: str, body: dict) -> dict:
         asked.append(body)
         bad = good | (change if len(asked) % 2 else {})
-        return {"choices": [{"index": 1} | bad, {"index": 0} | good]}
+        return {"choices": [{"index": 1} | bad, {"index": 0} | good | {"token_ids": [9, 8]}]}
 
     with Flaky(answer) as server:
         sampler = ServerSampler(ServerConfig(url=server.url, retries=1), model, tokenizer, POLICY)
         found = sampler.sample(prompts, seed=0, temperature=1, num_generations=2)
-        assert [c.token_ids for c in found] == [[5, 6]] * 2 and [c.logprobs for c in found] == [[-1.0, 0.0]] * 2
+        assert [c.token_ids for c in found] == [[9, 8], [5, 6]] and [c.logprobs for c in found] == [[-1.0, 0.0]] * 2
         assert len(asked) == 2 and message in caplog.text
         sampler.server = ServerConfig(url=server.url, retries=0)
         with pytest.raises(ServerError, match=re.escape(message)):
