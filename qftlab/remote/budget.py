@@ -6,7 +6,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -98,16 +97,12 @@ class Totals:
         return f"{self.tokens_in + self.tokens_out} tokens{money}, {sum(self.retries.values())} retries"
 
 
-@dataclass(eq=False)
 class Ticket:
     """One request under way: the most tokens it may cost (read, written), what it did cost, and how it went."""
 
-    most: tuple[int, int]
-    spent: tuple[int, int] = (0, 0)
-    start: float = 0.0
-    is_busy: bool = False
-    is_good: bool = False
-    future: Future | None = None
+    def __init__(self, most: tuple[int, int]) -> None:
+        self.most, self.spent, self.start, self.future = most, (0, 0), time.monotonic(), None
+        self.is_busy = self.is_good = False
 
 
 class Gate:
@@ -124,7 +119,7 @@ class Gate:
         with self.changed:
             while self.is_shut or len(self.flying) >= int(self.limit) or (cap := self._passed(most)):
                 if self.is_shut:
-                    raise ServerError("the client was stopped: the request was not sent")
+                    raise ServerError("the client was stopped, or not opened by `with`: the request was not sent")
                 if not self.flying:
                     raise BudgetError(f"{cap}: with a larger one the same command goes on")
                 self.changed.wait()

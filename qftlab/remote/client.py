@@ -66,16 +66,18 @@ class Client:
 
     def __init__(self, server: ServerConfig, journal: str | Path | None = None, budget: Budget | None = None) -> None:
         self.server, self.gate, self.redact = server, Gate(server.threads, budget or Budget()), _redactor(server.key)
-        self._openai, self._headers, self._is_closed = *_connect(server), False
-        self._said = set()
-        self._loop, self._start, self._sigterm = asyncio.new_event_loop(), time.monotonic(), None
+        self._openai, self._headers = _connect(server)
+        self._said, self._start, self._sigterm = set(), time.monotonic(), None
         self.journal = Journal(journal) if journal else None
+        self.gate.is_shut = self._is_closed = True
 
     def __enter__(self) -> Client:
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._turn, daemon=True).start()
         is_main = threading.current_thread() is threading.main_thread()
         if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # else somebody else sees to it
             self._sigterm = signal.signal(signal.SIGTERM, _terminate)
+        self.gate.is_shut = self._is_closed = False
         return self
 
     def __exit__(self, *failure) -> None:
@@ -90,6 +92,10 @@ class Client:
                 self.journal.close()
             if self._sigterm is not None:
                 signal.signal(signal.SIGTERM, self._sigterm)
+
+    def _turn(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
 
     @property
     def totals(self) -> Totals:
@@ -147,7 +153,7 @@ class Client:
                 self.totals.retries[kind] += 1
             self._say(kind, "%s failed and is asked again: %s", self.server.url, problem)
             self.gate.wait(pause)
-        kept = f" ({len(self.journal)} answers are kept in {self.journal.path})" if self.journal else ""
+        kept = f" ({len(self.journal.places)} answers are kept in {self.journal.path})" if self.journal else ""
         raise ServerError(
             f"{self.server.url} must answer, got {problem} after {busy + failures} requests{kept}: start the server "
             "again and resume the run, by the same command"
@@ -210,19 +216,18 @@ class Client:
         text = " ".join(self.redact(received.decode(errors="replace")).split())[:200]
         if status < 400:
             target = re.search(r"//(?:[^/?#]*@)?([\w.-]+)", headers.get("location", ""))
-            host = self.redact(target[1]) if target else "another path"
-            raise Refused(f"{self.server.url} must answer itself, got a redirect to {host}, which is not followed: "
-                          "give server.url as it is in the end", status)  # fmt: skip
+            text = f"a redirect to {self.redact(target[1]) if target else 'another path'}, which is not followed"
+        if status in (401, 403):
+            text += f" (the key is read from the environment variable {self.server.key})"
         if status < 500 and (status not in MENDABLE or "insufficient_quota" in text):
-            hint = f" (the key is read from the environment variable {self.server.key})" if status in (401, 403) else ""
-            raise Refused(f"{self.server.url} must take the request, got HTTP {status}: {text}{hint}", status)
+            raise Refused(f"{self.server.url} must take the request, got HTTP {status}: {text}", status)
         asked = _retry_after(headers)
         pause = "" if asked is None else f" (it asks for a pause of {asked:.0f} s)"
         raise _Failure(str(status), f"HTTP {status}: {text}{pause}", asked)
 
     def _parsed(self, received: bytes) -> dict:
-        """The JSON object of an answer, without the key: not as it stands, and not with escapes in it."""
-        answer = json.loads(self.redact(received.decode()), parse_constant=_no_number)
+        """The JSON object of an answer, without the key: written anew, so that no escape hides it."""
+        answer = json.loads(received.decode(), parse_constant=_no_number)
         if not isinstance(answer, dict):
             raise ValueError(f"must be a JSON object, got {type(answer).__name__}")
         plain = json.dumps(answer)

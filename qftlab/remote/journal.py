@@ -43,24 +43,25 @@ class Journal:
     Args:
         path: of the file, which is made if it is missing; a lock lies beside it.
 
+    Attributes:
+        places: of each fingerprint, where its answer begins in the file and its length in bytes.
+
     Raises:
         OSError: if another process has it, or it cannot be written.
         ValueError: for a line that is no answer, naming file and line.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path, self._lock = Path(path), threading.Lock()
+        self.path, self.places, self._lock = Path(path), {}, threading.Lock()
+        self._owner, self._waiting, self._forced = FileLock(f"{path}.lock", thread_local=False), 0, time.monotonic()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._owner = FileLock(f"{self.path}.lock", thread_local=False)
             self._owner.acquire(timeout=0)
             self._file = open(self.path, "a+b", buffering=0)
         except Timeout:
             raise OSError(f"{self.path} must have one writer, got two: another process has it open") from None
         except OSError as error:
             raise not_written(self.path, error) from error
-        self._waiting, self._forced = 0, time.monotonic()
-        self._places: dict[str, tuple[int, int]] = {}
         try:
             self._read()
         except BaseException:
@@ -78,22 +79,19 @@ class Journal:
                     return
                 try:
                     record = json.loads(line)
-                    self._places[record["key"]] = start, len(line)
+                    self.places[record["key"]] = start, len(line)
                     record["answer"].keys()
                 except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
                     raise ValueError(f"{self.path}, line {number}, must be an answer of a journal, got something "
                                      "else: take it out, and it is asked for again") from error  # fmt: skip
                 start += len(line)
 
-    def __len__(self) -> int:
-        return len(self._places)
-
     def get(self, key: str) -> dict | None:
         """The answer of an earlier request, or None."""
-        if key not in self._places:
+        if key not in self.places:
             return None
         with self._lock:
-            start, size = self._places[key]
+            start, size = self.places[key]
             self._file.seek(start)
             return json.loads(self._file.read(size))["answer"]
 
@@ -115,7 +113,7 @@ class Journal:
             except OSError as error:
                 self._file.truncate(start)
                 raise not_written(self.path, error) from error
-            self._places[key] = start, len(line)
+            self.places[key] = start, len(line)
 
     def _force(self) -> None:
         os.fsync(self._file.fileno())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -20,6 +23,7 @@ import pytest
 
 from qftlab.cli import main
 from qftlab.remote import client as module
+from qftlab.remote import journal as journal_module
 from qftlab.remote.budget import Gate
 from qftlab.remote.client import Budget, BudgetError, Client, Refused, ServerError
 from qftlab.remote.journal import Journal, fingerprint
@@ -182,7 +186,7 @@ def test_all_of_it_at_once_and_nothing_is_lost(tmp_path) -> None:
     ):
         found = list(client.map(lambda i: ask(client, i), range(150)))
         assert dict(found) == {i: f"row {i}" for i in range(150)} and len(found) == 150
-        assert len(client.journal) == 150 and client.totals.answers == 150
+        assert len(client.journal.places) == 150 and client.totals.answers == 150
         assert sum(server.faults_made.values()) > 30 and server.at_once <= 32
 
 
@@ -296,19 +300,46 @@ def test_a_full_disk_ends_the_run_and_leaves_the_journal_whole(tmp_path, monkeyp
         assert path.stat().st_size == size and journal.get("x") is None and journal.get(keys[0])["number"] == 0
 
 
+def test_the_disk_is_forced_in_groups_and_never_by_the_event_loop(tmp_path, monkeypatch) -> None:
+    """130 answers at once: after 64, after 128, and at the end; and with no time between two, after each."""
+    forced = []
+
+    def fsync(number: int) -> None:
+        forced.append(threading.current_thread())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(journal_module, "SECONDS", 1000.0)
+    written(tmp_path / "many.jsonl", 130)
+    assert len(forced) == 3
+    monkeypatch.setattr(journal_module, "SECONDS", 0.0)
+    forced.clear()
+    written(tmp_path / "few.jsonl", 5)
+    assert len(forced) == 6
+    forced.clear()
+    with Flaky(parrot) as server, Client(config(server), tmp_path / "loop.jsonl") as client:
+        loop = client._loop
+        for index, _ in client.map(lambda i: ask(client, i), range(20)):
+            assert f"row {index}" in rows_in(tmp_path / "loop.jsonl"), "written before the caller has it"
+        assert len(forced) == 20 and loop._thread_id not in {thread.ident for thread in forced}
+
+
 RUN = """
-import sys, json
+import sys, time
 from qftlab.remote.client import Client
 from qftlab.remote import client as module
+from qftlab.remote import journal as journal_module
 from qftlab.settings import ServerConfig
 sys.path.insert(0, "tests/qftlab")
 from test_client import asked, said
 module.PAUSE = 0.01
 url, path, count, progress = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:]
-with Client(ServerConfig(url=url, threads=8, retries=9, timeout=30), path) as client:
-    ask = lambda i: client.ask("chat/completions", asked(i), said)
-    for index, text in client.map(ask, range(count), bool(progress)):
-        assert text == f"row {index}"
+try:
+    with Client(ServerConfig(url=url, threads=8, retries=9, timeout=30), path) as client:
+        ask = lambda i: client.ask("chat/completions", asked(i), said)
+        for index, text in client.map(ask, range(count), bool(progress)):
+            assert text == f"row {index}"
+finally:
+    print("left at", time.monotonic(), file=sys.stderr)
 """
 
 
@@ -344,7 +375,9 @@ def test_a_signal_ends_within_two_seconds_though_the_server_hangs(number: int, c
         process.send_signal(number)
         _, errors = process.communicate(timeout=20)
         seconds, count = time.monotonic() - start, sum(server.answered.values())
-    assert seconds < 2.5 and "8 requests are under way" in errors, (seconds, errors)  # 2, and Python's own end
+    left = float(re.search(r"left at (\S+)", errors)[1]) - start
+    assert 1.4 < left < 2 and seconds < 10, "10: Python's own end on a busy machine"
+    assert "8 requests are under way" in errors
     assert process.returncode == code and len(rows_in(path)) == count > 0
 
 
@@ -467,13 +500,15 @@ def test_results_come_as_they_are_done_and_items_are_taken_as_needed() -> None:
     assert order == [1, 2, 0]
 
 
-def test_what_a_call_raises_is_what_the_caller_gets_and_stops_the_rest() -> None:
+def test_what_a_call_raises_is_what_the_caller_gets_and_stops_the_rest(monkeypatch) -> None:
     def call(i: int) -> str:
         if i == 20:
             raise ZeroDivisionError("mine")
         return ask(client, i)
 
     with Flaky(parrot, latency=0.02) as server, Client(config(server)) as client:
+        shut = client.gate.shut
+        monkeypatch.setattr(client.gate, "shut", lambda: (shut(), time.sleep(0.2)))  # the others say they were stopped
         with pytest.raises(ZeroDivisionError, match="mine"):
             list(client.map(call, range(1000)))
         sent = sum(server.requests.values())
@@ -483,21 +518,56 @@ def test_what_a_call_raises_is_what_the_caller_gets_and_stops_the_rest() -> None
         assert len(list(client.map(lambda i: ask(client, i), range(5)))) == 5, "the client can be used again"
 
 
+def test_a_failure_stops_the_others_though_the_caller_is_busy() -> None:
+    def call(i: int) -> None:
+        if i == 1:
+            time.sleep(0.1)
+            raise ZeroDivisionError
+        for j in range(100 if i > 1 else 0):
+            ask(client, (i, j))
+
+    with Flaky(parrot, latency=0.02) as server, Client(config(server)) as client:
+        with pytest.raises(ZeroDivisionError):
+            for _ in client.map(call, range(8)):
+                time.sleep(0.2)
+                sent = sum(server.requests.values())
+                time.sleep(0.2)
+                assert sum(server.requests.values()) == sent > 0
+
+
 def test_a_caller_that_has_enough_stops_the_rest(tmp_path) -> None:
     with Flaky(parrot, latency=0.02) as server, Client(config(server), tmp_path / "kept.jsonl") as client:
         for index, _ in client.map(lambda i: ask(client, i), range(1000)):
             if index >= 20:
                 break
         sent = sum(server.requests.values())
-        assert sent < 60 and len(client.journal) == sent, "what was under way is kept"
+        assert sent < 60 and len(client.journal.places) == sent, "what was under way is kept"
         assert ask(client, 2000) == "row 2000"
 
 
 def test_an_empty_map_and_a_client_that_was_left() -> None:
     with Flaky(parrot) as server, Client(config(server)) as client:
         assert list(client.map(ask, [])) == []
-    with pytest.raises(ServerError, match="was stopped"):
-        ask(client)
+    for closed in (client, Client(config(server))):
+        with pytest.raises(ServerError, match="was stopped, or not opened by `with`"):
+            ask(closed)
+
+
+def test_clients_leave_no_files_open_and_no_threads() -> None:
+    """Each rollout opens one."""
+
+    def count() -> tuple[int, int]:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0, threading.active_count()
+
+    with Flaky(parrot) as server:
+        before = None
+        for _ in range(5):
+            with Client(config(server)) as client:
+                assert len(list(client.map(lambda i: ask(client, i), range(20)))) == 20  # noqa: B023
+            time.sleep(0.1)
+            before = before or count()
+        assert count() <= before
 
 
 # Keys and addresses
@@ -543,14 +613,15 @@ def test_the_key_is_nowhere(fault: str, caplog, capfd, tmp_path, monkeypatch) ->
         assert (answers[0]["you_said"], answers[0]["or"]) == ("Bearer [key]", "Bearer [key]")
 
 
-def test_a_redirect_is_not_followed_and_only_its_host_is_named(monkeypatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+@pytest.mark.parametrize("host", ["", "sk-Canary-0123456789.example:1"])
+def test_a_redirect_is_not_followed_and_only_its_host_is_named(host: str, monkeypatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-Canary-0123456789")
     with Flaky(parrot) as other, Flaky(parrot, {"redirect": 1.0}) as server, Client(config(server)) as client:
-        server.elsewhere = other.url.replace("http://", "http://user:word@")
-        with pytest.raises(Refused, match="got a redirect to 127.0.0.1, which is not followed") as caught:
+        server.elsewhere = f"http://user:hunter2@{host or other.url.removeprefix('http://')}"
+        with pytest.raises(Refused, match=r"a redirect to (127.0.0.1|\[key\].example), which is not") as caught:
             ask(client)
         assert caught.value.status == 307 and not other.headers
-        assert "word" not in str(caught.value) and KEY not in str(caught.value)
+        assert "hunter2" not in str(caught.value) and "sk-" not in str(caught.value)
 
 
 def test_without_a_key_there_is_no_authorization_whatever_else_is_set(monkeypatch) -> None:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +27,9 @@ from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.settings import LoRAConfig, PolicyConfig, RLOOConfig, ServerConfig, TrainConfig
 from qftlab.train.rloo import fit_policy, rloo
 from qftlab.train.rollouts import encode_prompts
-from qftlab_course.flaky import Flaky
+from qftlab_course.flaky import Flaky, parrot
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 CONSTANT = {"warmup_ratio": 0, "schedule": "constant", "weight_decay": 0.0}
 POLICY = PolicyConfig(num_generations=4, max_new_tokens=6, temperature=0.8)
 ROWS = [{"prompt": f"Say {w}."} for w in "one two three four five six".split()]
@@ -218,12 +224,12 @@ def test_an_answer_that_cannot_be_trained_on_is_asked_for_again(change: dict, me
     def answer(path: str, body: dict) -> dict:
         asked.append(body)
         bad = good | (change if len(asked) % 2 else {})
-        return {"choices": [{"index": 1} | bad, {"index": 0} | good]}
+        return {"choices": [{"index": 1} | bad, {"index": 0} | good | {"token_ids": [9, 8]}]}
 
     with Flaky(answer) as server:
         sampler = ServerSampler(ServerConfig(url=server.url, retries=1), model, tokenizer, POLICY)
         found = sampler.sample(prompts, seed=0, temperature=1, num_generations=2)
-        assert [c.token_ids for c in found] == [[5, 6]] * 2 and [c.logprobs for c in found] == [[-1.0, 0.0]] * 2
+        assert [c.token_ids for c in found] == [[9, 8], [5, 6]] and [c.logprobs for c in found] == [[-1.0, 0.0]] * 2
         assert len(asked) == 2 and message in caplog.text
         sampler.server = ServerConfig(url=server.url, retries=0)
         with pytest.raises(ServerError, match=re.escape(message)):
@@ -244,6 +250,26 @@ def test_a_key_that_is_refused_is_not_taken_for_a_plain_server(tokenizer) -> Non
         with pytest.raises(Refused, match="got HTTP 401: .*environment variable OPENAI_API_KEY"):
             sampler.sample(ids_of(tokenizer)[:1], seed=0, temperature=1, num_generations=2)
         assert not sampler._is_plain and sum(server.requests.values()) == 0
+
+
+@pytest.mark.long
+def test_ctrl_c_twice_ends_a_run_within_two_seconds_though_the_server_hangs(tmp_path) -> None:
+    """The first is for the step under way, which would wait for ten minutes; the second is not."""
+    with Flaky(parrot, {"hang": 1.0}) as server:
+        options = {"server.url": server.url, "output": tmp_path, "problems": 4, "policy.max_new_tokens": 4}
+        command = [sys.executable, "-m", "qftlab", "rloo", *(f"--{name}={value}" for name, value in options.items())]
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        end = time.monotonic() + 60
+        while not server.requests:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        _, errors = process.communicate(timeout=30)
+        assert time.monotonic() - start < 4 and process.returncode == 130, errors  # 2, and the end of Python and torch
+        assert "to go on: --resume" in errors
 
 
 def test_rows_that_vllm_takes_no_adapters_with_are_refused_before_there_is_a_run(tokenizer, tmp_path) -> None:

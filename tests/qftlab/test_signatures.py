@@ -13,7 +13,7 @@ import qftlab
 from qftlab.decoding import engine
 
 # What is counted up while it is used.
-COUNTED = {"TrainResult", "Usage", "LengthStats", "LoadReport"}
+COUNTED = {"TrainResult", "Usage", "LengthStats", "LoadReport", "Totals"}
 # Nothing of this happens unless it is asked for.
 ASKED_FOR = ("progress", "resume", "return_logprobs", "with_entropy", "is_streaming", "in_place", "reference_free",
              "is_broken")  # fmt: skip
