@@ -116,7 +116,7 @@ def verdict(tests: str, func_name: str) -> dict:
         for name in set(names) & set(vars(builtins)) & set(re.findall(r"\w+", tests)) - {func_name}:
             raise NameError(f"the tests use {name}, which the program defines anew: say func_name if they test it")
         space = {name: remote(name) for name in names if name not in vars(builtins) or name == func_name}
-        exec(code, {**space, "__name__": "tests", "solution": solution})
+        exec(code, {**space, "__name__": "tests", "__solution__": solution})
         return {"status": "ok", "failed": "", "error": ""}
     except BaseException as error:
         places = [place.lineno for place in traceback.extract_tb(error.__traceback__) if place.filename == "tests.py"]
