@@ -190,14 +190,12 @@ def run_tests(
     kinds = {case.get("testtype") for case in tests}
     if kinds == {"functional"} and func_name:
         path = f"Solution().{func_name}" if re.search(r"^class Solution\b", code, re.MULTILINE) else func_name
-        lines = [_functional(path, case) for case in tests]
-        return _by_level(level, _Job(code, "", "\n".join(lines), func_name, PRELUDE, *limits))
+        lines = "\n".join(_functional(path, case) for case in tests)
+        return _by_level(level, _Job(code, "", lines, func_name, PRELUDE, *limits))
     if kinds != {"stdin"}:
-        raise ValueError(
-            f'testtype must be all "stdin", or all "functional" with a func_name, got {kinds}, {func_name!r}'
-        )
+        raise ValueError(f'testtype must be all "stdin", or all "functional" and func_name given, got {kinds}')
     for number, case in enumerate(tests, 1):
-        result = _by_level(level, _Job(code, case["input"], "", "", "", *limits))
+        result = _by_level("bwrap" if level == "auto" else level, _Job(code, case["input"], "", "", "", *limits))
         if not result.passed or not _same_output(result.stdout, case["output"]):
             status = "failed" if result.passed else result.status
             failed = f"case {number}: of {case['input']!r:.200} must come {case['output']!r:.200}, got "
@@ -213,9 +211,8 @@ def _functional(path: str, case: dict) -> str:
 def _same_output(got: str, wanted: str) -> bool:
     """As LiveCodeBench compares: stripped lines, each equal as text or as numbers."""
     pairs = [[line.strip() for line in text.strip().split("\n")] for text in (got, wanted)]
-    return len(pairs[0]) == len(pairs[1]) and all(
-        a == b or _numbers(a) == _numbers(b) for a, b in zip(*pairs, strict=False)
-    )
+    same = [a == b or _numbers(a) == _numbers(b) for a, b in zip(*pairs, strict=False)]
+    return len(pairs[0]) == len(pairs[1]) and all(same)
 
 
 def _numbers(line: str) -> list[Decimal] | float:

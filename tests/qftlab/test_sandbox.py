@@ -25,9 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def level_or_skip(level: str) -> str:
+    """Where .ci/run has installed and tried both (QFTLAB_SANDBOX=required), a level that cannot run is a failure."""
     state = levels()[level]
     if state != "ready":
-        pytest.skip(f"{level} cannot run here: {state}")
+        (pytest.fail if os.environ.get("QFTLAB_SANDBOX") == "required" else pytest.skip)(f"{level} cannot run: {state}")
     return level
 
 
@@ -256,6 +257,10 @@ ASSERTS = "def check(f):\n    assert f(2) == 4\n    assert f(3) == 6\ncheck(doub
 
 def test_asserts(level: str) -> None:
     assert run_tests(GOOD, ASSERTS, level=level).passed
+    result = run_tests(
+        "print('loud')\n" + GOOD.replace("  return", "  print('and louder')\n    return"), ASSERTS, level=level
+    )
+    assert (result.status, result.stdout, result.stderr) == ("ok", "", "loud\nand louder\nand louder\n")
     result = run_tests(BAD, ASSERTS, level=level)
     assert (result.status, result.failed, result.error) == ("failed", "assert f(3) == 6", "AssertionError")
     result = run_tests("def double(x):\n    return y\n", ASSERTS, level=level)
@@ -287,6 +292,7 @@ def default(): d = defaultdict(list); d[1].append(2); return d
 def wrong(): raise Odd("why", 3)
 def keys(a, *, b): return (a, b)
 def leave(): import os; os._exit(0)
+def long(): raise ValueError("é" * 10**6)
 class Own: pass
 def own(): return Own()
 """
@@ -303,6 +309,9 @@ def own(): return Own()
         assert result.passed, (tests, result)
     result = run_tests(code, "assert own()", level=cpython)
     assert (result.status, result.error) == ("failed", "TypeError: only plain values cross, got the program's Own")
+    result = run_tests(code, "long()", level=cpython)
+    assert (result.status, result.failed) == ("failed", "long()") and 7000 < len(result.error) <= 8000
+    assert result.error.startswith('Traceback (most recent call last):\n  File "main.py", line ')
     result = run_tests(code, "try:\n    leave()\nexcept Exception:\n    pass", level=cpython)
     assert (result.status, result.failed) == ("failed", "leave()") and "ended its own process" in result.error
 
@@ -356,7 +365,7 @@ def test_no_tests_are_refused(tests: str | list) -> None:
 def test_cases_of_unknown_kinds_are_refused() -> None:
     for cases in (STDIN + FUNCTIONAL, [{"input": "", "output": "", "testtype": "x"}], FUNCTIONAL):
         with pytest.raises(
-            ValueError, match='testtype must be all "stdin", or all "functional" with a func_name, got '
+            ValueError, match='testtype must be all "stdin", or all "functional" and func_name given, got '
         ):
             run_tests(GOOD, cases)
 
@@ -371,6 +380,7 @@ FORGED = {
     "leaves when called": "import os\ndef double(x): os._exit(0)",
     "exits when called": "import sys\ndef double(x): sys.exit(0)",
     "equal to all": EQUAL + "def double(x): return E()",
+    "equal to all, a plain class": "class E:\n    def __eq__(s, other): return True\ndef double(x): return E()",
     "equal to all, in a list": EQUAL + "def double(x): return [E()]",
     "a plain class made equal": (
         "import collections\n" + EQUAL + "collections.Counter.__eq__ = E.__eq__\n"
@@ -390,20 +400,22 @@ FORGED = {
     "a pickle that runs": (
         "class P:\n    def __reduce__(self): return (exec, ('import os, sys; os._exit(0)',))\ndef double(x): return P()"
     ),
-    "a pickle that changes a class": (
-        "import pickle\nclass D(dict): pass\n"
-        "def dumps(x): return (b'ccollections\\nCounter\\n(N}X\\x06\\0\\0\\0__eq__cbuiltins\\nrange\\nstb0'\n"
-        "    b'(ccollections\\nCounter\\n)RN)t.')\n"
-        "def double(x): pickle.dumps = dumps"
+    "a pickle that changes a class": (  # Counter.__eq__ = range, then Counter(a=1): range(4) is true
+        "import pickle\n"
+        "bent = b'(ccollections\\nCounter\\n(N}X\\x06\\0\\0\\0__eq__cbuiltins\\nrange\\nstb0'\n"
+        "bent += b'ccollections\\nCounter\\n(}X\\x01\\0\\0\\0aK\\x01stRN)t.'\n"
+        "def double(x): pickle.dumps = lambda answer: bent"
     ),
     "assert patched": "import builtins\nclass A(BaseException): pass\nbuiltins.AssertionError = A\nAssertionError = A",
     "names patched": "import builtins\nbuiltins.abs = abs = lambda x: 0\nbuiltins.len = len = lambda x: 0",
+    "names bound anew": "abs = lambda x: 0\ndef len(x): return 1",
     "trace": "import sys\nsys.settrace(lambda *a: None)\nsys.setprofile(lambda *a: sys.exit(0))",
     "at exit": "import atexit, os\natexit.register(os._exit, 0)\nraise SystemExit",
     "the tests' frames": (
         "import sys, json\nf = sys._getframe()\nwhile f:\n"
         "    for v in list(f.f_locals.values()) + list(f.f_globals.values()):\n"
-        "        if isinstance(v, dict) and 'nonce' in v:\n            print(json.dumps({**v, 'status': 'ok'}))\n    f = f.f_back"
+        "        if isinstance(v, dict) and 'nonce' in v:\n            print(json.dumps({**v, 'status': 'ok'}))\n"
+        "    f = f.f_back"
     ),
     "open files": (
         "import os, json\nfor n in range(3, 64):\n    try:\n"
@@ -425,6 +437,7 @@ FORGED = {
     "tests that end": "def double(x): raise StopIteration\ndef check(f): return None",
     "no check": "def check(f): return None\ndouble = None",
 }  # fmt: skip
+NEAR = "assert abs(double(3) - 6) < 1e-6"
 HARD = (
     "def check(f):\n    assert abs(f(2) - 4) < 1e-6\n    assert f(3) == 6\n    assert len([f(1)]) == 1\ncheck(double)\n"
 )
@@ -433,7 +446,7 @@ HARD = (
 @pytest.mark.parametrize("name", FORGED)
 def test_a_pass_cannot_be_forged(name: str, level: str) -> None:
     code = FORGED[name] if "double" in FORGED[name] else BAD + FORGED[name]
-    for tests in (ASSERTS, HARD):
+    for tests in (ASSERTS, HARD, NEAR):
         result = run_tests(code, tests, level=level, timeout=5)
         assert result.status in {"error", "failed", "refused"}, result
         assert "TRACED" not in result.stderr and "assert f" not in result.stderr
@@ -618,7 +631,8 @@ def test_livecodebench_public_tests(right: bool, real_data: Path) -> None:
     level_or_skip("bwrap")
     lines = (real_data / "livecodebench/lcb_400.jsonl").read_text(encoding="utf-8").splitlines()
     rows = {row["question_title"]: row for row in map(json.loads, lines)}
-    swap = "for _ in range(int(input())):\n    s = input()\n    print('YES' if sum(a != b for a, b in zip(s, 'abc')) < 3 else 'NO')"
+    swap = "for _ in range(int(input())):\n    wrong = sum(a != b for a, b in zip(input(), 'abc'))\n"
+    swap += "    print('YES' if wrong < 3 else 'NO')"
     senior = "class Solution:\n    def countSeniors(self, details: List[str]) -> int:\n"
     senior += "        return sum(int(d[11:13]) > 60 for d in details)\n"
     row = rows["A. Short Sort"]
