@@ -7,12 +7,12 @@ nor return an object that is equal to everything. It can only return values.
 
 from __future__ import annotations
 
+import ast
 import builtins
 import importlib
 import json
 import os
 import pickle
-import re
 import sys
 import traceback
 import types
@@ -116,7 +116,8 @@ def verdict(tests: str, func_name: str) -> dict:
         names = receive()
         status = "failed"
         code = compile(tests, "tests.py", "exec")
-        for name in set(names) & set(vars(builtins)) & set(re.findall(r"\w+", tests)) - {func_name}:
+        used = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)}
+        for name in set(names) & set(vars(builtins)) & used - {func_name}:
             raise NameError(f"the tests use {name}, which the program defines anew: say func_name if they test it")
         space = {name: remote(name) for name in names if name not in vars(builtins) or name == func_name}
         exec(code, {**space, "__name__": "tests", "__solution__": solution})

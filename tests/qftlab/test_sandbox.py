@@ -352,6 +352,9 @@ def test_functional_cases(cpython: str) -> None:
     )
     assert run_tests(right, FUNCTIONAL, func_name="tail", level=cpython).passed
     assert run_tests("def tail(words, n):\n    return words[n:]\n", FUNCTIONAL, func_name="tail", level=cpython).passed
+    shadow = "def max(*x):\n    return 0\n" + right
+    words = [{"input": '["max", "abs", "b"]\n2', "output": '["b"]', "testtype": "functional"}]
+    assert run_tests(shadow, words, func_name="tail", level=cpython).passed
     result = run_tests(right.replace("n:]", ":n]"), FUNCTIONAL, func_name="tail", level=cpython)
     assert result.status == "failed" and result.failed.endswith("""(['a', 'b'], 1) == ['b']""")
 
@@ -404,7 +407,7 @@ FORGED = {
         "import pickle\n"
         "bent = b'(ccollections\\nCounter\\n(N}X\\x06\\0\\0\\0__eq__cbuiltins\\nrange\\nstb0'\n"
         "bent += b'ccollections\\nCounter\\n(}X\\x01\\0\\0\\0aK\\x01stRN)t.'\n"
-        "def double(x): pickle.dumps = lambda answer: bent"
+        "pickle.dumps = lambda answer: bent\ndef double(x): pass"
     ),
     "assert patched": "import builtins\nclass A(BaseException): pass\nbuiltins.AssertionError = A\nAssertionError = A",
     "names patched": "import builtins\nbuiltins.abs = abs = lambda x: 0\nbuiltins.len = len = lambda x: 0",
