@@ -6,17 +6,24 @@ import builtins
 import math
 import re
 import sys
-import time
 import traceback
 from functools import cache
 
-WORD = re.compile(r"[A-Za-z_]\w*")
-# Names that a program binds anew, as far as its text shows.
-BINDS = re.compile(r"(?:\b(?:def|class|as|import|global)|^[^#\n=()]*,)\s+(\w+)|^(\w+)(?=\s*[,:=])", re.MULTILINE)
+# A program could make an object that is equal to everything by a method of such a name, and give it one by these.
+FORGES = re.compile(r"__(?!init__|name__|main__)\w+__")
+GUARD = """
+def only_ask(real):
+    def type(value):
+        return real(value)
+    return type
+type = only_ask(type)
+def setattr(*args): raise NotImplementedError("a program with tests does not yet support setattr at level monty")
+def exec(*args): raise NotImplementedError("a program with tests does not yet support exec at level monty")
+"""
 # What monty has not although Python may have it; a name that is caught is looked up there.
 LACKS = re.compile(
     r"does not yet support|Internal error in monty|not supported in this environment|Permission denied"
-    r"|invalid return type|module '\w+' has no attribute|No module named '(\w+)|name '(\w+)' is not defined"
+    r"|module '\w+' has no attribute|No module named '(\w+)|name '(\w+)' is not defined"
 )
 
 
@@ -33,66 +40,46 @@ def monty_state() -> str:
         return f"pip install 'qftlab[sandbox]' ({error})"
 
 
-def ask_monty(code: str, tests: str, func_name: str, timeout: float, memory: int, output: int) -> dict:
-    """Runs a program, and its tests in a session of their own that calls it; gives the fields of a result."""
+def ask_monty(code: str, tests: str, timeout: float, memory: int, output: int) -> dict:
+    """Runs a program, then its tests in the same session; gives the fields of a result.
+
+    Monty has no way to look into the session, and a program that may bend the tests is refused: one that binds a name
+    of Python's own which they use, or might have comparisons of its own.
+    """
     import pydantic_monty as monty
 
-    words, own = set(WORD.findall(tests)), {func_name}.union(*BINDS.findall(code))
-    if shadowed := sorted(words & set(vars(builtins)) & own):
-        return {"status": "refused", "error": f"its tests would call Python's own {', '.join(shadowed)}"}
     limits = {"max_feed_duration_secs": timeout, "max_total_sleep_secs": timeout, "max_memory": memory}
-    options = {"limits": {**limits, "max_suspensions": 1 << 20}, "assert_message_annotations": False}
-    options["os_policy"] = {"sleep_system_max": math.inf}
-    heard, met = monty.CollectStreams(max_bytes=output + 1), []  # what the program met while it was tested
-    said = {"status": "ok"}
-    with monty.Monty(max_processes=2, request_timeout=timeout + 1) as pool, pool.checkout(**options) as program:
+    options = {"limits": limits, "assert_message_annotations": False, "os_policy": {"sleep_system_max": math.inf}}
+    heard, said = monty.CollectStreams(max_bytes=output + 1), {"status": "ok"}
+    words = sorted(set(re.findall(r"\w+", tests)) & set(vars(builtins)))
+    with monty.Monty(max_processes=1, request_timeout=timeout + 1) as pool, pool.checkout(**options) as session:
         try:
-            program.feed_run(code, print_callback=heard)
+            session.feed_run(GUARD if tests else "None")
+            means = [_meaning(session, word) for word in words]
+            session.feed_run(code, print_callback=heard)
+            changed = [word for word, was in zip(words, means, strict=True) if _meaning(session, word) != was]
+            found = FORGES.search(code) if tests else None
+            if changed or found:
+                return {"status": "refused", "error": f"it could bend its tests by {found[0] if found else changed[0]}"}
+            session.feed_run(tests, print_callback=heard)
         except (monty.MontyError, UnicodeError) as error:
-            said = _told(error, output)
-        if tests and said["status"] == "ok":
-            calls = {word: _call(program, word, met, time.monotonic() + timeout, output) for word in words}
-            try:
-                with pool.checkout(**options) as judge:
-                    judge.feed_run(tests, print_callback=heard, external_lookup=calls)
-            except monty.MontyError as error:
-                said = _told(error, output)
-                said = next((problem for problem in met if problem["name"] == said["name"]), said)
-                if said["status"] == "error":
-                    said = {**said, "status": "failed", "failed": _line(error)}
-            # A limit counts, whatever the tests made of it.
-            said = next((problem for problem in met if problem["status"] != "error"), said)
+            said = _told(error, output, *(f"<python-input-{n + 1}>" for n in (len(words), 2 * len(words) + 1)))
     wrote = ["".join(text for stream, text in heard.output if tests or stream == name) for name in ("stdout", "stderr")]
-    return {"stdout": "" if tests else wrote[0], "stderr": wrote[1], "error": "", **said}
+    return {"stdout": "" if tests else wrote[0], "stderr": wrote[1], **said}
 
 
-def _line(error) -> str:
-    frames = error.traceback() if hasattr(error, "traceback") else []
-    return (frames[-1].source_line or "").strip() if frames else ""
+def _meaning(session, word: str) -> str:
+    """What a name of Python's own stands for in a session, or why it stands for nothing."""
+    import pydantic_monty as monty
+
+    try:
+        return repr(session.feed_run(word))
+    except monty.MontyError as error:
+        return str(error)
 
 
-def _call(program, name: str, met: list[dict], deadline: float, output: int):
-    """The tests' function for one of the program's."""
-
-    def call(*args, **kwargs):
-        if time.monotonic() > deadline:
-            met.append({"status": "timeout", "error": "its tests took too long"})
-            raise TimeoutError
-        try:
-            asked = {"_args": args, "_kwargs": kwargs}
-            value, *after = program.feed_run(f"({name}(*_args, **_kwargs), _args, _kwargs)", inputs=asked)
-        except Exception as error:  # any but MontyError is about a value that does not cross
-            met.append(_told(error, output))
-            raise (error.exception() if hasattr(error, "exception") else error) from None
-        if repr(after) != repr([args, kwargs]):
-            met.append({"status": "refused", "error": "what a program does to its arguments does not cross in monty"})
-        return value
-
-    return call
-
-
-def _told(error, output: int) -> dict:
-    """Status, text and name of what monty raised."""
+def _told(error, output: int, main: str, tests: str) -> dict:
+    """Status, text and failed test of what monty raised; `main` and `tests` are its names of the two texts."""
     raised = error.exception() if hasattr(error, "exception") else error
     name = "".join(traceback.format_exception_only(raised)).strip()  # CPython's words: monty has KeyError: k
     text = f"{error.display().removesuffix(error.display('type-msg'))}{name}" if hasattr(error, "display") else name
@@ -105,7 +92,10 @@ def _told(error, output: int) -> dict:
         status = "refused"
     else:
         status = "error"
-    return {"status": status, "error": text, "name": name}
+    places = [place for place in error.traceback() if place.filename == tests] if hasattr(error, "traceback") else []
+    failed = (places[-1].source_line or "").strip() if places else ""
+    status = "failed" if failed and status == "error" else status
+    return {"status": status, "error": text.replace(f'"{main}"', '"main.py"'), "failed": failed}
 
 
 def _is_pythons(module: str | None, name: str | None) -> bool:

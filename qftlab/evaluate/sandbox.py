@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -34,6 +35,7 @@ from pathlib import Path
 from qftlab.evaluate.monty import ask_monty, monty_state
 
 READY = "ready"
+TRYING = threading.Lock()  # sysconfig, by which monty finds its program, is not safe from threads at its first use
 LEVELS = ("monty", "bwrap", "process")
 STORAGE = 16 << 20  # bytes of /tmp, and of the largest file
 PROCESSES = 32  # and threads, in bwrap
@@ -49,7 +51,8 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"""
 MODULES = "string re collections heapq bisect copy math random itertools functools operator typing"
 # What the harness of LiveCodeBench puts before the solution of a functional problem, in short.
 PRELUDE = "".join(f"import {name}\nfrom {name} import *\n" for name in MODULES.split())
-FRAME, MARKS = re.compile(r'  File "(.*)", line \d+'), re.compile(r" +[~^][~^ ]*")
+FRAME, OWN_FRAME = re.compile(r'  File "(.*)", line \d+'), re.compile(r'  File "main.py", line \d+, in ')
+MARKS = re.compile(r" +[~^][~^ ]*")
 
 
 class SandboxError(RuntimeError):
@@ -106,7 +109,8 @@ class _Job:
 def levels() -> dict[str, str]:
     """For each level "ready", or why it cannot run here; each was tried once in this process."""
     path = os.environ.get("PATH", "")
-    return {"monty": monty_state(), **{level: _python(level, path)[1] for level in ("bwrap", "process")}}
+    with TRYING:
+        return {"monty": monty_state(), **{level: _python(level, path)[1] for level in ("bwrap", "process")}}
 
 
 def best_level() -> str:
@@ -161,10 +165,10 @@ def run_tests(
     """Whether a program passes its tests (status "ok"), or the first that fails, in `failed`.
 
     The tests run in another process (or session of monty) than the program, call its functions, and see the plain
-    values that these return: numbers, texts, lists, tuples, dicts, sets, and those of collections, datetime, decimal and
-    fractions. So a program cannot pass by printing, exiting, patching Python, or an `__eq__` of its own. A test that
-    needs an object of the program's own class fails. Still possible: to know the tests and answer just these; and, at
-    level `process`, what one process of a user can do to another.
+    values that these return: numbers, texts, lists, tuples, dicts, sets, and those of collections, datetime, decimal
+    and fractions. So a program cannot pass by printing, exiting, patching Python, or an `__eq__` of its own. A test
+    that needs an object of the program's own class fails (but in monty). Still possible: to know the tests and answer
+    just these; and, at level `process`, what one process of a user can do to another.
 
     Args:
         code: the text of main.py; `if __name__ == "__main__"` does not hold in it, but for cases with standard input.
@@ -186,14 +190,12 @@ def run_tests(
     kinds = {case.get("testtype") for case in tests}
     if kinds == {"functional"} and func_name:
         path = f"Solution().{func_name}" if re.search(r"^class Solution\b", code, re.MULTILINE) else func_name
-        lines = [_functional(path, case) for case in tests]
-        return _by_level(level, _Job(code, "", "\n".join(lines), func_name, PRELUDE, *limits))
+        lines = "\n".join(_functional(path, case) for case in tests)
+        return _by_level(level, _Job(code, "", lines, func_name, PRELUDE, *limits))
     if kinds != {"stdin"}:
-        raise ValueError(
-            f'testtype must be all "stdin", or all "functional" with a func_name, got {kinds}, {func_name!r}'
-        )
+        raise ValueError(f'testtype must be all "stdin", or all "functional" and func_name given, got {kinds}')
     for number, case in enumerate(tests, 1):
-        result = _by_level(level, _Job(code, case["input"], "", "", "", *limits))
+        result = _by_level("bwrap" if level == "auto" else level, _Job(code, case["input"], "", "", "", *limits))
         if not result.passed or not _same_output(result.stdout, case["output"]):
             status = "failed" if result.passed else result.status
             failed = f"case {number}: of {case['input']!r:.200} must come {case['output']!r:.200}, got "
@@ -203,15 +205,14 @@ def run_tests(
 
 def _functional(path: str, case: dict) -> str:
     args = ", ".join(repr(json.loads(line)) for line in case["input"].splitlines())
-    return f"assert solution({path!r})({args}) == {json.loads(case['output'])!r}"
+    return f"assert __solution__({path!r})({args}) == {json.loads(case['output'])!r}"
 
 
 def _same_output(got: str, wanted: str) -> bool:
     """As LiveCodeBench compares: stripped lines, each equal as text or as numbers."""
     pairs = [[line.strip() for line in text.strip().split("\n")] for text in (got, wanted)]
-    return len(pairs[0]) == len(pairs[1]) and all(
-        a == b or _numbers(a) == _numbers(b) for a, b in zip(*pairs, strict=False)
-    )
+    same = [a == b or _numbers(a) == _numbers(b) for a, b in zip(*pairs, strict=False)]
+    return len(pairs[0]) == len(pairs[1]) and all(same)
 
 
 def _numbers(line: str) -> list[Decimal] | float:
@@ -228,7 +229,8 @@ def _by_level(level: str, job: _Job) -> SandboxResult:
         if states[name] == READY and not (result and result.passed):
             result = _in_monty(job) if name == "monty" else _in_cpython(name, job)
     if result is None or result.status == "refused" and level == "auto":
-        needs = f"the program needs CPython ({result.error})" if result else f"level {level} cannot run here"
+        why = result.error.rpartition("\n")[2] if result else ""
+        needs = f"the program needs CPython ({why})" if result else f"level {level} cannot run here"
         raise SandboxError(_nowhere(needs))
     return result
 
@@ -243,9 +245,8 @@ def _in_monty(job: _Job) -> SandboxResult:
     if job.stdin or job.prelude:
         said = {"status": "refused", "error": "monty has no standard input, and few of the modules of LiveCodeBench"}
     else:
-        said = ask_monty(job.code, job.tests, job.func_name, job.timeout, job.memory, job.output)
-        said["error"] = own_traceback(said["error"]) or said["error"]
-    said.pop("name", None)
+        said = ask_monty(job.code, job.tests, job.timeout, job.memory, job.output)
+        said["error"] = own_traceback(said.get("error", ""))
     return SandboxResult("monty", **said, seconds=time.monotonic() - began)
 
 
@@ -275,26 +276,25 @@ def _run(level: str, python: str, args: list[str], job: _Job, stdin: str) -> tup
     nobody = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
     with ExitStack() as stack:
         # Files rather than pipes: nothing blocks, and no program fills this process's memory.
-        read, code, out, err, told = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(5))
-        for file, text in ((read, stdin), (code, job.code)):
-            file.write(text.encode("utf-8", "surrogatepass"))
+        read, text, out, err, told = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(5))
+        for file, content in ((read, stdin), (text, job.code)):
+            file.write(content.encode("utf-8", "surrogatepass"))
             file.seek(0)
+        options = {"stdin": read, "stdout": out, "stderr": err, "env": ENVIRONMENT, "start_new_session": True}
         if level == "bwrap":
-            folder, prefix = "/", os.path.dirname(os.path.dirname(python))
+            folder, prefix = "/tmp", os.path.dirname(os.path.dirname(python))
             own = [] if prefix.startswith("/usr") else ["--ro-bind", prefix, prefix]
             own += ["--as-pid-1"] if job.tests else []  # so that only the tests' process holds the verdict's file
-            own += ["--json-status-fd", str(told.fileno()), "--file", str(code.fileno()), "/tmp/main.py"]
-            command = [shutil.which("bwrap"), *BWRAP, *own, "--remount-ro", "/", "--chdir", "/tmp", *command]
+            own += ["--json-status-fd", str(told.fileno()), "--file", str(text.fileno()), "/tmp/main.py"]
+            command = [shutil.which("bwrap"), *BWRAP, *own, "--remount-ro", "/", "--chdir", folder, *command]
+            options |= {"cwd": "/", "pass_fds": [text.fileno(), told.fileno()]}
         else:
             folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-            Path(folder, "main.py").write_bytes(code.read())
+            Path(folder, "main.py").write_bytes(text.read())
             if nobody:
                 os.chown(folder, 65534, 65534)
         began = time.monotonic()
-        process = subprocess.Popen(
-            command, stdin=read, stdout=out, stderr=err, cwd=folder, env=ENVIRONMENT, start_new_session=True,
-            pass_fds=[code.fileno(), told.fileno()] if level == "bwrap" else [], **nobody,
-        )  # fmt: skip
+        process = subprocess.Popen(command, **{"cwd": folder, **options, **nobody})
         try:
             ended = process.wait(job.timeout)
         except subprocess.TimeoutExpired:
@@ -304,7 +304,8 @@ def _run(level: str, python: str, args: list[str], job: _Job, stdin: str) -> tup
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         seconds, most = time.monotonic() - began, max(job.output + 1, 1 << 16)
-        texts = [os.pread(file.fileno(), most, 0) for file in (out, err)]
+        here = f"{folder}/main.py".encode()
+        texts = [os.pread(file.fileno(), most, 0).replace(here, b"main.py") for file in (out, err)]
         if level == "bwrap" and ended is not None and b'"exit-code"' not in os.pread(told.fileno(), 4096, 0):
             raise SandboxError(f"bwrap could not start the program: {texts[1].decode(errors='replace')[-500:]}")
         return ended if ended is None or ended >= 0 else 128 - ended, *texts, seconds
@@ -318,40 +319,45 @@ def _in_cpython(level: str, job: _Job) -> SandboxResult:
         stdin = json.dumps({"nonce": nonce, "tests": job.tests, "func_name": job.func_name})
     code, *texts, seconds = _run(level, python, args, job, stdin)
     out, err = (text.decode("utf-8", "replace") for text in texts)
-    status, failed, error = "ok" if code == 0 and not job.tests else "error", "", err
+    said = {"status": "ok" if code == 0 and not job.tests else "error", "failed": "", "error": err}
+    is_told = False
     if job.tests:
         with suppress(ValueError, KeyError, TypeError):
-            said = json.loads(out)
-            if said["nonce"] == nonce:
-                status, failed, error = said["status"], said["failed"], said["error"]
-        out = ""
-    error = "" if status == "ok" else own_traceback(error)
+            is_told = json.loads(out)["nonce"] == nonce
+        said, out = json.loads(out) if is_told else said, ""
+    status, error = said["status"], "" if said["status"] == "ok" else own_traceback(said["error"])
+    killed = {128 + signum: f"was killed by {signum.name}" for signum in signal.Signals}
     if code is None:
         status, error = "timeout", f"it ran for more than {job.timeout:g} seconds"
-    elif status != "ok" and re.match("MemoryError", error.splitlines()[-1] if error else ""):
+    elif status != "ok" and error.rpartition("\n")[2].startswith("MemoryError"):
         status = "memory"
     elif max(len(text) for text in texts) > job.output and not job.tests:
         status, error = "output", f"it wrote more than {job.output} bytes"
-    elif status != "ok" and not error:
-        names = {128 + signum: f"was killed by {signum.name}" for signum in signal.Signals}
-        error = f"the program {names.get(code, f'ended with exit code {code}')}"
+    elif status == "error" and not is_told and (code in killed or not re.search(r"^\w+Error\b|  File", error, re.M)):
+        error = f"the program {killed.get(code, f'ended with exit code {code}')}"
     kept = [text.encode()[: job.output].decode("utf-8", "ignore") for text in (out, err)]
-    return SandboxResult(level, status, *kept, error, failed, seconds)
+    return SandboxResult(level, status, *kept, error, said["failed"], seconds)
 
 
 def own_traceback(text: str) -> str:
-    """The last traceback in a text as a reader of main.py sees it: its own frames, without marks below the lines."""
+    """The last traceback in a text as a reader of main.py sees it: its own frames, without marks below the lines.
+
+    A text without one is given back as it is.
+    """
     own, kept = True, []
-    start = [*re.finditer(r"^Traceback \(most recent call last\):$|\A  File", text, re.MULTILINE)]
-    for line in text[start[-1].start() :].splitlines() if start else ():
+    start = [
+        0,
+        *(found.start() for found in re.finditer(r"^Traceback \(most recent call last\):$", text, re.MULTILINE)),
+    ]
+    for line in text[start[-1] :].strip("\n").splitlines():
         frame = FRAME.match(line)
         if frame:
-            own = frame[1].rpartition("/")[2] in ("main.py", "<python-input-0>")
+            own = frame[1].rpartition("/")[2] == "main.py"
             line = line.replace(frame[1], "main.py", 1)
         elif not line.startswith(" "):
             own = True
         if own and not MARKS.fullmatch(line):
             kept.append(line)
-    if len(kept) > 1 and FRAME.fullmatch(kept[1]):  # a SyntaxError has a place in the text, and no frame
+    if len(start) > 1 and not (len(kept) > 1 and OWN_FRAME.match(kept[1])):  # a SyntaxError's place is no frame
         del kept[0]
     return "\n".join(kept)
