@@ -405,6 +405,8 @@ for kind in ("crash", "named line", "wrong value", "failed test"):
 # %%
 from qftlab.evaluate.sandbox import run_code, run_tests
 
+if colab:  # elsewhere the sandbox came with JupyterLab
+    get_ipython().system("pip install -q 'pydantic-monty>=1.4,<1.5'")
 crash = next(problem for problem in problems if problem.title == "crash")
 for program in (crash.program, crash.fixed):
     print(run_tests(program, crash.tests).passed)
