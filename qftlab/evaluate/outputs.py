@@ -152,9 +152,9 @@ def _check_call(call: dict, tool: str, names: tuple[str, ...]) -> None:
     given = call.get("arguments")
     is_right = isinstance(given, dict) and call.keys() == {"name", "arguments"} and given.keys() == set(names)
     is_right = is_right and all(isinstance(value, str) and value.strip() for value in given.values())
-    inner = ", ".join(given) if isinstance(given, dict) else type(given).__name__
+    inner = list(given) if isinstance(given, dict) else type(given).__name__
     shown = f"{tool} must have name and arguments ({', '.join(names)}: texts)"
-    require(is_right, "wrong-arguments", f"{shown}, got {', '.join(call):.80} (arguments: {inner:.80})")
+    require(is_right, "wrong-arguments", f"{shown}, got {list(call)!r:.80} (arguments: {inner!s:.80})")
 
 
 def check_code(call: dict, names: tuple[str, ...], instruction: str) -> None:

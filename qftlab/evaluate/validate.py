@@ -127,7 +127,7 @@ class Report:
         for name, of in found["reasons"].items():
             lines.append(f"{of['count']:,} × {name}: {of['meaning']}")
             lines += [f"  row {one['row']}: {one['detail']}" for one in of["examples"]]
-        kinds = [f"kind {kind}: {of['valid']:,} of {of['total']:,} valid" for kind, of in found["kinds"].items()]
+        kinds = [f"kind {kind!r:.60}: {of['valid']:,} of {of['total']:,} valid" for kind, of in found["kinds"].items()]
         lines += [*kinds[:10], *([f"and {len(kinds) - 10:,} other kinds"] if len(kinds) > 10 else [])]
         return "\n".join(lines)
 
@@ -163,7 +163,7 @@ def validate(
     squeezed = [" ".join(prompt.split()) for prompt in prompts]
     runs = [text[at : at + RUN] for text in squeezed for at in range(0, len(text) - RUN + 1, RUN)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # of the code that is parsed
+        warnings.simplefilter("ignore")  # about the code that is parsed
         verdicts = [_judged(case, format, runs, max_length) for case in cases]
     keys, firsts = {}, {}
     for number, (case, verdict) in enumerate(zip(cases, verdicts, strict=True)):

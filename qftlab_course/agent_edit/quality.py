@@ -151,7 +151,8 @@ def _sections(report: Report) -> list:
     ]
     if kinds := [{"kind": kind, **of} for kind, of in found["kinds"].items()]:
         said = f"{min(MOST_KINDS, len(kinds))} of {len(kinds):,}, the most frequent ones."
-        sections.append(Section("Kinds of problems", said, DataFrame(kinds[:MOST_KINDS])))
+        table = DataFrame(kinds[:MOST_KINDS], dtype=object)  # texts of pandas's own hold no half surrogate pair
+        sections.append(Section("Kinds of problems", said, table))
     if examples:
         sections.append(Section("Examples of what is refused", "", DataFrame(examples)))
     return sections

@@ -214,7 +214,7 @@ def test_check_prints_counts_points_and_items(capsys, tmp_path: Path) -> None:
     assert code == 1 and "total 6, passed 2, failed 4, pass rate 33.3%" in out
     assert "missing think 1, missing marker 1, wrong call 2, no Output that is a text 1" in out
     assert "official points for hw3_2: 2 of 8" in out and "item 1: passed\n" in out
-    assert "item 3: missing think, missing marker\nitem 4: wrong call: EDIT needs editor, got python" in out
+    assert "item 3: missing think, missing marker\nitem 4: wrong call: EDIT needs editor, got ['python']" in out
     code, out, _ = run(capsys, "check", "--data", file, "--level", "strict")
     assert code == 1 and "item 1: passed\nitem 2: wrong-mode" in out and "item 4: two-tokens" in out
     assert run(capsys, "check", "--data", write(tmp_path / "right.json", [{"Output": EDIT_SAID}]))[0] == 0
@@ -255,7 +255,7 @@ def rows() -> list[dict]:
     return [
         {"instruction": f"Wrong: {CODE}", "output": AGENT_SAID, "expected_type": "agent", "question_title": "sums"},
         {"instruction": f"TypeError: x\n{CODE}", "input": "more", "output": wrapped, "question_title": "sums"},
-        {"instruction": "Hm.", "output": "I cannot \ud800.", "question_title": "trees"},
+        {"instruction": "Hm.", "output": "I cannot \ud800.", "question_title": "trees \udcff"},
     ]
 
 
@@ -278,7 +278,7 @@ def test_validate_writes_the_right_rows_and_a_report(capsys, tmp_path: Path) -> 
     ]
     assert {k: v for k, v in refused[1].items() if k != "quality"} == rows()[2]
     found = json.loads((out_folder / "reports/teacher_quality_report.json").read_text(encoding="utf-8"))
-    assert found["kinds"] == {"sums": {"total": 2, "valid": 1}, "trees": {"total": 1, "valid": 0}}
+    assert found["kinds"] == {"sums": {"total": 2, "valid": 1}, "trees \udcff": {"total": 1, "valid": 0}}
     page = (out_folder / "reports/teacher_quality_report.html").read_text(encoding="utf-8")
     assert page.count("<img ") == page.count('alt="') == 2 and "wrapped-call" in page and "trees" in page
 

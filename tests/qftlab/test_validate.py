@@ -77,6 +77,7 @@ WRONG = {
     "another object": (said(sentence='{"x": 1} '), "two-calls"),
     "tags": (said(f"<tool_call>\n{json.dumps(RUNS)}\n</tool_call>"), "wrapped-call"),
     "half a tag": (said(f"<tool_call>{json.dumps(RUNS)}"), "wrapped-call"),
+    "the other half": (said(f"{json.dumps(RUNS)}</tool_call>"), "wrapped-call"),
     "words after it": (said(json.dumps(RUNS) + " Done."), "text-after-call"),
     "a list": (said(f"[{json.dumps(RUNS)}]"), "text-after-call"),
     "the other tool": (said(EDITS, AGENT), "wrong-tool"),
@@ -205,6 +206,18 @@ def test_layouts_are_known_by_their_fields() -> None:
 def test_a_row_of_no_layout_is_named(rows: list, message: str) -> None:
     with pytest.raises(DataError, match=f"^{re.escape(message)}"):
         read_cases(rows, "a.json")
+
+
+def test_a_limit_is_what_is_allowed() -> None:
+    longest = max(len(said()), len(ASK_AGENT))
+    reasons = [validate(read_cases([row()]), max_length=longest - less).verdicts[0].reason for less in (0, 1)]
+    assert reasons == ["", "too-long"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_code_that_python_warns_of_is_judged_in_silence() -> None:
+    output = said({"name": "python", "arguments": {"code": "x = '\\d'"}})
+    assert validate(read_cases([row(output)])).verdicts[0].ok
 
 
 def test_limits_are_checked() -> None:
