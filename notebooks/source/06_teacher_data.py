@@ -45,7 +45,7 @@ from qftlab import TrainConfig, bundled, fit_rows, generate, load_rows
 from qftlab.settings import AGENT, EDIT, ServerConfig
 from qftlab_course import checks, stages, views
 from qftlab_course.agent_edit import expert, prompts
-from qftlab_course.agent_edit.teach import bug_problems
+from qftlab_course.agent_edit.problems import bug_problems
 from qftlab_course.flaky import Flaky
 from qftlab_course.lessons import teacher_plots
 
@@ -362,8 +362,8 @@ checks.check("06.3", my_reading)
 # Both judges, on the 240 answers:
 
 # %%
-from qftlab.evaluate.outputs import judge
 from qftlab_course.agent_edit.check import course_verdict
+from qftlab_course.agent_edit.outputs import judge
 
 reading = checks.or_library("06.3", my_reading)
 lenient = [course_verdict(text).passed for text in texts]
@@ -373,7 +373,7 @@ print(f"of {len(texts)} answers the lenient checker passes {sum(lenient)}, "
       f"the strict reading {sum(mode != '' for mode in strict)}")
 
 # %% [markdown]
-# The library's `judge` gives a *reason* with each refusal. These are the reasons for answers that the lenient checker has passed:
+# The lab's `judge` gives a *reason* with each refusal. These are the reasons for answers that the lenient checker has passed:
 
 # %%
 why = Counter(judge(text).reason for text, ok in zip(texts, lenient, strict=True) if ok)

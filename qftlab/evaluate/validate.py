@@ -1,31 +1,27 @@
-"""Training data with mode tokens, judged: each row by itself (see `outputs`), and what only the whole set shows."""
+"""Training rows, judged: each by itself, by a judge that the caller brings, and what only the whole set shows."""
 
 from __future__ import annotations
 
-import re
 import statistics
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qftlab.evaluate.near import near_duplicates
-from qftlab.evaluate.outputs import FORMAT, REASONS, Fault, Format, Verdict, check_code, judge, mend, require
 from qftlab.evaluate.split import prompt_key
-from qftlab.rows.chat import DataError
-from qftlab.settings import AGENT, EDIT, check_at_least
+from qftlab.settings import check_at_least
 
-__all__ = ["FORMAT", "REASONS", "Case", "Report", "Verdict", "expected_mode", "judge", "mend", "read_cases", "validate"]
-LAYOUTS = (("Query", "Output"), ("instruction", "output"))
+# What is said of any set; who judges a row has reasons of its own.
+SET_REASONS = {
+    "schema": "instruction or output is no text, or an empty one",
+    "too-long": "instruction or output has more characters than allowed",
+    "leaked-prompt": "the output repeats the system prompt, or has marks of the chat template",
+    "duplicate": "an earlier valid row has the same instruction, but for capitals and white space",
+    "near-duplicate": "an earlier valid row has nearly the same instruction",
+}
 MARKS = ("<|im_start|>", "<|im_end|>", "<tools>")
 RUN = 80  # characters of a prompt that count as a leak; an output's own form has fewer
-# An exception's name on a line of prose or at the end of a traceback: not indented, and not a statement of Python.
-BLOCK = r"(?:class|def|elif|for|if|try|while|with)\b.*:[ \t]*(?:#.*)?$"
-STATEMENT = r"(?:assert|except|import|print|raise|return)\b|from[ \t]+\S+[ \t]+import\b"
-NAME = r"[A-Z][A-Za-z0-9_]*?(?:Error|Exception|Interrupt|Iteration)|SystemExit"
-ERROR = re.compile(
-    rf"^(?![ \t#@]|{BLOCK}|{STATEMENT}).*?(?<![A-Za-z0-9_])(?!AssertionError)(?:{NAME})(?![A-Za-z0-9_])", re.MULTILINE
-)
 
 
 @dataclass(frozen=True)
@@ -38,53 +34,42 @@ class Case:
     kind: str = ""
 
 
-def expected_mode(instruction: object) -> str:
-    """The mode that an instruction's evidence calls for: EDIT where it names an error, AGENT where it does not.
+@dataclass(frozen=True)
+class Verdict:
+    """What was found about one row.
 
-    An error is an exception's name in prose or at the end of a traceback. Names in code do not count, and neither does
-    AssertionError: a failed test says that something is wrong, not what.
+    Args:
+        ok: whether it is right.
+        reason: a short name; "" where it is right.
+        detail: what stands there instead, in words.
+        mode: the output's mode token, as far as it was read.
+        call: its call, as far as it was read: {"name": …, "arguments": {…}}.
     """
-    return EDIT if isinstance(instruction, str) and ERROR.search(instruction) else AGENT
+
+    ok: bool
+    reason: str = ""
+    detail: str = ""
+    mode: str | None = None
+    call: dict | None = None
 
 
-def read_cases(rows: Iterable[object], source: str = "rows", format: Format = FORMAT) -> list[Case]:
-    """Rows of one layout as cases: Query and Output, or instruction, input and output (Alpaca, a teacher's raw list).
+class Fault(ValueError):
+    """Why an output is refused: a name of `REASONS`, and the detail."""
 
-    The mode to be expected is the row's `expected_type` or `mode`, or else `expected_mode` of its instruction.
 
-    Raises:
-        DataError: naming source and row (from 1), for a row of no layout or of another than the first, or a mode that
-            is none.
-    """
-    modes = {token.strip("<|>").casefold(): token for token in format}
-    cases: list[Case] = []
-    first = None
-    for number, row in enumerate(rows, 1):
-        if isinstance(row, DataError):
-            raise row
-        names = next((pair for pair in LAYOUTS if isinstance(row, dict) and row.keys() >= set(pair)), None)
-        first = first or names
-        if names is None or names != first:
-            shown = " and ".join(first) if first else "Query and Output, or instruction and output"
-            got = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-            raise DataError(f"{source}, row {number} must have {shown}, got {got:.100}")
-        instruction = row[names[0]]
-        if isinstance(instruction, str) and row.get("input"):
-            instruction = f"{instruction}\n{row['input']}"
-        asked = row.get("expected_type") or row.get("mode") or expected_mode(instruction)
-        if (mode := modes.get(str(asked).strip("<|>").casefold())) is None:
-            raise DataError(f"{source}, row {number} must have a mode of {', '.join(modes)}, got {asked!r:.60}")
-        kind = row.get("kind") or row.get("question_title") or row.get("skill") or ""
-        cases.append(Case(instruction, row[names[1]], mode, str(kind)))
-    return cases
+def require(is_right: object, reason: str, detail: str) -> None:
+    """Raises the fault where something is not right."""
+    if not is_right:
+        raise Fault(reason, detail)
 
 
 @dataclass(frozen=True)
 class Report:
-    """The verdicts on a set of cases, in their order, and what they come to."""
+    """The verdicts on a set of cases, in their order, what they come to, and what each reason means."""
 
     cases: Sequence[Case]
     verdicts: Sequence[Verdict]
+    reasons: Mapping[str, str]
 
     @property
     def valid(self) -> list[Case]:
@@ -107,7 +92,7 @@ class Report:
             "modes": {mode: {"valid": n, "share": n / len(valid)} for mode, n in sorted(modes.items())},
             "reasons": {
                 name: {"meaning": meaning, "count": len(faults[name]), "examples": faults[name][:examples]}
-                for name, meaning in REASONS.items()
+                for name, meaning in self.reasons.items()
                 if name in faults
             },
             "lengths": {name: _lengths(getattr(case, name) for case in valid) for name in ("instruction", "output")},
@@ -139,8 +124,9 @@ def _lengths(texts: Iterable[str]) -> dict[str, int]:
 
 def validate(
     cases: Sequence[Case],
+    judge: Callable[[Case], Verdict],
+    reasons: Mapping[str, str] = SET_REASONS,
     *,
-    format: Format = FORMAT,
     prompts: Sequence[str] = (),
     max_length: int = 20_000,
     similarity: float = 0.95,
@@ -150,8 +136,9 @@ def validate(
     The time is linear in the number of rows.
 
     Args:
-        cases: as `read_cases` gives them.
-        format: mode token → (tool, names of its arguments).
+        cases: of one file or several.
+        judge: a row by itself; it may raise `Fault`, and never runs code.
+        reasons: what each reason means, those of `SET_REASONS` included, in the order of the report.
         prompts: system prompts that no output may repeat, in runs of `RUN` characters.
         max_length: the most characters of an instruction, and of an output.
         similarity: at and above this Jaccard similarity two instructions are near-duplicates; see `near_duplicates`.
@@ -164,7 +151,7 @@ def validate(
     runs = [text[at : at + RUN] for text in squeezed for at in range(0, len(text) - RUN + 1, RUN)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the code that is parsed
-        verdicts = [_judged(case, format, runs, max_length) for case in cases]
+        verdicts = [_judged(case, judge, runs, max_length) for case in cases]
     keys, firsts = {}, {}
     for number, (case, verdict) in enumerate(zip(cases, verdicts, strict=True)):
         if verdict.ok:
@@ -175,11 +162,10 @@ def validate(
                 verdicts[number] = _refused(verdict, "duplicate", f"of row {firsts[key] + 1}")
     for number, (earlier, share) in near_duplicates(keys, similarity).items():
         verdicts[number] = _refused(verdicts[number], "near-duplicate", f"of row {earlier + 1}, similarity {share:.3f}")
-    return Report(cases, verdicts)
+    return Report(cases, verdicts, reasons)
 
 
-def _judged(case: Case, format: Format, runs: Sequence[str], max_length: int) -> Verdict:
-    verdict = Verdict(False)
+def _judged(case: Case, judge: Callable[[Case], Verdict], runs: Sequence[str], max_length: int) -> Verdict:
     try:
         for name in ("instruction", "output"):
             text = getattr(case, name)
@@ -189,12 +175,9 @@ def _judged(case: Case, format: Format, runs: Sequence[str], max_length: int) ->
         shown = " ".join(case.output.split())
         leak = next((run for run in (*MARKS, *runs) if run in shown), None)
         require(leak is None, "leaked-prompt", f"must not repeat {leak!r:.60}")
-        verdict = judge(case.output, format, case.mode)
-        if verdict.ok:
-            check_code(verdict.call, format[verdict.mode][1], case.instruction)
+        return judge(case)
     except Fault as fault:
-        return _refused(verdict, *fault.args)
-    return verdict
+        return Verdict(False, *fault.args)
 
 
 def _refused(verdict: Verdict, reason: str, detail: str) -> Verdict:

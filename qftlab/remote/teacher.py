@@ -1,34 +1,17 @@
-"""Training rows by a teacher: problems, a plan of what is asked of whom, tries until a row is valid, and the files.
+"""Training rows by a teacher: problems, a plan of what is asked of whom, and tries until a row is valid.
 
 What a teacher is asked, and what makes a row of its answers, is a recipe, which the caller brings; this module asks in
-many threads, keeps what was answered (the client's journal) and writes rows in the plan's order, whenever they came.
+many threads, and the client's journal keeps what was answered.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import random
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
-
-from qftlab.evaluate.validate import read_cases, validate
-from qftlab.files import aside
-from qftlab.rows.chat import DataError
-from qftlab.rows.sources import read_file, read_hub
-
-# Words that tell a problem's kind, the first that is met; by its text alone, so it is a guess and called one.
-KINDS = {
-    "data structures": "tree|graph|linked list|stack|queue|heap|hash|dictionary|matrix|grid",
-    "strings": "string|character|palindrome|substring|letter|word",
-    "mathematics": "prime|divis|gcd|modulo|factorial|digit|sum of|product|integer",
-    "algorithms": "sort|search|path|shortest|dynamic|greedy|permutation|subsequence|interval|array|list",
-}
 
 
 @dataclass(frozen=True)
@@ -59,75 +42,6 @@ class Problem:
     mode: str = ""
     starter: str = ""
     func_name: str = ""
-
-    @property
-    def kind(self) -> str:
-        """What the problem is about, guessed by its words."""
-        words = self.text.lower()
-        return next((kind for kind, known in KINDS.items() if re.search(known, words)), "other")
-
-
-def read_problems(sources: Iterable[str | Path]) -> list[Problem]:
-    """The problems of files and hub names: LiveCodeBench, LiveBench coding, HumanEvalFix and our bug set's layout.
-
-    Raises:
-        DataError: for a row of another layout, naming file and row.
-        FileNotFoundError: for a file that is not there.
-    """
-    found = []
-    for source in map(str, sources):
-        is_file = Path(source).suffix in (".json", ".jsonl", ".csv", ".parquet") or Path(source).is_file()
-        for place, row in read_file(Path(source)) if is_file else read_hub(source):
-            if isinstance(row, DataError):
-                raise row
-            found.append(_problem(row, f"{source}, {place}"))
-    return found
-
-
-def _problem(row: object, where: str) -> Problem:
-    kinds = {"turns": _livebench, "question_content": _livecodebench, "buggy_solution": _humanevalfix, "program": _own}
-    make = next((make for name, make in kinds.items() if isinstance(row, Mapping) and row.get(name)), None)
-    if make is None:
-        raise DataError(f"{where} must be of LiveCodeBench (question_content), LiveBench (turns), HumanEvalFix "
-                        f"(buggy_solution) or have a program, got {row!r:.80}")  # fmt: skip
-    try:
-        return make(row)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise DataError(f"{where} must hold a whole problem, got {type(error).__name__}: {error!s:.80}") from None
-
-
-def _loaded(value: object) -> object:
-    return json.loads(value) if isinstance(value, str) and value else value
-
-
-def _livecodebench(row: Mapping) -> Problem:
-    tests, about = _loaded(row.get("public_test_cases")) or (), _loaded(row.get("metadata")) or {}
-    return Problem(str(row["question_id"]), row.get("question_title") or "", row["question_content"], tuple(tests),
-                   starter=row.get("starter_code") or "", func_name=about.get("func_name") or "")  # fmt: skip
-
-
-def _livebench(row: Mapping) -> Problem:
-    """The question stands between a line `### Question:` and the next heading of the prompt."""
-    text = row["turns"][0]
-    question = re.search(r"### Question:[^\n]*\n(.*?)(?=\n###|\Z)", text, re.DOTALL)
-    problem = _livecodebench({**row, "question_content": (question[1] if question else text).strip()})
-    return dataclasses.replace(problem, starter=_between(text, "```python\n", "```"))
-
-
-def _between(text: str, start: str, end: str) -> str:
-    after = text.partition(start)[2]
-    return after.partition(end)[0].strip() if end in after else ""
-
-
-def _humanevalfix(row: Mapping) -> Problem:
-    head = row["declaration"]
-    return Problem(row["task_id"], row["entry_point"], row["docstring"], row["test"], head + row["buggy_solution"],
-                   head + row["canonical_solution"], func_name=row["entry_point"])  # fmt: skip
-
-
-def _own(row: Mapping) -> Problem:
-    names = {field.name for field in dataclasses.fields(Problem)}
-    return Problem(**({"id": "", "title": "", "text": ""} | {k: v for k, v in row.items() if k in names}))
 
 
 @dataclass(frozen=True)
@@ -228,76 +142,9 @@ def teach(
             row = recipe(ask, task)
             if not row["issues"]:
                 break
-        problem = task.problem
+        problem, mode = task.problem, task.mode.strip("<|>")
         named = {"item_id": task.number, "question_id": problem.id, "question_title": problem.title}
-        return {**named, **row, "expected_type": task.mode.strip("<|>"), "kind": problem.kind,
-                "tries": attempt + 1, "valid": not row["issues"]}  # fmt: skip
+        return {**named, **row, "expected_type": mode, "tries": attempt + 1, "valid": not row["issues"]}
 
     for _, row in client.map(make, tasks, progress=progress):
         yield row
-
-
-def write_set(
-    rows: Iterable[dict], output: str | Path, planned: int, totals: object = "", balance: bool = False
-) -> list[Path]:
-    """Writes a set as `data_constructor.py` names its files, in the plan's order.
-
-    Rows that are valid by themselves are judged once more against each other: a later one that repeats an earlier one
-    is not valid.
-
-    Args:
-        rows: of `teach`, in any order.
-        output: of the raw list, `.json`; beside it come `_alpaca` (valid rows) and `_invalid`, and a report, which
-            stands in `reports` where the list is in a folder `training_data`.
-        planned: rows that were asked for.
-        totals: of the client, for the report.
-        balance: leaves so many of the more frequent mode's valid rows out of `_alpaca`, the last ones, that all modes
-            are there equally often; in the raw list they have a field `surplus`.
-
-    Returns:
-        The four paths, the report's last.
-    """
-    output, rows = Path(output), sorted(rows, key=lambda row: row["item_id"])
-    found = validate(read_cases(rows, str(output)))
-    for row, verdict in zip(rows, found.verdicts, strict=True):
-        if row["valid"] and not verdict.ok:
-            row["valid"], row["issues"] = False, [verdict.reason]
-    modes = Counter(row["expected_type"] for row in rows if row["valid"])
-    left = dict.fromkeys(modes, min(modes.values(), default=0) if balance else len(rows))
-    for row in rows:
-        if row["valid"]:
-            left[row["expected_type"]] -= 1
-            row |= {"surplus": True} if left[row["expected_type"]] < 0 else {}
-    folder = output.parent.parent / "reports" if output.parent.name == "training_data" else output.parent
-    alpaca = [{"instruction": row["instruction"], "input": "", "output": row["output"]}
-              for row in rows if row["valid"] and not row.get("surplus")]  # fmt: skip
-    texts = {
-        output: rows,
-        output.with_name(f"{output.stem}_alpaca.json"): alpaca,
-        output.with_name(f"{output.stem}_invalid.json"): [row for row in rows if not row["valid"]],
-        folder / f"{output.stem}_analysis.txt": report(rows, planned, totals),
-    }
-    for path, text in texts.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False, indent=2)
-        with aside(path) as part:
-            part.write_text(f"{text}\n", encoding="utf-8")
-    return list(texts)
-
-
-def report(rows: Sequence[Mapping], planned: int, totals: object = "") -> str:
-    """What a set holds, for reading: shares, modes, reasons, kinds of problem, titles, tries."""
-    valid = [row for row in rows if row["valid"]]
-    lines = [f"{len(rows)} of {planned} rows made, {len(valid)} valid"]
-    for name, values in {
-        "mode, of the valid": (row["expected_type"] for row in valid),
-        "reason why not": (reason for row in rows for reason in row["issues"][:1]),
-        "kind of problem, guessed by its words": (row["kind"] for row in rows),
-        "title (ten at most)": (row["question_title"] or row["question_id"] or "none" for row in rows),
-        "tries": (row["tries"] for row in rows),
-    }.items():
-        lines += ["", f"by {name}:", *(f"{n:>6}  {value}" for value, n in Counter(values).most_common(10))]
-    modes = Counter(row["expected_type"] for row in valid)
-    if modes and max(modes.values()) > 0.55 * len(valid):
-        lines += ["", "the modes are not balanced (45 to 55 % each): more tries, or balance, which leaves some out"]
-    return "\n".join([*lines, "", str(totals)])

@@ -2,7 +2,7 @@
 
 The level `course` gives the verdicts of the course's own checker, also where they are lenient: it takes a call that
 does not parse, has no arguments, or stands before the token, and says EDIT where both tokens stand. The level `strict`
-is `qftlab.evaluate.validate.judge`.
+is `outputs.judge`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qftlab.evaluate.validate import expected_mode, judge
 from qftlab.rows.sources import DataError, read_file
 from qftlab.settings import check_fields
+from qftlab_course.agent_edit.outputs import expected_mode, judge
 
 TOOLS = {"EDIT": "editor", "AGENT": "python"}  # in the order in which the checker looks for their tokens
 NAMED = re.compile(r'\{\s*"name"\s*:\s*"([^"]+)"')

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qftlab.evaluate.validate import Case, Report, Verdict, mend, read_cases, validate
+from qftlab.evaluate.validate import Case, Report, Verdict
 from qftlab.files import aside
 from qftlab.rows.sources import read_file
 from qftlab.settings import Names, check_at_least, check_fields
+from qftlab_course.agent_edit.outputs import mend, read_cases, validate_cases
 
 MOST_KINDS = 50  # in the page
 
@@ -80,7 +81,7 @@ def validate_file(config: ValidateConfig) -> tuple[Report, str]:
     if config.fix:
         before, cases = cases, [_mended(case) for case in cases]
         num_mended = sum(case is not old for case, old in zip(cases, before, strict=True))
-    report = validate(cases, prompts=prompts, max_length=config.max_length, similarity=config.similarity)
+    report = validate_cases(cases, prompts=prompts, max_length=config.max_length, similarity=config.similarity)
     text = report.to_text()
     if config.fix:
         text += f"\n{num_mended:,} outputs were mended before (white space, quotes, <tool_call> tags)"

@@ -6,11 +6,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qftlab.evaluate.outputs import FORMAT
 from qftlab.evaluate.sandbox import run_tests
-from qftlab.evaluate.validate import Case, validate
+from qftlab.evaluate.validate import Case
 from qftlab.remote.teacher import Asked, Problem, Recipe, Task
 from qftlab.settings import AGENT, EDIT
+from qftlab_course.agent_edit.outputs import FORMAT, validate_cases
+from qftlab_course.agent_edit.problems import kind_of
 from qftlab_course.agent_edit.prompts import ASKED, MEND, PLANT, REASON, SYSTEM, TOOLS, assembled
 
 CODE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
@@ -120,12 +121,13 @@ def reasoned(language: str = "en", level: str = "auto") -> Recipe:
 
 def _row(ask: Asked, task: Task, language: str, level: str, write: Callable[[Shown], str]) -> dict:
     """A row, judged by itself: form, mode, code, and whether a fix passes the tests."""
-    row = {"instruction": "", "output": "", "buggy_code": "", "issues": []}
+    kind = kind_of(task.problem.text)
+    row = {"instruction": "", "output": "", "buggy_code": "", "kind": kind, "issues": []}
     try:
         show = shown(ask, task, language, level)
         row |= {"instruction": show.instruction, "buggy_code": show.program}
         row["output"] = write(show)
-        verdict = validate([Case(row["instruction"], row["output"], task.mode)], prompts=[SYSTEM]).verdicts[0]
+        verdict = validate_cases([Case(row["instruction"], row["output"], task.mode)], prompts=[SYSTEM]).verdicts[0]
         if not verdict.ok:
             raise _Miss(verdict.reason)
         code = verdict.call["arguments"][FORMAT[task.mode][1][-1]]

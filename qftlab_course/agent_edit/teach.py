@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
-import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from qftlab.files import aside
 from qftlab.remote.client import Budget
 from qftlab.settings import AGENT, EDIT, Names, ServerConfig, check_at_least, check_fields
 
@@ -93,22 +95,6 @@ class TeachConfig:
                             timeout=self.timeout)  # fmt: skip
 
 
-def bug_problems(count: int, seed: int, *, held_out: bool = False) -> list:
-    """Different programs of the bug set as problems, with the reports that their modes call for; modes take turns."""
-    from qftlab.remote.teacher import Problem
-    from qftlab_course.world.bugfix import random_bug
-
-    rng, found = random.Random(f"problems {seed}"), {}
-    while len(found) < count:
-        bug = random_bug(rng, held_out=held_out)
-        if bug.mode == ("AGENT", "EDIT")[len(found) % 2]:
-            found.setdefault(f"{bug.program}\n{bug.report}", bug)
-    return [
-        Problem(f"bug-{i}", bug.kind, bug.program, bug.test, bug.program, bug.fixed, bug.report, f"<|{bug.mode}|>")
-        for i, bug in enumerate(found.values())
-    ]
-
-
 def make_set(config: TeachConfig, *, progress: bool = False) -> list[Path]:
     """Makes the rows and writes them; what was made before an error is written as well.
 
@@ -119,7 +105,8 @@ def make_set(config: TeachConfig, *, progress: bool = False) -> list[Path]:
         ServerError, BudgetError, KeyboardInterrupt: as the client says.
     """
     from qftlab.remote.client import Client
-    from qftlab.remote.teacher import plan, read_problems, teach, write_set
+    from qftlab.remote.teacher import plan, teach
+    from qftlab_course.agent_edit.problems import bug_problems, read_problems
     from qftlab_course.agent_edit.recipes import RECIPES, can_show
 
     server, rows, paths = config.server(), [], []
@@ -135,6 +122,74 @@ def make_set(config: TeachConfig, *, progress: bool = False) -> list[Path]:
         finally:
             paths = write_set(rows, config.output, config.samples, client.totals, config.balance) if rows else []
     return paths
+
+
+def write_set(
+    rows: Iterable[dict], output: str | Path, planned: int, totals: object = "", balance: bool = False
+) -> list[Path]:
+    """Writes a set as `data_constructor.py` names its files, in the plan's order.
+
+    Rows that are valid by themselves are judged once more against each other: a later one that repeats an earlier one
+    is not valid.
+
+    Args:
+        rows: of `teach`, in any order.
+        output: of the raw list, `.json`; beside it come `_alpaca` (valid rows) and `_invalid`, and a report, which
+            stands in `reports` where the list is in a folder `training_data`.
+        planned: rows that were asked for.
+        totals: of the client, for the report.
+        balance: leaves so many of the more frequent mode's valid rows out of `_alpaca`, the last ones, that all modes
+            are there equally often; in the raw list they have a field `surplus`.
+
+    Returns:
+        The four paths, the report's last.
+    """
+    output, rows = Path(output), sorted(rows, key=lambda row: row["item_id"])
+    from qftlab_course.agent_edit.outputs import read_cases, validate_cases
+
+    found = validate_cases(read_cases(rows, str(output)))
+    for row, verdict in zip(rows, found.verdicts, strict=True):
+        if row["valid"] and not verdict.ok:
+            row["valid"], row["issues"] = False, [verdict.reason]
+    modes = Counter(row["expected_type"] for row in rows if row["valid"])
+    left = dict.fromkeys(modes, min(modes.values(), default=0) if balance else len(rows))
+    for row in rows:
+        if row["valid"]:
+            left[row["expected_type"]] -= 1
+            row |= {"surplus": True} if left[row["expected_type"]] < 0 else {}
+    folder = output.parent.parent / "reports" if output.parent.name == "training_data" else output.parent
+    alpaca = [{"instruction": row["instruction"], "input": "", "output": row["output"]}
+              for row in rows if row["valid"] and not row.get("surplus")]  # fmt: skip
+    texts = {
+        output: rows,
+        output.with_name(f"{output.stem}_alpaca.json"): alpaca,
+        output.with_name(f"{output.stem}_invalid.json"): [row for row in rows if not row["valid"]],
+        folder / f"{output.stem}_analysis.txt": report(rows, planned, totals),
+    }
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False, indent=2)
+        with aside(path) as part:
+            part.write_text(f"{text}\n", encoding="utf-8")
+    return list(texts)
+
+
+def report(rows: Sequence[Mapping], planned: int, totals: object = "") -> str:
+    """What a set holds, for reading: shares, modes, reasons, kinds of problem, titles, tries."""
+    valid = [row for row in rows if row["valid"]]
+    lines = [f"{len(rows)} of {planned} rows made, {len(valid)} valid"]
+    for name, values in {
+        "mode, of the valid": (row["expected_type"] for row in valid),
+        "reason why not": (reason for row in rows for reason in row["issues"][:1]),
+        "kind of problem, guessed by its words": (row["kind"] for row in rows),
+        "title (ten at most)": (row["question_title"] or row["question_id"] or "none" for row in rows),
+        "tries": (row["tries"] for row in rows),
+    }.items():
+        lines += ["", f"by {name}:", *(f"{n:>6}  {value}" for value, n in Counter(values).most_common(10))]
+    modes = Counter(row["expected_type"] for row in valid)
+    if modes and max(modes.values()) > 0.55 * len(valid):
+        lines += ["", "the modes are not balanced (45 to 55 % each): more tries, or balance, which leaves some out"]
+    return "\n".join([*lines, "", str(totals)])
 
 
 def said(paths: Sequence[Path]) -> str:

@@ -7,8 +7,8 @@ import random
 import re
 from collections import Counter
 
-from qftlab.evaluate.outputs import FORMAT, judge
 from qftlab.settings import AGENT, EDIT
+from qftlab_course.agent_edit.outputs import FORMAT, judge
 from qftlab_course.exercises import Exercise, Suspect
 
 TRIES = "python def loop print editor return value".split()
@@ -262,7 +262,7 @@ EXERCISES = (
         reference=right_mode,
         draw=_draw_output,
         instead="take the text apart with partition and read the call with json.loads",
-        forbidden=("qftlab.evaluate.validate.judge", "qftlab.evaluate.validate.validate"),
+        forbidden=("qftlab_course.agent_edit.outputs.judge",),
         sizes=16,
         repeats=3,
         suspects=(

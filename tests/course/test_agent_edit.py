@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qftlab import cli
-from qftlab.evaluate.validate import FORMAT, judge
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
 from qftlab.settings import AGENT, EDIT
 from qftlab_course.agent_edit.check import check_file, course_verdict
+from qftlab_course.agent_edit.outputs import FORMAT, judge
 from qftlab_course.agent_edit.tokens import token_tasks
 
 ROOT = Path(__file__).resolve().parents[2]

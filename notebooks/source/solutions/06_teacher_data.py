@@ -24,7 +24,7 @@ from qftlab.settings import AGENT, EDIT
 from qftlab_course import checks
 from qftlab_course.agent_edit import expert, prompts
 from qftlab_course.agent_edit.check import course_verdict
-from qftlab_course.agent_edit.teach import bug_problems
+from qftlab_course.agent_edit.problems import bug_problems
 
 # %% tags=["parameters"]
 SEED = 0

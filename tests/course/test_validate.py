@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from qftlab.evaluate import near
 from qftlab.evaluate.near import near_duplicates, shingles
-from qftlab.evaluate.validate import FORMAT, REASONS, RUN, Case, expected_mode, judge, mend, read_cases, validate
+from qftlab.evaluate.validate import RUN, Case
 from qftlab.rows.chat import DataError
 from qftlab.settings import AGENT, EDIT
+from qftlab_course.agent_edit.outputs import FORMAT, REASONS, expected_mode, judge, mend, read_cases
+from qftlab_course.agent_edit.outputs import validate_cases as validate
 
 CODE, FIXED = "def f(x):\n    return x - 1", "def f(x):\n    return x + 1"
 RUNS = {"name": "python", "arguments": {"code": CODE}}

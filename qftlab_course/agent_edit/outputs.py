@@ -1,4 +1,4 @@
-"""One output with a mode token, judged: its form, its call, and the code of its call.
+"""Rows with a mode token, judged: the output's form, its call, and the code of its call.
 
 A format is a mapping of mode tokens to the tool that must be called and its arguments. `judge` reads strictly, `mend`
 repairs what is safe to repair. Code is parsed, never run.
@@ -9,9 +9,10 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from qftlab.evaluate.validate import Case, Fault, Report, Verdict, require, validate
+from qftlab.rows.chat import DataError
 from qftlab.settings import AGENT, EDIT
 
 Format = Mapping[str, tuple[str, tuple[str, ...]]]
@@ -48,33 +49,14 @@ TAG = re.compile("</?think>")
 IGNORED = re.compile(r"#.*|\s+")
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What was found about one output.
-
-    Args:
-        ok: whether it is right.
-        reason: a name of `REASONS`; "" where it is right.
-        detail: what stands there instead, in words.
-        mode: the output's mode token, as far as it was read.
-        call: its call, as far as it was read: {"name": …, "arguments": {…}}.
-    """
-
-    ok: bool
-    reason: str = ""
-    detail: str = ""
-    mode: str | None = None
-    call: dict | None = None
-
-
-class Fault(ValueError):
-    """Why an output is refused: a name of `REASONS`, and the detail."""
-
-
-def require(is_right: object, reason: str, detail: str) -> None:
-    """Raises the fault where something is not right."""
-    if not is_right:
-        raise Fault(reason, detail)
+LAYOUTS = (("Query", "Output"), ("instruction", "output"))
+# An exception's name on a line of prose or at the end of a traceback: not indented, and not a statement of Python.
+BLOCK = r"(?:class|def|elif|for|if|try|while|with)\b.*:[ \t]*(?:#.*)?$"
+STATEMENT = r"(?:assert|except|import|print|raise|return)\b|from[ \t]+\S+[ \t]+import\b"
+NAME = r"[A-Z][A-Za-z0-9_]*?(?:Error|Exception|Interrupt|Iteration)|SystemExit"
+ERROR = re.compile(
+    rf"^(?![ \t#@]|{BLOCK}|{STATEMENT}).*?(?<![A-Za-z0-9_])(?!AssertionError)(?:{NAME})(?![A-Za-z0-9_])", re.MULTILINE
+)
 
 
 def judge(output: object, format: Format = FORMAT, mode: str | None = None) -> Verdict:
@@ -187,6 +169,26 @@ def _tree(code: str, form: Callable[[ast.Module], object] = bool) -> object:
         return None
 
 
+def judge_case(case: Case) -> Verdict:
+    """A row by itself: `judge`, and `check_code` of what the call brings.
+
+    Raises:
+        Fault: as `check_code`.
+    """
+    verdict = judge(case.output, mode=case.mode)
+    if verdict.ok:
+        try:
+            check_code(verdict.call, FORMAT[verdict.mode][1], case.instruction)
+        except Fault as fault:
+            return Verdict(False, *fault.args, mode=verdict.mode, call=verdict.call)
+    return verdict
+
+
+def validate_cases(cases: Sequence[Case], **options) -> Report:
+    """`validate` with `judge_case`; `options` are its."""
+    return validate(cases, judge_case, REASONS, **options)
+
+
 def mend(output: str, format: Format = FORMAT) -> str:
     """The output without white space, quotes and `<tool_call>` tags around it or its parts; its words stay as they are.
 
@@ -219,3 +221,44 @@ def _read(text: str) -> object:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def expected_mode(instruction: object) -> str:
+    """The mode that an instruction's evidence calls for: EDIT where it names an error, AGENT where it does not.
+
+    An error is an exception's name in prose or at the end of a traceback. Names in code do not count, and neither does
+    AssertionError: a failed test says that something is wrong, not what.
+    """
+    return EDIT if isinstance(instruction, str) and ERROR.search(instruction) else AGENT
+
+
+def read_cases(rows: Iterable[object], source: str = "rows", format: Format = FORMAT) -> list[Case]:
+    """Rows of one layout as cases: Query and Output, or instruction, input and output (Alpaca, a teacher's raw list).
+
+    The mode to be expected is the row's `expected_type` or `mode`, or else `expected_mode` of its instruction.
+
+    Raises:
+        DataError: naming source and row (from 1), for a row of no layout or of another than the first, or a mode that
+            is none.
+    """
+    modes = {token.strip("<|>").casefold(): token for token in format}
+    cases: list[Case] = []
+    first = None
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, DataError):
+            raise row
+        names = next((pair for pair in LAYOUTS if isinstance(row, dict) and row.keys() >= set(pair)), None)
+        first = first or names
+        if names is None or names != first:
+            shown = " and ".join(first) if first else "Query and Output, or instruction and output"
+            got = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+            raise DataError(f"{source}, row {number} must have {shown}, got {got:.100}")
+        instruction = row[names[0]]
+        if isinstance(instruction, str) and row.get("input"):
+            instruction = f"{instruction}\n{row['input']}"
+        asked = row.get("expected_type") or row.get("mode") or expected_mode(instruction)
+        if (mode := modes.get(str(asked).strip("<|>").casefold())) is None:
+            raise DataError(f"{source}, row {number} must have a mode of {', '.join(modes)}, got {asked!r:.60}")
+        kind = row.get("kind") or row.get("question_title") or row.get("skill") or ""
+        cases.append(Case(instruction, row[names[1]], mode, str(kind)))
+    return cases
