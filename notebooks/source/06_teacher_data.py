@@ -60,7 +60,7 @@ SEED = 0
 PROBLEMS = 240
 PRICES = (2.0, 8.0)
 MONEY = 0.60
-STEPS = 80
+STEPS = 64
 
 # %% [markdown]
 # ## 1 · Ask once
@@ -482,7 +482,7 @@ MODE = re.compile(r"<\|(AGENT|EDIT)\|>")
 def trained_on(rows):
     """A fresh model after `STEPS` steps on some rows."""
     start = stages.stage("extended")
-    train = TrainConfig(lr=1e-3, max_steps=STEPS, batch_size=8, seed=SEED)
+    train = TrainConfig(lr=2e-3, max_steps=STEPS, batch_size=8, seed=SEED)
     fit_rows(start.model, start.tokenizer, rows, train)
     return start
 
