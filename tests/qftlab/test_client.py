@@ -546,7 +546,7 @@ def test_a_caller_that_has_enough_stops_the_rest(tmp_path) -> None:
 
 
 def test_the_bar_shows_what_was_spent(capfd) -> None:
-    """parrot counts letters: 5 read and 5 written for each of ten rows, at 1 and 3 a million a thousand times over."""
+    """parrot counts letters: ten rows of 5 read and 5 written, at 1,000 and 3,000 a million: 0.05 and 0.15."""
     prices = Budget(price_in=1000.0, price_out=3000.0)
     with Flaky(parrot) as server, Client(config(server), budget=prices) as client:
         assert len(list(client.map(lambda i: ask(client, i), range(10), progress=True))) == 10
