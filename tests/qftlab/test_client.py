@@ -545,6 +545,17 @@ def test_a_caller_that_has_enough_stops_the_rest(tmp_path) -> None:
         assert ask(client, 2000) == "row 2000"
 
 
+def test_the_bar_shows_what_was_spent(capfd) -> None:
+    """parrot counts letters: ten rows of 5 read and 5 written, at 1,000 and 3,000 a million: 0.05 and 0.15."""
+    prices = Budget(price_in=1000.0, price_out=3000.0)
+    with Flaky(parrot) as server, Client(config(server), budget=prices) as client:
+        assert len(list(client.map(lambda i: ask(client, i), range(10), progress=True))) == 10
+        assert str(client.totals) == "100 tokens, 0.2000 spent, 0 retries" and client.totals.money == 0.2
+        list(client.map(lambda i: ask(client, i), iter(range(3)), progress=True))
+    errors = capfd.readouterr().err
+    assert "10/10" in errors and "it/s" in errors and "spent" in errors and "3it" in errors
+
+
 def test_an_empty_map_and_a_client_that_was_left() -> None:
     with Flaky(parrot) as server, Client(config(server)) as client:
         assert list(client.map(ask, [])) == []

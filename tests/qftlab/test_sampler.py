@@ -267,9 +267,12 @@ def test_ctrl_c_twice_ends_a_run_within_two_seconds_though_the_server_hangs(tmp_
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         start = time.monotonic()
-        _, errors = process.communicate(timeout=30)
-        assert time.monotonic() - start < 4 and process.returncode == 130, errors  # 2, and the end of Python and torch
-        assert "to go on: --resume" in errors
+        for line in process.stderr:
+            if "interrupted after 0 of 1 steps" in line:
+                break
+        assert time.monotonic() - start < 3, "1.5 s without an answer, and the rest on a busy machine"
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130 and "to go on: --resume" in errors
 
 
 def test_rows_that_vllm_takes_no_adapters_with_are_refused_before_there_is_a_run(tokenizer, tmp_path) -> None:
