@@ -669,8 +669,8 @@ def test_livecodebench_public_tests(right: bool, real_data: Path) -> None:
 
 
 @pytest.mark.long
-def test_every_public_test_of_livecodebench_can_be_put(real_data: Path) -> None:
-    """All 181 functional problems: a solution that returns None fails at its first case and at nothing before."""
+def test_public_tests_of_livecodebench_can_be_put(real_data: Path) -> None:
+    """Every sixth of the 181 functional problems: a wrong solution fails at a case and at nothing before."""
     level_or_skip("bwrap")
     lines = (real_data / "livecodebench/lcb_400.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if row["starter_code"]]
