@@ -291,8 +291,8 @@ def _run(level: str, python: str, args: list[str], job: _Job, stdin: str) -> tup
         else:
             folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
             Path(folder, "main.py").write_bytes(text.read())
-            if nobody:
-                os.chown(folder, 65534, 65534)
+            for path in (folder, f"{folder}/main.py") if nobody else ():
+                os.chown(path, 65534, 65534)
         began = time.monotonic()
         process = subprocess.Popen(command, **{"cwd": folder, **options, **nobody})
         try:
