@@ -41,7 +41,6 @@ from pathlib import Path
 
 import openai
 
-from qftlab import TrainConfig, bundled, fit_rows, generate, load_rows
 from qftlab.settings import AGENT, EDIT, ServerConfig
 from qftlab_course import checks, stages, views
 from qftlab_course.agent_edit import expert, prompts
@@ -475,6 +474,8 @@ for name, recipe, tries in [("quantity", lenient_recipe, 1), ("filtering", whole
 # Quantity comes first. The model is `extended`: it has the two tokens, and has never seen a chat.
 
 # %%
+from qftlab import TrainConfig, bundled, fit_rows, generate, load_rows
+
 held_out = load_rows(bundled("bugfix", "heldout.jsonl"))
 MODE = re.compile(r"<\|(AGENT|EDIT)\|>")
 

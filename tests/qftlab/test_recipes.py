@@ -42,8 +42,8 @@ def commands(title: str = "") -> list[list[str]]:
 
 def test_every_recipe_is_run_by_a_command_of_the_readme() -> None:
     given = [arguments[arguments.index("--config") + 1] for arguments in commands() if "--config" in arguments]
-    assert {Path(name).name for name in given} == {path.name for path in FILES} and len(FILES) == 7
-    assert len(commands()) == len(commands("Countdown")) + len(commands("Chat")) == 14
+    assert {Path(name).name for name in given} == {path.name for path in FILES} and len(FILES) == 8
+    assert len(commands()) == sum(len(commands(title)) for title in ("Countdown", "Chat", "AGENT")) == 20
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -71,7 +71,7 @@ def flat(found: dict, prefix: str = "") -> dict:
 def hub_names() -> set[str]:
     """Every data set that a recipe or a command names."""
     found = set()
-    for arguments in commands():
+    for arguments in commands("Countdown") + commands("Chat"):
         config = cli.parse(arguments[0], [FOLDER.parent.joinpath(a).as_posix() if a.endswith(".yaml") else a
                                           for a in arguments[1:]])  # fmt: skip
         found |= {n for key in ("data", "held_out") for n in getattr(config, key, ()) if _is_hub(n)}
@@ -166,6 +166,35 @@ def test_the_commands_run_in_their_order(title: str, tmp_path, real_data, monkey
         records = metrics("runs/chat-reward")
         assert all(0 <= r["held_out_accuracy"] <= 1 for r in records if "held_out_loss" in r)
         check_rewards("runs/chat-rloo", "model")
+
+
+def test_the_special_token_project_runs_in_its_order(tmp_path, real_data, monkeypatch, capsys) -> None:
+    """Two rows' worth of everything: a teacher on this machine, problems of LiveCodeBench, and `tiny` for Qwen3-8B."""
+    from planted_teacher import PlantedTeacher
+
+    from qftlab_course.agent_edit.problems import read_problems
+    from qftlab_course.flaky import Flaky
+
+    lines = (real_data / "livecodebench" / "lcb_400.jsonl").read_text(encoding="utf-8").splitlines()
+    short = sorted((line for line in lines if json.loads(line)["platform"] == "leetcode"), key=len)[:12]
+    (tmp_path / "lcb.jsonl").write_text("\n".join(short) + "\n", encoding="utf-8")
+    (tmp_path / "query_only.json").write_text('[{"Query": "It is wrong: x = 1"}]', encoding="utf-8")
+    (tmp_path / "short.txt").write_text("Help.", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    teacher = PlantedTeacher(read_problems([tmp_path / "lcb.jsonl"]))
+    shrunk = {
+        "teach-data": "--samples 12 --tries 1 --threads 4",
+        "sft": f"{LITTLE} --model tiny --device cpu --quant none --dtype float32 --max_length null",
+        "tasks": "--max_new_tokens 4 --system short.txt",  # 512 tokens are all that `tiny` has
+    }
+    with Flaky(teacher.answer) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        for name, *rest in commands("AGENT"):
+            rest = [str(FOLDER.parent / word) if word.endswith(".yaml") else word for word in rest]
+            rest = ["lcb.jsonl" if word == "livecodebench/code_generation_lite" else word for word in rest]
+            code = cli.main([name, *rest, *shlex.split(shrunk.get(name, ""))])
+            assert code == (1 if name in ("validate", "check") else 0), capsys.readouterr().err
+    assert (tmp_path / "runs" / "agent-edit" / "latest" / "curves.png").exists()
 
 
 def metrics(output: str) -> list[dict]:
