@@ -351,3 +351,64 @@ def test_balance_leaves_the_surplus_of_one_mode_out_and_says_so(tmp_path: Path) 
     first = [row["instruction"] for row in rows if row["valid"] and row["expected_type"] == "EDIT"][: modes["AGENT"]]
     assert [row["instruction"] for row in kept if EDIT in row["output"]] == first
     assert sum(row.get("surplus", False) for row in rows) == modes["EDIT"] - modes["AGENT"]
+
+
+@pytest.mark.long
+def test_the_key_is_in_no_file_log_or_error_of_any_command(tmp_path: Path, monkeypatch, capfd, caplog) -> None:
+    """The server echoes it in answers, errors, headers and redirects; commands that ask no server run beside."""
+    from qftlab import cli
+
+    key = "sk-canary-5d1f0e7a9c3b"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    monkeypatch.setattr("qftlab.remote.client.PAUSE", 0.01)
+    monkeypatch.chdir(tmp_path)
+    Path("q.json").write_text(json.dumps([{"Query": "It is wrong: x = 1"}] * 4), encoding="utf-8")
+    Path("s.txt").write_text("Help.", encoding="utf-8")
+    told: list[str] = []
+
+    def run(*words: str) -> int:
+        code = cli.main([*words, "--verbose"])
+        told.extend(capfd.readouterr())
+        return code
+
+    faults = {"echo": 0.2, "echo-error": 0.1, "500": 0.1, "reset": 0.05}
+    with Flaky(Expert(flaws={}).answer, faults, key=key) as server:
+        some = ("--url", server.url, "--threads", "4")
+        assert (
+            run("teach-data", "--problems", "16", "--samples", "16", "--output", "set.json", "--retries", "20", *some)
+            == 0
+        )
+        assert run("tasks", "--data", "q.json", "--output", "hw3_2.json", *some) in (0, 2)
+        assert any(f"Bearer {key}" in headers.get("authorization", "") for headers in server.headers), "it was sent"
+    for fault in ("redirect", "quota", "echo-error", "hang"):
+        with Flaky(Expert(flaws={}).answer, {fault: 1.0}, key=key) as server:
+            words = (
+                "teach-data",
+                "--problems",
+                "2",
+                "--samples",
+                "2",
+                "--retries",
+                "1",
+                "--timeout",
+                "0.3",
+                "--output",
+            )
+            assert run(*words, f"{fault}.json", "--url", server.url) == 2
+    with Flaky(Expert(flaws={}).answer, key="another") as server:  # the key is wrong, and the server quotes it
+        assert (
+            run("teach-data", "--problems", "2", "--samples", "2", "--output", "wrong.json", "--url", server.url) == 2
+        )
+    url = f"http://user:{key}@127.0.0.1:9/v1"
+    assert run("teach-data", "--problems", "2", "--samples", "2", "--output", "url.json", "--url", url) == 2
+    run("validate", "--data", "set.json", "--output", "outputs")
+    run("check", "--data", "hw3_2.json")
+    few = ("--train.max_steps", "1", "--train.batch_size", "2", "--output", "runs")
+    assert run("sft", "--data", "set_alpaca.json", *few) == 0
+    assert run("generate", "--prompt", "x", "--model", "runs/latest", "--max_new_tokens", "2") == 0
+    assert run("rloo", "--model", "runs/latest", "--problems", "2", "--server.url", "http://127.0.0.1:9/v1",
+               "--server.retries", "0", *few) == 2  # fmt: skip
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert len(files) > 20
+    assert not [path for path in files if key.encode() in path.read_bytes()]
+    assert key not in "".join(told) and key not in caplog.text and len("".join(told)) > 1000
