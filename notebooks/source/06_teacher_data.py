@@ -286,7 +286,7 @@ print(replay(torn))
 assert replay(torn) == ({"a": "one"}, 30)
 
 # %% [markdown]
-# **Check.** The real thing: the command `teach-data` in a process of its own, 8 threads, 48 rows. When 20 answers are in its journal we kill it, with the signal that no program can catch. Then the same command once more:
+# **Check.** Now a real run: the command `teach-data` in a process of its own, 8 threads, 48 rows. When 20 answers are in its journal we kill it, with the signal that no program can catch. Then the same command once more:
 
 # %%
 folder = tempfile.TemporaryDirectory()
@@ -399,7 +399,7 @@ for kind in ("crash", "named line", "wrong value", "failed test"):
 #
 # No judge of *form* can see that. It takes what we knew when we asked: the mode that the question was made for. The original program drew a mode for every row, wrote it down, and never compared.
 #
-# **Does the fix fix?** One more thing can be known: the problem's own test. The program of a stranger is run where it can do no harm, with limits on time and memory, and only for its verdict:
+# **Does the fix work?** One more thing can be known: whether the mended program passes the problem's own test. Nobody has read that program, so it runs in a sandbox, where it can do no harm, with limits on time and memory:
 
 # %%
 from qftlab.evaluate.sandbox import run_code, run_tests
@@ -512,8 +512,8 @@ words = ("Right mode by kind of bug: both sets teach crashes and named lines; wr
 views.show_figure(teacher_plots.modes_picked(shares), alt=words)
 
 # %% [markdown]
-# **Read it.** Bugs that are named, on the left of each pair of kinds, both models get right. Where nobody names the error, the model of *quantity* says EDIT nearly always: it has learned its teacher's bad habit, perfectly. The model of
-# *filtering* had fewer than half the rows.
+# **Read it.** Both models are right about crashes and named lines, where the error is known. Where nobody names it, the model of *quantity* (plain bars) says EDIT nearly always: it has learned its teacher's bad habit. The model of
+# *filtering* (hatched) is right there too, from fewer than half the rows.
 
 # %% tags=["nbval-ignore-output"]
 mean = {name: sum(by_kind.values()) / len(by_kind) for name, by_kind in shares.items()}
