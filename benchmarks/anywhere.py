@@ -28,7 +28,7 @@ from benchmarks.records import NUMERICS
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {**NUMERICS, "two-threads": {"OMP_NUM_THREADS": "2"}}  # "plain": as it is
-TRAINED = ("00_tour", "03_training_loop", "05_lora", "07_dpo", "08_rloo")
+TRAINED = ("00_tour", "03_training_loop", "05_lora", "06_teacher_data", "07_dpo", "08_rloo")
 SEEDS = (1, 2, 3, 4)
 KINDS = ("tour", "test", "seeds")
 LIMIT = 2 * 3600  # seconds; no cell takes a quarter of it
