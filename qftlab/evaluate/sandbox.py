@@ -55,7 +55,7 @@ FRAME, OWN_FRAME = re.compile(r'  File "(.*)", line \d+'), re.compile(r'  File "
 MARKS = re.compile(r" +[~^][~^ ]*")
 
 
-class SandboxError(RuntimeError):
+class SandboxError(OSError):
     """No level that may be used can run the program here."""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -46,16 +47,26 @@ class Problem:
 
 @dataclass(frozen=True)
 class Task:
-    """One row to be made: its place in the plan, the problem, the mode it is to show, and the seed of its draws."""
+    """One row to be made.
+
+    Args:
+        number: its place in the plan.
+        problem: what it is about.
+        mode: what it is to show.
+        seed: of the plan.
+        sample: how many rows of the same problem and mode stand before it.
+    """
 
     number: int
     problem: Problem
     mode: str
     seed: int
+    sample: int = 0
 
-    def rng(self) -> random.Random:
-        """A generator of this task's own, the same in every run."""
-        return random.Random(f"{self.seed}/{self.number}")
+    def choice(self, wordings: Sequence[str]) -> str:
+        """One of several wordings: drawn for a problem, and another one for each further row of it, while there are."""
+        start = random.Random(f"{self.seed}/{self.mode}/{self.problem.id}").randrange(len(wordings))
+        return wordings[(start + self.sample) % len(wordings)]
 
 
 def plan(
@@ -83,7 +94,12 @@ def plan(
     else:  # those first that fit nothing else
         shuffled.sort(key=lambda problem: sum(fits(problem, mode) for mode in modes))
         queues = {mode: cycle([p for p in shuffled if fits(p, mode)]) for mode in modes}
-    return [Task(i, _next(queues[mode], mode), mode, seed) for i, mode in enumerate(wanted)]
+    tasks, seen = [], Counter()
+    for i, mode in enumerate(wanted):
+        problem = _next(queues[mode], mode)
+        tasks.append(Task(i, problem, mode, seed, seen[problem.id, mode]))
+        seen[problem.id, mode] += 1
+    return tasks
 
 
 def _next(queue: Iterator[Problem], mode: str) -> Problem:

@@ -67,11 +67,15 @@ def _livecodebench(row: Mapping) -> Problem:
 
 
 def _livebench(row: Mapping) -> Problem:
-    """The question stands between a line `### Question:` and the next heading of the prompt."""
-    text = row["turns"][0]
+    """As LiveCodeBench's, from `original_json` where it is there, or cut out of the prompt.
+
+    There the question stands between a line `### Question:` and the next heading, and the starter in a code block.
+    """
+    text, known = row["turns"][0], _loaded(row.get("original_json")) or {}
     question = re.search(r"### Question:[^\n]*\n(.*?)(?=\n###|\Z)", text, re.DOTALL)
-    problem = _livecodebench({**row, "question_content": (question[1] if question else text).strip()})
-    return dataclasses.replace(problem, starter=_between(text, "```python\n", "```"))
+    cut = {"question_content": (question[1] if question else text).strip(),
+           "starter_code": _between(text, "```python\n", "```")}  # fmt: skip
+    return _livecodebench({**cut, **known, **row})
 
 
 def _between(text: str, start: str, end: str) -> str:

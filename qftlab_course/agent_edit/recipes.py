@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-from qftlab.evaluate.sandbox import run_tests
+from qftlab.evaluate.sandbox import READY, SandboxError, best_level, levels, run_tests
 from qftlab.evaluate.validate import Case
 from qftlab.remote.teacher import Asked, Problem, Recipe, Task
 from qftlab.settings import AGENT, EDIT
@@ -14,6 +16,7 @@ from qftlab_course.agent_edit.outputs import FORMAT, validate_cases
 from qftlab_course.agent_edit.problems import kind_of
 from qftlab_course.agent_edit.prompts import ASKED, MEND, PLANT, REASON, SYSTEM, TOOLS, assembled
 
+log = logging.getLogger(__name__)
 CODE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 RAISED = re.compile(r"(?!AssertionError)[\w.]*(?:Error|Exception|Exit|Interrupt|Iteration)\b")
 DECIDED = re.compile(rf"\s*<think>(.+?)</think>\s*({re.escape(AGENT)}|{re.escape(EDIT)})\s*", re.DOTALL)
@@ -40,11 +43,28 @@ def code_in(text: str) -> str:
 
 def own_error(problem: Problem, program: str, level: str) -> str | None:
     """The error that a program raises on its tests ("TypeError: …"); "" for a wrong result, None if it is right."""
-    result = run_tests(program, problem.tests, func_name=problem.func_name, level=level)
+    try:
+        result = run_tests(program, problem.tests, func_name=problem.func_name, level=level)
+    except ValueError as error:
+        log.warning("problem %s: its tests cannot be run: %s", problem.id, error)
+        raise _Miss("tests-cannot-run") from error
     if result.passed:
         return None
     last = (result.error.strip().splitlines() or [""])[-1]
     return last if RAISED.match(last) else ""
+
+
+def check_sandbox(problems: Sequence[Problem], level: str) -> None:
+    """Refuses, before anything is asked and paid for, problems whose programs no level could run.
+
+    Raises:
+        SandboxError: naming each level and why it cannot run.
+    """
+    if level == "auto":
+        best_level()
+        if any(not isinstance(p.tests, str) for p in problems) and levels()["bwrap"] != READY:
+            raise SandboxError("programs that read standard input need the level bwrap, which cannot run here: "
+                               f"{levels()['bwrap']}; --sandbox process runs them with limits only")  # fmt: skip
 
 
 def can_show(level: str) -> Callable[[Problem, str], bool]:
@@ -55,7 +75,9 @@ def can_show(level: str) -> Callable[[Problem, str], bool]:
         if problem.mode or not problem.program:
             return problem.mode in ("", mode)
         if problem.id not in errors:
-            errors[problem.id] = own_error(problem, problem.program, level)
+            with suppress(_Miss):  # its tests cannot be run, which was said: it fits nothing
+                errors[problem.id] = None
+                errors[problem.id] = own_error(problem, problem.program, level)
         return errors[problem.id] is not None and (mode == AGENT or bool(errors[problem.id]))
 
     return fits
@@ -77,7 +99,7 @@ def shown(ask: Asked, task: Task, language: str, level: str) -> Shown:
     is_planted_wrong = not problem.program and task.mode == AGENT and error
     if error is None or (task.mode == EDIT and not error) or is_planted_wrong:
         raise _Miss("bug-not-as-asked")
-    question = task.rng().choice(ASKED[language][task.mode])
+    question = task.choice(ASKED[language][task.mode])
     return Shown(question.format(error=error, code=program), program, problem.fixed)
 
 

@@ -103,14 +103,16 @@ def make_set(config: TeachConfig, *, progress: bool = False) -> list[Path]:
 
     Raises:
         ServerError, BudgetError, KeyboardInterrupt: as the client says.
+        SandboxError: if programs cannot be run here; nothing was asked then.
     """
     from qftlab.remote.client import Client
     from qftlab.remote.teacher import plan, teach
     from qftlab_course.agent_edit.problems import bug_problems, read_problems
-    from qftlab_course.agent_edit.recipes import RECIPES, can_show
+    from qftlab_course.agent_edit.recipes import RECIPES, can_show, check_sandbox
 
     server, rows, paths = config.server(), [], []
     problems = bug_problems(config.problems, config.seed) if config.problems else read_problems(config.data)
+    check_sandbox(problems, config.sandbox)
     tasks = plan(problems, config.samples, (AGENT, EDIT), seed=config.seed, fits=can_show(config.sandbox))
     recipe = RECIPES[config.recipe](config.language, config.sandbox)
     settings = {"model": config.model, "temperature": config.temperature, "max_tokens": config.max_tokens}

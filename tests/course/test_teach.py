@@ -63,6 +63,19 @@ def test_problems_of_four_layouts(tmp_path: Path) -> None:
         read_problems([path])
 
 
+def test_livebench_is_read_from_parquet_as_the_original_did(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    original = {"question_content": "Triple it.", "starter_code": "class Solution:", "metadata": '{"func_name": "f"}'}
+    rows = [{"question_id": "x", "question_title": "X", "turns": ["### Question:\nTriple it\n"], "task": "coding",
+             "public_test_cases": '[{"input": "1", "output": "3", "testtype": "functional"}]',
+             "original_json": original}]  # fmt: skip
+    path = tmp_path / "test-00000-of-00001.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    [problem] = read_problems([path])
+    assert (problem.id, problem.title, problem.text) == ("x", "X", "Triple it.")
+    assert (problem.starter, problem.func_name, len(problem.tests)) == ("class Solution:", "f", 1)
+
+
 def test_real_problems_are_read(real_data: Path) -> None:
     code = read_problems([real_data / "livecodebench" / "lcb_400.jsonl"])
     assert len(code) == 400 and all(p.text and p.tests for p in code)
@@ -79,7 +92,8 @@ def test_a_plan_is_balanced_takes_each_once_and_can_be_drawn_again() -> None:
         "none a third time before all twice"
     )
     assert tasks == plan(problems, 25, (AGENT, EDIT), seed=3) != plan(problems, 25, (AGENT, EDIT), seed=4)
-    assert tasks[0].rng().random() == tasks[0].rng().random() != tasks[1].rng().random()
+    one = [task for task in plan([problems[0]], 14, (AGENT, EDIT)) if task.mode == AGENT]
+    assert len({task.choice("abcdefg") for task in one}) == 7, "a problem is worded in all ways before one comes again"
 
 
 def test_a_plan_gives_each_mode_problems_that_can_show_it() -> None:
@@ -175,6 +189,33 @@ def test_a_server_that_is_down_ends_the_command_in_one_sentence(tmp_path: Path, 
         make_set(
             TeachConfig(problems=4, samples=4, url="http://127.0.0.1:9/v1", retries=0, output=str(tmp_path / "y.json"))
         )
+
+
+def test_without_a_sandbox_nothing_is_asked(tmp_path: Path, monkeypatch, capsys) -> None:
+    from qftlab import cli
+    from qftlab_course.agent_edit import recipes
+
+    monkeypatch.setattr(recipes, "levels", lambda: {"monty": "ready", "bwrap": "bwrap is not on the PATH"})
+    data = tmp_path / "p.jsonl"
+    data.write_text(json.dumps(as_livecodebench(Problem("a", "A", "Add.", ()))) + "\n", encoding="utf-8")
+    with Flaky(Expert().answer) as server:
+        words = ["--url", server.url, "--samples", "2", "--output", str(tmp_path / "x.json")]
+        assert cli.main(["teach-data", "--data", str(data), *words]) == 2
+    told = capsys.readouterr().err
+    assert "bwrap is not on the PATH" in told and "Traceback" not in told and not server.requests
+
+
+def test_a_problem_whose_tests_cannot_be_run_costs_its_rows_only(tmp_path: Path, caplog) -> None:
+    good, bad = [p for p in bug_problems(40, 0) if p.title == "crash"][:2]
+    rows = [{**vars(p), "mode": "", "report": ""} for p in (good, bad)]  # the recipe words both modes
+    rows[1]["tests"] = "  "
+    data = tmp_path / "p.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with Flaky(Expert(flaws={}, lies=0).answer) as server:
+        config = TeachConfig(data=(str(data),), samples=4, url=server.url, output=str(tmp_path / "x.json"))
+        rows = read(make_set(config)[0])
+    assert [row["valid"] for row in rows] == [True] * 4, [row["issues"] for row in rows]
+    assert {row["question_id"] for row in rows} == {good.id} and "its tests cannot be run" in caplog.text
 
 
 @pytest.mark.parametrize(
