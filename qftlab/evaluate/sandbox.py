@@ -141,7 +141,7 @@ def run_code(
         stdin: what it can read; monty refuses such a program.
         level: one of `LEVELS`, or "auto": monty, and whatever does not end well there again in bwrap where that can
             run, because CPython alone knows a program's true error.
-        timeout: seconds by the clock.
+        timeout: seconds by the clock, at each level that is tried: "auto" may take twice as long.
         memory: bytes, for each process of it.
         output: bytes of stdout and of stderr that are kept; a program that writes more has the status "output".
 
@@ -271,7 +271,7 @@ def _run(level: str, python: str, args: list[str], job: _Job, stdin: str) -> tup
     """Exit code (128 + the signal; None: out of time), stdout and stderr, cut beyond the limit, and seconds."""
     limits = {"RLIMIT_AS": job.memory, "RLIMIT_CPU": math.ceil(job.timeout) + 1, "RLIMIT_FSIZE": STORAGE}
     limits |= {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 64, **({"RLIMIT_NPROC": PROCESSES} if level == "bwrap" else {})}
-    flags = ["-I", "-S", "-X", "utf8"]
+    flags = ["-I", "-S", "-u", "-X", "utf8"]
     command = [python, *flags, "-c", BOOT % limits, *flags, *args]
     nobody = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
     with ExitStack() as stack:

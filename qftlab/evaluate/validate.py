@@ -26,12 +26,14 @@ RUN = 80  # characters of a prompt that count as a leak; an output's own form ha
 
 @dataclass(frozen=True)
 class Case:
-    """A row as it is judged: its texts as the file has them, the mode token to be expected, and its kind of problem."""
+    """A row as it is judged: texts as the file has them, the mode token to be expected, its kind of problem, and the
+    reason for which whoever made it has refused it ("" if nobody has)."""
 
     instruction: object
     output: object
     mode: str
     kind: str = ""
+    refused: str = ""
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ def validate(
 
 def _judged(case: Case, judge: Callable[[Case], Verdict], runs: Sequence[str], max_length: int) -> Verdict:
     try:
+        require(not case.refused, case.refused, "whoever made the row has said so")
         for name in ("instruction", "output"):
             text = getattr(case, name)
             require(isinstance(text, str) and text.strip(), "schema", f"{name} must be a text, got {text!r:.60}")

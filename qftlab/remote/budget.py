@@ -22,7 +22,7 @@ class BudgetError(OSError):
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may spend; a request is sent only if the caps hold whatever it may cost.
+    """What may be spent, by earlier runs with the same journal too; a request is sent only if it cannot pass a cap.
 
     Args:
         requests: the most that are sent, retries included; null is without a cap.
@@ -45,7 +45,7 @@ class Budget:
         check_at_least(0, requests=self.requests, tokens=self.tokens, money=self.money)
         check_at_least(0, price_in=self.price_in, price_out=self.price_out)
         if self.money is not None and not self.price_in + self.price_out:
-            raise ValueError(f"money must come with price_in and price_out, got a cap of {self.money:g} without")
+            raise ValueError(f"budget.money must come with budget.price_in and price_out, got {self.money:g} without")
 
     def cost(self, tokens_in: int, tokens_out: int) -> float:
         """What so many tokens cost."""
@@ -70,9 +70,10 @@ class Budget:
     def passed(self, requests: int, tokens_in: int, tokens_out: int) -> str:
         """The cap that these amounts pass, in words; empty if there is none."""
         found = {"requests": requests, "tokens": tokens_in + tokens_out, "money": self.cost(tokens_in, tokens_out)}
-        caps = {name: getattr(self, name) for name in found}
-        passed = [name for name, cap in caps.items() if cap is not None and found[name] > cap]
-        return f"budget.{passed[0]} must cover the next request, got {caps[passed[0]]:g}" if passed else ""
+        for name, amount in found.items():
+            if (cap := getattr(self, name)) is not None and amount > cap:
+                return f"budget.{name} must cover the next request, got {cap:g}: {amount:.4g} may be reached with it"
+        return ""
 
 
 @dataclass
@@ -80,7 +81,8 @@ class Totals:
     """What a client has done: counts, tokens, money, and seconds by the clock.
 
     `requests` were sent, `answers` could be used, `journaled` came from an earlier run; `retries` counts by kind. For a
-    request that failed after it was sent, the most tokens that it can have cost are counted.
+    request that failed after it was sent, the most tokens that it can have cost are counted. The answers that a journal
+    had at the start are among the requests, the tokens and the money.
     """
 
     requests: int = 0
@@ -112,6 +114,12 @@ class Gate:
         self.threads, self.budget, self.totals, self.changed = threads, budget, Totals(), threading.Condition()
         self.limit, self.cut, self.is_shut, self.flying = float(threads), 0.0, False, []
 
+    def remember(self, requests: int, tokens_in: int, tokens_out: int) -> None:
+        """Counts what earlier runs have spent."""
+        totals = self.totals
+        totals.requests, totals.tokens_in, totals.tokens_out = requests, tokens_in, tokens_out
+        totals.money = self.budget.cost(tokens_in, tokens_out)
+
     @contextmanager
     def passing(self, most: tuple[int, int]) -> Iterator[Ticket]:
         """Waits for a place, and for the budget as long as others may give back what they have set aside."""
@@ -121,7 +129,10 @@ class Gate:
                 if self.is_shut:
                     raise ServerError("the client was stopped, or not opened by `with`: the request was not sent")
                 if not self.flying:
-                    raise BudgetError(f"{cap}: with a larger one the same command goes on")
+                    raise BudgetError(
+                        f"{cap} (a request counts at the most it can cost: a token a byte, and all of "
+                        "max_tokens). With a larger one, or fewer max_tokens, the same command goes on"
+                    )
                 self.changed.wait()
             ticket.start = time.monotonic()
             self.flying.append(ticket)

@@ -57,7 +57,7 @@ class Client:
     Args:
         server: address, key, number of threads, retries, seconds a request may take.
         journal: a file of answers; what an earlier run has asked is not asked again.
-        budget: caps and prices; they hold for the requests of this client, not for those of earlier runs.
+        budget: caps and prices; what the journal's answers have used counts as spent.
 
     Raises:
         ValueError: for a bad address, a bad key (which is not quoted) or a file that is no journal.
@@ -69,6 +69,8 @@ class Client:
         self._openai, self._headers = _connect(server)
         self._said, self._start, self._sigterm = set(), time.monotonic(), None
         self.journal = Journal(journal) if journal else None
+        if self.journal:
+            self.gate.remember(len(self.journal.places), *self.journal.used)
         self.gate.is_shut = self._is_closed = True
 
     def __enter__(self) -> Client:
@@ -175,7 +177,7 @@ class Client:
             except (ValueError, RecursionError) as error:
                 raise _Failure("answer", self.redact(f"an answer that cannot be used: {error}"), None) from None
             if key:
-                self.journal.add(key, answer)
+                self.journal.add(key, answer, ticket.spent)
             ticket.is_good = True
             return found
 
@@ -222,7 +224,7 @@ class Client:
         if status < 500 and (status not in MENDABLE or "insufficient_quota" in text):
             raise Refused(f"{self.server.url} must take the request, got HTTP {status}: {text}", status)
         asked = _retry_after(headers)
-        pause = "" if asked is None else f" (it asks for a pause of {asked:.0f} s)"
+        pause = "" if asked is None else f" (it asks for a pause of {asked:.2g} s)"
         raise _Failure(str(status), f"HTTP {status}: {text}{pause}", asked)
 
     def _parsed(self, received: bytes) -> dict:
@@ -354,6 +356,8 @@ def _redactor(name: str) -> Callable[[str], str]:
 
 
 def _key(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+        raise ValueError("key must be the name of an environment variable, got something else (which is not shown)")
     return os.environ.get(name, "").strip()
 
 

@@ -45,6 +45,7 @@ class Journal:
 
     Attributes:
         places: of each fingerprint, where its answer begins in the file and its length in bytes.
+        used: tokens read and written, of the answers that were there when it was opened.
 
     Raises:
         OSError: if another process has it, or it cannot be written.
@@ -52,7 +53,7 @@ class Journal:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path, self.places, self._lock = Path(path), {}, threading.Lock()
+        self.path, self.places, self.used, self._lock = Path(path), {}, [0, 0], threading.Lock()
         self._owner, self._waiting, self._forced = FileLock(f"{path}.lock", thread_local=False), 0, time.monotonic()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +82,7 @@ class Journal:
                     record = json.loads(line)
                     self.places[record["key"]] = start, len(line)
                     record["answer"].keys()
+                    self.used = [sum(pair) for pair in zip(self.used, record.get("used", (0, 0)), strict=True)]
                 except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
                     raise ValueError(f"{self.path}, line {number}, must be an answer of a journal, got something "
                                      "else: take it out, and it is asked for again") from error  # fmt: skip
@@ -95,13 +97,13 @@ class Journal:
             self._file.seek(start)
             return json.loads(self._file.read(size))["answer"]
 
-    def add(self, key: str, answer: dict) -> None:
-        """Writes an answer: it outlives a kill at once, and a fall of the machine within a second of work.
+    def add(self, key: str, answer: dict, used: tuple[int, int] = (0, 0)) -> None:
+        """Writes an answer and what it used: it outlives a kill at once, and a fall of the machine within a second.
 
         Raises:
             OSError: in one sentence, if it cannot be written; then the file is as it was.
         """
-        line = json.dumps({"key": key, "answer": answer}).encode() + b"\n"
+        line = json.dumps({"key": key, "used": used, "answer": answer}).encode() + b"\n"
         with self._lock:
             start = self._file.seek(0, os.SEEK_END)
             try:

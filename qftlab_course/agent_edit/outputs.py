@@ -41,6 +41,10 @@ REASONS = {
     "code-does-not-parse": "the code that the call brings is no Python",
     "trivial-fix": "the fix is the original code, or differs in white space and comments only",
     "fix-of-other-code": "the code to be fixed is not in the instruction",
+    "fix-fails-tests": "the mended program does not pass the problem's tests",
+    "bug-not-as-asked": "the teacher's bug raises no error where one was wanted, or one where none was",
+    "no-decision": "the teacher gave no thinking with one mode behind it",
+    "tests-cannot-run": "the problem's tests cannot be run",
     "duplicate": "an earlier valid row has the same instruction, but for capitals and white space",
     "near-duplicate": "an earlier valid row has nearly the same instruction",
 }
@@ -50,12 +54,16 @@ IGNORED = re.compile(r"#.*|\s+")
 
 
 LAYOUTS = (("Query", "Output"), ("instruction", "output"))
-# An exception's name on a line of prose or at the end of a traceback: not indented, and not a statement of Python.
+# An exception's name on a line of prose or at the end of a traceback: not indented, not a statement of Python, and not
+# a guess ("Is it a TypeError?"); or the faulty line ("Line 3 has the wrong name").
 BLOCK = r"(?:class|def|elif|for|if|try|while|with)\b.*:[ \t]*(?:#.*)?$"
 STATEMENT = r"(?:assert|except|import|print|raise|return)\b|from[ \t]+\S+[ \t]+import\b"
 NAME = r"[A-Z][A-Za-z0-9_]*?(?:Error|Exception|Interrupt|Iteration)|SystemExit"
+GUESS = r"(?:Is|Was|Could|Might|May)[ \t]+(?:it|this|that|there)\b"
 ERROR = re.compile(
-    rf"^(?![ \t#@]|{BLOCK}|{STATEMENT}).*?(?<![A-Za-z0-9_])(?!AssertionError)(?:{NAME})(?![A-Za-z0-9_])", re.MULTILINE
+    rf"^Line \d+ \w|^(?![ \t#@]|{BLOCK}|{STATEMENT}|{GUESS}).*?"
+    rf"(?<![A-Za-z0-9_])(?!AssertionError)(?:{NAME})(?![A-Za-z0-9_])",
+    re.MULTILINE,
 )
 
 
@@ -226,8 +234,9 @@ def _read(text: str) -> object:
 def expected_mode(instruction: object) -> str:
     """The mode that an instruction's evidence calls for: EDIT where it names an error, AGENT where it does not.
 
-    An error is an exception's name in prose or at the end of a traceback. Names in code do not count, and neither does
-    AssertionError: a failed test says that something is wrong, not what.
+    An error is an exception's name in prose or at the end of a traceback, or a line that is named as faulty. Names in
+    code do not count, nor guesses, and neither does AssertionError: a failed test says that something is wrong, not
+    what.
     """
     return EDIT if isinstance(instruction, str) and ERROR.search(instruction) else AGENT
 
@@ -235,7 +244,8 @@ def expected_mode(instruction: object) -> str:
 def read_cases(rows: Iterable[object], source: str = "rows", format: Format = FORMAT) -> list[Case]:
     """Rows of one layout as cases: Query and Output, or instruction, input and output (Alpaca, a teacher's raw list).
 
-    The mode to be expected is the row's `expected_type` or `mode`, or else `expected_mode` of its instruction.
+    The mode to be expected is the row's `expected_type` or `mode`, or else `expected_mode` of its instruction. A row
+    that says of itself that it is not valid stays so, with its first issue.
 
     Raises:
         DataError: naming source and row (from 1), for a row of no layout or of another than the first, or a mode that
@@ -260,5 +270,7 @@ def read_cases(rows: Iterable[object], source: str = "rows", format: Format = FO
         if (mode := modes.get(str(asked).strip("<|>").casefold())) is None:
             raise DataError(f"{source}, row {number} must have a mode of {', '.join(modes)}, got {asked!r:.60}")
         kind = row.get("kind") or row.get("question_title") or row.get("skill") or ""
-        cases.append(Case(instruction, row[names[1]], mode, str(kind)))
+        issues = row.get("issues") if row.get("valid") is False else None
+        refused = str(issues[0]) if isinstance(issues, list) and issues else ""
+        cases.append(Case(instruction, row[names[1]], mode, str(kind), refused if refused in REASONS else ""))
     return cases

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qftlab.remote.teacher import Problem
@@ -27,7 +27,7 @@ def kind_of(text: str) -> str:
     return next((kind for kind, known in KINDS.items() if re.search(known, text.lower())), "other")
 
 
-def read_problems(sources: Iterable[str | Path]) -> list[Problem]:
+def read_problems(sources: Sequence[str | Path]) -> list[Problem]:
     """The problems of files and hub names: LiveCodeBench, LiveBench coding, HumanEvalFix and our bug set's layout.
 
     Raises:
@@ -41,6 +41,8 @@ def read_problems(sources: Iterable[str | Path]) -> list[Problem]:
             if isinstance(row, DataError):
                 raise row
             found.append(_problem(row, f"{source}, {place}"))
+    if not found:
+        raise DataError(f"{', '.join(map(str, sources))} must have at least one problem, got none")
     return found
 
 

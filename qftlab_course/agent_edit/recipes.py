@@ -23,7 +23,7 @@ DECIDED = re.compile(rf"\s*<think>(.+?)</think>\s*({re.escape(AGENT)}|{re.escape
 
 
 class _Miss(ValueError):
-    """Why this try made no row."""
+    """Why this try made no row, and what the teacher said, where that is not in the row."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def shown(ask: Asked, task: Task, language: str, level: str) -> Shown:
     error = own_error(problem, program, level)
     is_planted_wrong = not problem.program and task.mode == AGENT and error
     if error is None or (task.mode == EDIT and not error) or is_planted_wrong:
-        raise _Miss("bug-not-as-asked")
+        raise _Miss("bug-not-as-asked", program)
     question = task.choice(ASKED[language][task.mode])
     return Shown(question.format(error=error, code=program), program, problem.fixed)
 
@@ -127,9 +127,9 @@ def reasoned(language: str = "en", level: str = "auto") -> Recipe:
             said = ask([{"role": "system", "content": REASON}, {"role": "user", "content": show.instruction}])
             decided = DECIDED.fullmatch(said)
             if not decided:
-                raise _Miss("no-decision")
+                raise _Miss("no-decision", said)
             if decided[2] != task.mode:
-                raise _Miss("wrong-mode")
+                raise _Miss("wrong-mode", said)
             fixed = show.fixed
             if task.mode == EDIT and not fixed:
                 asked = f"{task.problem.text}\n\n{show.instruction}"
@@ -156,7 +156,7 @@ def _row(ask: Asked, task: Task, language: str, level: str, write: Callable[[Sho
         if task.mode == EDIT and task.problem.tests and own_error(task.problem, code, level) is not None:
             raise _Miss("fix-fails-tests")
     except _Miss as miss:
-        row["issues"] = [str(miss)]
+        row["issues"], row["output"] = [miss.args[0]], row["output"] or "".join(miss.args[1:])
     return row
 
 

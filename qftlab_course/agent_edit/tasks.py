@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 class TasksConfig(AnswerConfig):
     """Answers questions in the two modes by system prompt and tools, and writes `hw3_2.json`: Query and Output.
 
-    With --url a server answers, else a local model. The questions of
+    With --url a server answers, else a local model, whatever OPENAI_BASE_URL says. The questions of
     `query_and_output.json` may be answered as well; their own Output is not shown to the model.
 
     Args:
@@ -69,6 +69,8 @@ def questions(sources: Sequence[str]) -> list[str]:
             if not isinstance(query, str) or not query.strip():
                 raise DataError(f"{source}, {place} must have a text as 'Query', got {row!r:.80}")
             found.append(query)
+    if not found:
+        raise ValueError(f"data must have at least one Query, got none in {', '.join(sources)}")
     return found
 
 
@@ -86,7 +88,6 @@ def answer_tasks(config: TasksConfig, *, progress: bool = False) -> Path:
     said = (_from_server if config.url else _from_model)(config, talks, progress)
     rows = [{"Query": query, "Output": text} for query, text in zip(asked, said, strict=True)]
     path = Path(config.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with aside(path) as part:
         part.write_text(json.dumps(rows, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     return path
@@ -115,7 +116,6 @@ def _from_server(config: TasksConfig, talks: Sequence[list[dict]], progress: boo
     settings = {"model": config.model, "temperature": config.sampling.temperature, "top_p": config.sampling.top_p,
                 "max_tokens": config.max_new_tokens, "seed": config.seed, "tools": TOOLS}  # fmt: skip
     journal = Path(config.output).with_suffix(".journal.jsonl")
-    journal.parent.mkdir(parents=True, exist_ok=True)
     with Client(server, journal) as client:
 
         def ask(turns: list[dict]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,8 @@ from qftlab.files import aside
 from qftlab.remote.client import Budget
 from qftlab.settings import AGENT, EDIT, Names, ServerConfig, check_at_least, check_fields
 
+log = logging.getLogger(__name__)
+MOST = 20_000  # different programs of the bug set
 OUTPUT = "outputs/training_data/training_data_from_parquet.json"  # the original's default
 
 
@@ -76,6 +79,8 @@ class TeachConfig:
         check_fields(self)
         check_at_least(1, samples=self.samples, tries=self.tries, max_tokens=self.max_tokens)
         check_at_least(0, problems=self.problems, temperature=self.temperature)
+        if self.problems > MOST:
+            raise ValueError(f"problems must be at most {MOST}, got {self.problems}: the bug set has few more")
         if bool(self.data) == bool(self.problems):
             raise ValueError("data or problems must be given, one of them: --data problems.jsonl, or --problems 128 "
                              "for the bundled bug set")  # fmt: skip
@@ -116,12 +121,15 @@ def make_set(config: TeachConfig, *, progress: bool = False) -> list[Path]:
     tasks = plan(problems, config.samples, (AGENT, EDIT), seed=config.seed, fits=can_show(config.sandbox))
     recipe = RECIPES[config.recipe](config.language, config.sandbox)
     settings = {"model": config.model, "temperature": config.temperature, "max_tokens": config.max_tokens}
-    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     with Client(server, Path(config.output).with_suffix(".journal.jsonl"), config.budget) as client:
         try:
             for row in teach(client, tasks, recipe, settings, tries=config.tries, progress=progress):
                 rows.append(row)
         finally:
+            if rows and len(rows) < len(tasks):
+                log.warning(
+                    "%d of %d rows were made and are written; the same command makes the rest", len(rows), len(tasks)
+                )
             paths = write_set(rows, config.output, config.samples, client.totals, config.balance) if rows else []
     return paths
 
@@ -169,7 +177,6 @@ def write_set(
         folder / f"{output.stem}_analysis.txt": report(rows, planned, totals),
     }
     for path, text in texts.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
         text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False, indent=2)
         with aside(path) as part:
             part.write_text(f"{text}\n", encoding="utf-8")

@@ -67,6 +67,8 @@ def token_tasks(tokenizer, rows: Iterable[object], new_tokens: Names = (AGENT, E
         ids = tokenizer.encode(text, add_special_tokens=True)
         decoded = tokenizer.decode(ids, skip_special_tokens=False)
         tasks.append({"text": text, "token_ids": ids, "decoded_text": decoded})
+    if not tasks:
+        raise DataError(f"{source} must have at least one row of Query and Output, got none")
     special = [{"token": token, "id": tokenizer.convert_tokens_to_ids(token)} for token in new_tokens]
     return {"special_tokens": special, "tasks": tasks}
 

@@ -38,6 +38,8 @@ def row(output: object = None, instruction: object = ASK_AGENT, **more: object) 
     return {"instruction": instruction, "output": said() if output is None else output, **more}
 
 
+# Reasons that a file states, because only whoever made its rows can know them.
+OF_THE_MAKER = {"fix-fails-tests", "bug-not-as-asked", "no-decision", "tests-cannot-run"}
 RIGHT = {
     "agent": said(),
     "edit": said(EDITS, EDIT),
@@ -142,7 +144,7 @@ def test_a_row_is_refused_for_its_reason(reason: str) -> None:
 
 
 def test_every_reason_is_tested() -> None:
-    assert {reason for _, reason in WRONG.values()} | set(ROWS) == set(REASONS)
+    assert {reason for _, reason in WRONG.values()} | set(ROWS) == set(REASONS) - OF_THE_MAKER
 
 
 @pytest.mark.parametrize(("original", "modified", "reason"), [
@@ -404,3 +406,18 @@ def many_rows(count: int) -> list[dict]:
             output, asked = said(call, AGENT, think), f"I cannot see what is wrong.\n{bad}"
         rows.append(row(output, asked))
     return rows
+
+
+def test_the_evidence_rule_agrees_with_every_row_of_the_bug_set() -> None:
+    from qftlab.files import bundled
+    from qftlab.rows.sources import load_rows
+
+    for name in ("train", "development", "heldout"):
+        rows = load_rows(bundled("bugfix", f"{name}.jsonl"))
+        assert [expected_mode(row["instruction"]) for row in rows] == [f"<|{row['mode']}|>" for row in rows]
+
+
+def test_a_row_that_its_maker_refused_stays_refused_with_his_reason() -> None:
+    refused = row(valid=False, issues=["fix-fails-tests"])
+    other = row(instruction=f"Another:\n{CODE}", valid=False, issues=["of an older version"])
+    assert [v.reason for v in validate(read_cases([refused, other])).verdicts] == ["fix-fails-tests", ""]

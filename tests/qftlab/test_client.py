@@ -16,6 +16,7 @@ import time
 import traceback
 from collections import Counter
 from contextlib import closing
+from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
 
@@ -200,7 +201,7 @@ def test_what_is_in_the_journal_is_not_asked_again(tmp_path) -> None:
         assert client.totals.requests == 6, "another sample is another request"
     with Client(config(server), path) as client:  # nobody listens any more
         assert [ask(client, i, sample=s) for i in range(3) for s in (0, 1)] == first
-        assert (client.totals.requests, client.totals.journaled) == (0, 6)
+        assert (client.totals.requests, client.totals.journaled) == (6, 6), "those of the earlier run"
         with pytest.raises(ServerError):
             client.ask("chat/completions", asked(0, temperature=0.5), said)
 
@@ -448,12 +449,25 @@ def test_no_cap_is_passed_by_32_threads(cap: dict, faults: dict) -> None:
             assert totals.money == pytest.approx(server.money, rel=1e-9)
 
 
+def test_a_cap_holds_for_all_runs_with_a_journal(tmp_path) -> None:
+    """The same command, given three times, spends no more than given once; a larger budget goes on."""
+    spent, budget = [], Budget(money=0.02, price_in=2.0, price_out=8.0)
+    with Flaky(parrot, prices=(2.0, 8.0)) as server:
+        for cap in (budget, budget, budget, replace(budget, money=0.04)):
+            with Client(config(server), tmp_path / "kept.jsonl", cap) as client, pytest.raises(BudgetError):
+                for i in range(10_000):
+                    ask(client, i)
+            assert client.totals.money == pytest.approx(server.money, rel=1e-9)
+            spent.append(server.money)
+    assert 0.01 < spent[0] == spent[1] == spent[2] <= 0.02 < spent[3] <= 0.04
+
+
 def test_a_budget_wants_limits_to_what_it_cannot_know() -> None:
     with Flaky(parrot) as server, Client(config(server), budget=Budget(tokens=100)) as client:
         with pytest.raises(ValueError, match="max_tokens must be set where a budget caps"):
             client.ask("chat/completions", {"messages": []}, said)
         assert client.totals.requests == 0
-    with pytest.raises(ValueError, match="money must come with price_in and price_out"):
+    with pytest.raises(ValueError, match="budget.money must come with budget.price_in and price_out"):
         Budget(money=1.0)
     with pytest.raises(ValueError, match="tokens must be at least 0, got -1"):
         Budget(tokens=-1)
