@@ -127,9 +127,7 @@ def make_set(config: TeachConfig, *, progress: bool = False) -> list[Path]:
                 rows.append(row)
         finally:
             if rows and len(rows) < len(tasks):
-                log.warning(
-                    "%d of %d rows were made and are written; the same command makes the rest", len(rows), len(tasks)
-                )
+                log.warning("%d of %d rows are made and written; the same command goes on", len(rows), len(tasks))
             paths = write_set(rows, config.output, config.samples, client.totals, config.balance) if rows else []
     return paths
 
@@ -154,9 +152,9 @@ def write_set(
     Returns:
         The four paths, the report's last.
     """
-    output, rows = Path(output), sorted(rows, key=lambda row: row["item_id"])
     from qftlab_course.agent_edit.outputs import read_cases, validate_cases
 
+    output, rows = Path(output), sorted(rows, key=lambda row: row["item_id"])
     found = validate_cases(read_cases(rows, str(output)))
     for row, verdict in zip(rows, found.verdicts, strict=True):
         if row["valid"] and not verdict.ok:
