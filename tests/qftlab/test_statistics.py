@@ -76,9 +76,8 @@ def test_where_no_spread_is_seen() -> None:
     # Half of each prompt's answers are right, or a third: less spread than by chance, so each prompt counts once.
     t = stats.t.ppf(0.975, 3)
     assert clustered_interval([1, 0] * 4, [0, 0, 1, 1, 2, 2, 3, 3])[1:] == pytest.approx(wilson_interval(2, 4, t))
-    assert clustered_interval([0, 1, 0] * 4, [i // 3 for i in range(12)])[1:] == pytest.approx(
-        wilson_interval(4 / 3, 4, t)
-    )
+    third = clustered_interval([0, 1, 0] * 10, [i // 3 for i in range(30)])  # ten times 1/3, which rounding spreads
+    assert third[1:] == pytest.approx(wilson_interval(10 / 3, 10, stats.t.ppf(0.975, 9)))
 
 
 def test_the_interval_does_not_see_names_or_order() -> None:
@@ -286,6 +285,7 @@ def test_power_by_hand() -> None:
     # Right wherever the first was, and on 5 in 100 more: the variance is that of these flips, 0.05·0.95.
     expected = stats.norm.cdf(0.05 / math.sqrt(0.05 * 0.95 / 100) - 1.984217)
     assert power(100, 0.05, rate=0.4, correlation=1) == pytest.approx(expected, abs=1e-5)
+    assert power(100, -0.05, rate=0.45, correlation=1) == pytest.approx(expected, abs=1e-5)
     assert power(100, 1.0, rate=0.0) == 1 and power(100, 0.0, rate=0.0) <= 0.05
     assert power(10**6, 0.0, rate=0.4) == pytest.approx(0.05, abs=1e-5)
 
