@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from qftlab.decoding.engine import GREEDY, Completion, encode_prompts, generate
-from qftlab.evaluate.answers import Comparison, Rate, compare_marks, contained, mean_interval, normalised_match
+from qftlab.evaluate.answers import Comparison, Rate, compare_marks, contained, normalised_match
 from qftlab.evaluate.split import prompt_text
+from qftlab.evaluate.statistics import clustered_interval
 from qftlab.maths.losses import sum_by_document
 from qftlab.maths.sampling import SamplingParams
 from qftlab.model.head import context_length, module_mode
@@ -235,7 +236,9 @@ def reference_loss(
         batch = to_device(pack(examples[start : start + batch_size]), model.device)
         with module_mode(step, False), torch.no_grad():
             totals += (-sum_by_document(step(**batch, want="logprobs"), batch["cu_seq_lens_q"])).tolist()
-    return *mean_interval(totals, [sum(example.loss_mask[1:]) for example in examples]), len(examples)
+    tokens = [sum(example.loss_mask[1:]) for example in examples]
+    losses = [total / count for total, count in zip(totals, tokens, strict=True)]
+    return *clustered_interval(losses, range(len(losses)), weights=tokens), len(examples)
 
 
 def _budget(tokenizer, outputs: Sequence[str]) -> int:

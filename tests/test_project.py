@@ -48,8 +48,10 @@ def test_environment_yml_is_pyproject() -> None:
     assert {entry.replace("pytorch-cpu>", "torch>") for entry in conda[2:]} | set(pip) == wanted
     assert len(conda[2:]) + len(pip) == len(wanted), "each from one place: conda's pip upgrades what it is given"
     assert not [entry for entry in pip if not entry[0].isalpha()], "an option or a path depends on the folder"
-    compiled = "accelerate datasets ipywidgets jupyterlab matplotlib numpy pandas peft pyyaml safetensors tokenizers"
-    assert {*compiled.split(), "pytorch-cpu", "transformers"} <= {re.split("[=<>]", entry)[0] for entry in conda}
+    compiled = "accelerate datasets ipywidgets jupyterlab matplotlib numpy pandas peft pyyaml safetensors scipy"
+    assert {*compiled.split(), "pytorch-cpu", "tokenizers", "transformers"} <= {
+        re.split("[=<>]", entry)[0] for entry in conda
+    }
 
 
 def test_here_imports_this_checkout_from_any_folder(tmp_path: Path) -> None:

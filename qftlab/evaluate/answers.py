@@ -79,20 +79,6 @@ def answered_row(row: dict, where: str) -> dict:
     return {**row, "output": answer}
 
 
-def mean_interval(totals: Sequence[float], counts: Sequence[float]) -> tuple[float, float, float]:
-    """Σ totals ÷ Σ counts of independent rows, with its 95 % interval (low, high; nan for fewer than two rows).
-
-    Source: the ratio estimator and its variance by linearisation, Cochran 1977, eq. 6.13, without its correction for
-    small populations.
-    """
-    mean, n = math.fsum(totals) / math.fsum(counts), len(totals)
-    if n < 2:
-        return mean, math.nan, math.nan
-    squares = math.fsum((total - mean * count) ** 2 for total, count in zip(totals, counts, strict=True))
-    reach = 1.96 * math.sqrt(squares * n / (n - 1)) / math.fsum(counts)
-    return mean, mean - reach, mean + reach
-
-
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Unbiased chance that one of k samples is right, from n samples of which c were: 1 − C(n−c, k) / C(n, k).
 
@@ -106,8 +92,10 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(successes: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """The interval that holds the true rate in about 95 % of experiments (z = 1.96); (0, 1) where nothing was tried.
+
+    The n tries must be independent; several answers to one prompt are not (`clustered_interval`).
 
     Source: Wilson 1927; Agresti and Coull 1998, eq. 2. Unlike p ± z·√(p(1−p)/n) it stays inside [0, 1] and has
     width at 0 and n.

@@ -131,23 +131,3 @@ def test_what_matches_is_contained(a: str, b: str) -> None:
 ])  # fmt: skip
 def test_answers_without_their_thinking(said: str, answer: str) -> None:
     assert evaluate.answer_of(said) == answer
-
-
-def test_mean_interval_by_hand() -> None:
-    """Two answers of 1 and 3 tokens, 2 and 3 nats: 5/4. Residuals 2 − 1.25 = 0.75 and 3 − 3.75 = −0.75: their squares
-    add up to 1.125, × 2/1 = 2.25, root 1.5, ÷ 4 tokens = 0.375, × 1.96 = 0.735."""
-    assert evaluate.mean_interval([2, 3], [1, 3]) == pytest.approx((1.25, 1.25 - 0.735, 1.25 + 0.735))
-    mean, low, high = evaluate.mean_interval([2], [4])
-    assert mean == 0.5 and low != low and high != high
-
-
-def test_the_interval_of_a_loss_covers_it() -> None:
-    """2,000 experiments of 40 answers, 1 to 9 tokens, long ones harder: covered 92 to 97 % of the time."""
-    rng, covered = random.Random(0), 0
-    truth = sum(n * (1 + n / 10) for n in range(1, 10)) / 45
-    for _ in range(2000):
-        counts = [rng.randint(1, 9) for _ in range(40)]
-        totals = [rng.gauss(n * (1 + n / 10), n**0.5) for n in counts]
-        _, low, high = evaluate.mean_interval(totals, counts)
-        covered += low <= truth <= high
-    assert 0.92 <= covered / 2000 <= 0.97
