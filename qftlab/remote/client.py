@@ -224,7 +224,7 @@ class Client:
         if status < 500 and (status not in MENDABLE or "insufficient_quota" in text):
             raise Refused(f"{self.server.url} must take the request, got HTTP {status}: {text}", status)
         asked = _retry_after(headers)
-        pause = "" if asked is None else f" (it asks for a pause of {asked:.2g} s)"
+        pause = "" if asked is None else f" (it asks for a pause of {round(asked, 1):g} s)"
         raise _Failure(str(status), f"HTTP {status}: {text}{pause}", asked)
 
     def _parsed(self, received: bytes) -> dict:
