@@ -118,32 +118,12 @@ def run_stages(config) -> None:
     rebuild(Path(config.output) if config.output else bundled("stages"))
 
 
-def run_teach(config) -> None:
-    """Makes rows by a teacher, and says what came of it and where it is."""
-    from qftlab_course.agent_edit.teach import make_set, said
-
-    print(said(make_set(config, progress=sys.stderr.isatty())))
-
-
-def run_tasks(config) -> None:
-    """Answers the course's questions."""
-    from qftlab_course.agent_edit.tasks import answer_tasks
-
-    print(answer_tasks(config, progress=sys.stderr.isatty()))
-
-
 COMMANDS = {
     "tour": Command("the whole way in minutes: two new tokens, SFT, DPO, RLOO, a page of results",
                     "tour", "qftlab_course.tour:TourConfig", run_tour, speaks=True),
     "evaluate": Command("accuracy by skill on held-out rows, with intervals",
                         "evaluate --model runs/sft/latest --data data/bugfix/heldout.jsonl",
                         "qftlab_course.commands:EvaluateConfig", run_evaluate),
-    "tasks": Command("answer questions in AGENT or EDIT mode by system prompt and tools (hw3_2.json)",
-                     "tasks --data query_only.json --model Qwen/Qwen3-8B --device cuda",
-                     "qftlab_course.agent_edit.tasks:TasksConfig", run_tasks),
-    "teach-data": Command("training rows with AGENT and EDIT by a teacher behind an endpoint",
-                          "teach-data --data livecodebench/code_generation_lite --samples 128 --threads 32",
-                          "qftlab_course.agent_edit.teach:TeachConfig", run_teach),
     "stages": Command("train the course models of data/stages anew",
                       "stages --output runs/anew/stages", "qftlab_course.commands:StagesConfig", run_stages),
     "pretrain": Command("rebuild the bundled model `tiny` from nothing (about an hour of one core)",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -88,6 +89,14 @@ def write_report(
     )
     with aside(path) as place:
         place.write_text(page, encoding="utf-8", errors="backslashreplace")
+    return path
+
+
+def write_json(path: str | Path, content: object) -> Path:
+    """Writes JSON to be read by people, whole or not at all, and returns its path; folders are made."""
+    path = Path(path)
+    with aside(path) as place, place.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        json.dump(content, file, ensure_ascii=False, indent=2)  # half a surrogate pair is written as JSON spells it
     return path
 
 

@@ -47,10 +47,8 @@ class ServerSampler:
             raise ValueError(f"server.adapters must go without rows of tokens, which vLLM refuses, got {names}: "
                              "leave out lora.tokens and new_tokens, or export the model for the server and take "
                              "--lora.from merge")  # fmt: skip
-        self.stop_ids, self.vocabulary = (
-            set(default_stop_ids(model, tokenizer)),
-            model.config.get_text_config().vocab_size,
-        )
+        self.stop_ids = set(default_stop_ids(model, tokenizer))
+        self.vocabulary = model.config.get_text_config().vocab_size
         self.name, self._sent, self._is_plain, self._said = server.model, 0, False, set()
         if not server.adapters:
             log.info("the server keeps the weights it was started with: server.adapters sends it new ones")

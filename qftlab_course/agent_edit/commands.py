@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 from qftlab.commands import Command, text_of
 
@@ -31,11 +32,31 @@ def run_validate(config) -> None:
         raise SystemExit(1)
 
 
+def run_teach(config) -> None:
+    """Makes rows by a teacher, and says what came of it and where it is."""
+    from qftlab_course.agent_edit.teach import make_set, said
+
+    print(said(make_set(config, progress=sys.stderr.isatty())))
+
+
+def run_tasks(config) -> None:
+    """Answers the course's questions."""
+    from qftlab_course.agent_edit.tasks import answer_tasks
+
+    print(answer_tasks(config, progress=sys.stderr.isatty()))
+
+
 COMMANDS = {
     "tokens": Command("adds <|AGENT|> and <|EDIT|> to a tokenizer and writes the ids of the tasks (hw3_1.json)",
                       "tokens --model MODEL --data query_and_output.json --output outputs/tasks/hw3_1.json",
                       "qftlab_course.agent_edit.tokens:TokensConfig",
                       text_of("qftlab_course.agent_edit.tokens:write_tokens")),
+    "tasks": Command("answer questions in AGENT or EDIT mode by system prompt and tools (hw3_2.json)",
+                     "tasks --data query_only.json --model Qwen/Qwen3-8B --device cuda",
+                     "qftlab_course.agent_edit.tasks:TasksConfig", run_tasks),
+    "teach-data": Command("training rows with AGENT and EDIT by a teacher behind an endpoint",
+                          "teach-data --data livecodebench/code_generation_lite --samples 128 --threads 32",
+                          "qftlab_course.agent_edit.teach:TeachConfig", run_teach),
     "check": Command("judges hw3_1.json or hw3_2.json as the course's checker does, or strictly",
                      "check --data outputs/tasks/hw3_2.json --level strict",
                      "qftlab_course.agent_edit.check:CheckConfig", run_check),

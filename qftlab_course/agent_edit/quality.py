@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from qftlab.files import aside
 from qftlab.rows.sources import read_file
 from qftlab.settings import Names, check_at_least, check_fields
 from qftlab_course.agent_edit.outputs import mend, read_cases, validate_cases
+from qftlab_course.report import write_json
 
 MOST_KINDS = 50  # in the page
 
@@ -86,11 +86,11 @@ def validate_file(config: ValidateConfig) -> tuple[Report, str]:
     if config.fix:
         text += f"\n{num_mended:,} outputs were mended before (white space, quotes, <tool_call> tags)"
     told = list(zip(rows, report.cases, report.verdicts, strict=True))
-    written = [_write_json(config.place("valid_alpaca.json"), [_alpaca(*row[:2]) for row in told if row[2].ok])]
+    written = [write_json(config.place("valid_alpaca.json"), [_alpaca(*row[:2]) for row in told if row[2].ok])]
     if config.keep_invalid:
         refused = [_refused(row, number, of) for number, (row, _, of) in enumerate(told, 1) if not of.ok]
-        written.append(_write_json(config.place("invalid.json"), refused))
-    written.append(_write_json(config.place("quality_report.json"), report.to_json()))
+        written.append(write_json(config.place("invalid.json"), refused))
+    written.append(write_json(config.place("quality_report.json"), report.to_json()))
     with aside(config.place("quality_report.txt")) as place:
         place.write_text(f"{config.data}\n{text}\n", encoding="utf-8", errors="backslashreplace")
     written += [config.place("quality_report.txt"), _write_page(config, report, text)]
@@ -110,12 +110,6 @@ def _alpaca(row: dict, case: Case) -> dict:
 
 def _refused(row: dict, number: int, verdict: Verdict) -> dict:
     return {**row, "quality": {"row": number, "reason": verdict.reason, "detail": verdict.detail}}
-
-
-def _write_json(path: Path, content: object) -> Path:
-    with aside(path) as place, place.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        json.dump(content, file, ensure_ascii=False, indent=2)  # half a surrogate pair is written as JSON spells it
-    return path
 
 
 def _write_page(config: ValidateConfig, report: Report, text: str) -> Path:

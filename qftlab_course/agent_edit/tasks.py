@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -80,17 +79,14 @@ def answer_tasks(config: TasksConfig, *, progress: bool = False) -> Path:
     Returns:
         The file that was written.
     """
-    from qftlab.files import aside
+    from qftlab_course.report import write_json
 
     asked = questions(config.data)
     system = Path(config.system).read_text(encoding="utf-8") if config.system else SYSTEM
     talks = [[{"role": "system", "content": system}, {"role": "user", "content": query}] for query in asked]
     said = (_from_server if config.url else _from_model)(config, talks, progress)
     rows = [{"Query": query, "Output": text} for query, text in zip(asked, said, strict=True)]
-    path = Path(config.output)
-    with aside(path) as part:
-        part.write_text(json.dumps(rows, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    return path
+    return write_json(config.output, rows)
 
 
 def _from_model(config: TasksConfig, talks: Sequence[list[dict]], progress: bool) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
@@ -153,6 +152,7 @@ def write_set(
         The four paths, the report's last.
     """
     from qftlab_course.agent_edit.outputs import read_cases, validate_cases
+    from qftlab_course.report import write_json
 
     output, rows = Path(output), sorted(rows, key=lambda row: row["item_id"])
     found = validate_cases(read_cases(rows, str(output)))
@@ -168,17 +168,13 @@ def write_set(
     folder = output.parent.parent / "reports" if output.parent.name == "training_data" else output.parent
     alpaca = [{"instruction": row["instruction"], "input": "", "output": row["output"]}
               for row in rows if row["valid"] and not row.get("surplus")]  # fmt: skip
-    texts = {
-        output: rows,
-        output.with_name(f"{output.stem}_alpaca.json"): alpaca,
-        output.with_name(f"{output.stem}_invalid.json"): [row for row in rows if not row["valid"]],
-        folder / f"{output.stem}_analysis.txt": report(rows, planned, totals),
-    }
-    for path, text in texts.items():
-        text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False, indent=2)
-        with aside(path) as part:
-            part.write_text(f"{text}\n", encoding="utf-8")
-    return list(texts)
+    invalid = [row for row in rows if not row["valid"]]
+    paths = [write_json(output.with_name(f"{output.stem}{tail}.json"), found)
+             for tail, found in (("", rows), ("_alpaca", alpaca), ("_invalid", invalid))]  # fmt: skip
+    told = folder / f"{output.stem}_analysis.txt"
+    with aside(told) as part:
+        part.write_text(f"{report(rows, planned, totals)}\n", encoding="utf-8", errors="backslashreplace")
+    return [*paths, told]
 
 
 def report(rows: Sequence[Mapping], planned: int, totals: object = "") -> str:

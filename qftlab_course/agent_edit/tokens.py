@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from qftlab.files import aside
 from qftlab.rows.sources import DataError, read_file
 from qftlab.settings import AGENT, EDIT, Names, check_fields
+from qftlab_course.report import write_json
 
 PARTS = ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges")  # files of a tokenizer
 
@@ -94,9 +94,7 @@ def write_tokens(config: TokensConfig) -> str:
     content = token_tasks(tokenizer, rows, config.new_tokens, config.data)
     with aside(folder) as place:
         tokenizer.save_pretrained(place)
-    with aside(config.output) as place:
-        text = json.dumps(content, ensure_ascii=False, indent=2)
-        place.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+    write_json(config.output, content)
     said = [f"{t.text}: id {t.id}, {'new' if t.is_new else 'known already'}, before {len(t.pieces_before)} pieces"
             for t in changes.tokens]  # fmt: skip
     return "\n".join([*said, f"tokenizer: {folder}", f"{len(content['tasks'])} tasks: {config.output}"])

@@ -453,3 +453,12 @@ def test_the_key_is_in_no_file_log_or_error_of_any_command(tmp_path: Path, monke
     assert len(files) > 20
     assert not [path for path in files if key.encode() in path.read_bytes()]
     assert key not in "".join(told) and key not in caplog.text and len("".join(told)) > 1000
+
+
+def test_half_a_surrogate_pair_in_an_answer_loses_no_set(tmp_path: Path) -> None:
+    def answer(path: str, body: dict) -> dict:
+        return {"choices": [{"message": {"content": "<think>\ud83d"}}], "usage": {}}
+
+    with Flaky(answer) as server:
+        config = TeachConfig(problems=2, samples=2, tries=1, url=server.url, output=str(tmp_path / "set.json"))
+        assert [row["output"] for row in read(make_set(config)[0])] == ["<think>\ud83d"] * 2
