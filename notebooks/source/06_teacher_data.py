@@ -402,7 +402,7 @@ for kind in ("crash", "named line", "wrong value", "failed test"):
 # **Does the fix work?** One more thing can be known: whether the mended program passes the problem's own test. Nobody has read that program, so it runs in a sandbox, where it can do no harm, with limits on time and memory:
 
 # %%
-from qftlab.evaluate.sandbox import run_code, run_tests
+from qftlab_course.agent_edit.sandbox import run_code, run_tests
 
 if colab:  # elsewhere the sandbox came with JupyterLab
     get_ipython().system("pip install -q 'pydantic-monty>=1.4,<1.5'")

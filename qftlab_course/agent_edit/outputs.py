@@ -11,9 +11,9 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from qftlab.evaluate.validate import Case, Fault, Report, Verdict, require, validate
 from qftlab.rows.chat import DataError
 from qftlab.settings import AGENT, EDIT
+from qftlab_course.agent_edit.validate import Case, Fault, Report, Verdict, require, validate
 
 Format = Mapping[str, tuple[str, tuple[str, ...]]]
 FORMAT: Format = {AGENT: ("python", ("code",)), EDIT: ("editor", ("original_code", "modified_code"))}

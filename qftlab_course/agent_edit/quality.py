@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qftlab.evaluate.validate import Case, Report, Verdict
 from qftlab.files import aside
 from qftlab.rows.sources import read_file
 from qftlab.settings import Names, check_at_least, check_fields
 from qftlab_course.agent_edit.outputs import mend, read_cases, validate_cases
+from qftlab_course.agent_edit.validate import Case, Report, Verdict
 from qftlab_course.report import write_json
 
 MOST_KINDS = 50  # in the page

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from planted_teacher import PlantedTeacher, program, verdict_of
 
-from qftlab.evaluate.sandbox import levels
 from qftlab.remote.client import BudgetError, ServerError
 from qftlab.remote.teacher import Problem, plan, read_chat
 from qftlab.rows.chat import DataError
@@ -23,6 +22,7 @@ from qftlab_course import commands
 from qftlab_course.agent_edit.expert import FLAWS, Expert, evidence, find_bug
 from qftlab_course.agent_edit.problems import bug_problems, read_problems
 from qftlab_course.agent_edit.recipes import can_show, own_error
+from qftlab_course.agent_edit.sandbox import levels
 from qftlab_course.agent_edit.tasks import TasksConfig, answer_tasks
 from qftlab_course.agent_edit.teach import TeachConfig, make_set
 from qftlab_course.flaky import Flaky

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qftlab.evaluate import near
-from qftlab.evaluate.near import near_duplicates, shingles
-from qftlab.evaluate.validate import RUN, Case
 from qftlab.rows.chat import DataError
 from qftlab.settings import AGENT, EDIT
+from qftlab_course.agent_edit import near
+from qftlab_course.agent_edit.near import near_duplicates, shingles
 from qftlab_course.agent_edit.outputs import FORMAT, REASONS, expected_mode, judge, mend, read_cases
 from qftlab_course.agent_edit.outputs import validate_cases as validate
+from qftlab_course.agent_edit.validate import RUN, Case
 
 CODE, FIXED = "def f(x):\n    return x - 1", "def f(x):\n    return x + 1"
 RUNS = {"name": "python", "arguments": {"code": CODE}}

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from qftlab.evaluate.near import near_duplicates
 from qftlab.evaluate.split import prompt_key
 from qftlab.settings import check_at_least
+from qftlab_course.agent_edit.near import near_duplicates
 
 # What is said of any set; who judges a row has reasons of its own.
 SET_REASONS = {

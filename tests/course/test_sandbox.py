@@ -19,8 +19,8 @@ from pathlib import Path
 import hostile
 import pytest
 
-from qftlab.evaluate import monty, sandbox
-from qftlab.evaluate.sandbox import SandboxError, best_level, levels, own_traceback, run_code, run_tests
+from qftlab_course.agent_edit import monty, sandbox
+from qftlab_course.agent_edit.sandbox import SandboxError, best_level, levels, own_traceback, run_code, run_tests
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -537,11 +537,11 @@ def test_hostile_programs_that_an_unprivileged_user_runs(name: str, surroundings
     if os.geteuid() != 0:
         pytest.skip("this user has no privileges: the test above was it")
     python = sandbox._python("process", os.environ["PATH"])[0]
-    paths = [str(ROOT), str(ROOT / "tests/qftlab"), *(path for path in sys.path if path.endswith("site-packages"))]
+    paths = [str(ROOT), str(ROOT / "tests/course"), *(path for path in sys.path if path.endswith("site-packages"))]
     binary = find_monty_binary() if name == "monty" else ""
     given = json.dumps({**surroundings, "level": name, "temporary": tempfile.gettempdir()})
     done = subprocess.run(
-        [python, str(ROOT / "tests/qftlab/hostile.py"), given], cwd="/", user=65534, group=65534, extra_groups=[],
+        [python, str(ROOT / "tests/course/hostile.py"), given], cwd="/", user=65534, group=65534, extra_groups=[],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1", "MONTY_BIN": binary},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
@@ -594,7 +594,7 @@ def test_32_threads_at_once(level: str, mark: str) -> None:
 def test_the_program_ends_with_its_parent(name: str, how: signal.Signals, mark: str, tmp_path: Path) -> None:
     level_or_skip(name)
     code = f"""
-from qftlab.evaluate import sandbox
+from qftlab_course.agent_edit import sandbox
 sandbox.ENVIRONMENT[{mark!r}] = "1"
 sandbox.levels()
 sandbox.run_code("print(1)", level={name!r})

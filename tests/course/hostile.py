@@ -11,7 +11,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from qftlab.evaluate.sandbox import run_code
+from qftlab_course.agent_edit.sandbox import run_code
 
 NO = {"error", "refused"}
 TIMEOUT, MEMORY, OUTPUT = 3.0, 128 << 20, 10_000

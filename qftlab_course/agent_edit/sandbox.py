@@ -32,7 +32,7 @@ from decimal import Decimal, InvalidOperation
 from functools import cache
 from pathlib import Path
 
-from qftlab.evaluate.monty import ask_monty, monty_state
+from qftlab_course.agent_edit.monty import ask_monty, monty_state
 
 READY = "ready"
 TRYING = threading.Lock()  # sysconfig, by which monty finds its program, is not safe from threads at its first use
