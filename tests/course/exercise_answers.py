@@ -987,3 +987,96 @@ ANSWERS |= {
         ((verifier_without_asking, "give None where there is nothing to read"),),
     ),
 }
+
+
+# 09.1 ---------------------------------------------------------------------------------------------------------------
+def stub_prompt_interval(values, prompts):
+    """Mean of the prompts' means, and its 95 % interval by Student's t: (mean, low, high)."""
+    ...
+
+
+def prompt_interval_by_loop(values, prompts):
+    from scipy.stats import t
+
+    groups = {}
+    for value, prompt in zip(values, prompts, strict=True):
+        groups.setdefault(prompt, []).append(value)
+    means = [sum(group) / len(group) for group in groups.values()]
+    mean = sum(means) / len(means)
+    variance = sum((m - mean) ** 2 for m in means) / (len(means) - 1)
+    reach = t.ppf(0.975, len(means) - 1) * math.sqrt(variance / len(means))
+    return mean, mean - reach, mean + reach
+
+
+def prompt_interval_by_pandas(values, prompts):
+    import pandas as pd
+    from scipy.stats import t
+
+    means = pd.Series(values).groupby(list(prompts)).mean()
+    reach = means.sem() * t.isf(0.025, len(means) - 1)
+    return np.array([means.mean(), means.mean() - reach, means.mean() + reach])
+
+
+# 09.2 ---------------------------------------------------------------------------------------------------------------
+def stub_paired_p(a, b):
+    """Exact two-sided p of "a and b are equally often right", from marks on the same prompts."""
+    ...
+
+
+def paired_p_by_comb(a, b):
+    gained = sum(y and not x for x, y in zip(a, b, strict=True))
+    lost = sum(x and not y for x, y in zip(a, b, strict=True))
+    m = gained + lost
+    tail = sum(math.comb(m, i) for i in range(min(gained, lost) + 1)) / 2**m
+    return min(1.0, 2 * tail)
+
+
+def paired_p_by_cdf(a, b):
+    from scipy.stats import binom
+
+    a, b = np.asarray(a, bool), np.asarray(b, bool)
+    differ = int((a != b).sum())
+    return np.minimum(1, 2 * binom.cdf(min((b & ~a).sum(), (a & ~b).sum()), differ, 0.5))
+
+
+# 09.3 ---------------------------------------------------------------------------------------------------------------
+def stub_pass(n, c, k):
+    """Chance that one of k of the n answers is right, c of which are."""
+    ...
+
+
+def pass_by_comb(n, c, k):
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def pass_by_product(n, c, k):
+    return float(1 - np.prod([max(0, n - c - i) / (n - i) for i in range(k)]))
+
+
+# 09.4 ---------------------------------------------------------------------------------------------------------------
+def stub_win_rate(shown_first, shown_second):
+    """(win rate of A over both orders, share of pairs on which the order decided)."""
+    ...
+
+
+def win_rate_by_pairs(shown_first, shown_second):
+    worth = {"first": 1.0, "tie": 0.5, "second": 0.0}
+    pairs = list(zip(shown_first, shown_second, strict=True))
+    won = sum((worth[x] + 1 - worth[y]) / 2 for x, y in pairs) / len(pairs)
+    return won, sum(x == y and x != "tie" for x, y in pairs) / len(pairs)
+
+
+def win_rate_by_counting(shown_first, shown_second):
+    points = flips = 0
+    for x, y in zip(shown_first, shown_second, strict=True):
+        points += 2 * (x == "first") + (x == "tie") + 2 * (y == "second") + (y == "tie")
+        flips += (x, y) in (("first", "first"), ("second", "second"))
+    return points / 4 / len(shown_first), flips / len(shown_first)
+
+
+ANSWERS |= {
+    "09.1": Answers(stub_prompt_interval, (prompt_interval_by_loop, prompt_interval_by_pandas)),
+    "09.2": Answers(stub_paired_p, (paired_p_by_comb, paired_p_by_cdf)),
+    "09.3": Answers(stub_pass, (pass_by_comb, pass_by_product)),
+    "09.4": Answers(stub_win_rate, (win_rate_by_pairs, win_rate_by_counting)),
+}
