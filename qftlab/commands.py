@@ -124,6 +124,13 @@ def run_chat(config, source: TextIO | None = None) -> None:
         print(f"Model: {text}" if is_terminal else text, flush=True)
 
 
+def run_serve(config) -> None:
+    """Answers clients until it is told to stop."""
+    from qftlab.serve.app import serve
+
+    serve(*load_named(config.model, config.dtype, config.device, config.base), config)
+
+
 def read_turn(source: TextIO, is_terminal: bool) -> str | None:
     """The next line, without the white space around it; None at the end."""
     if is_terminal:
@@ -206,6 +213,8 @@ COMMANDS = {
     "export": Command("adapters merged and checked, in a folder that transformers and vLLM load",
                       "export --model runs/sft/latest --output exported", "qftlab.settings:ExportConfig",
                       run_export),
+    "serve": Command("answers clients of the OpenAI protocol, with a chat page", "serve --model runs/sft/latest",
+                     "qftlab.serve:ServeConfig", run_serve),
     "data": Command("reads files, folders and hub names of rows, and says what is in them and what is wrong",
                     "data --data [rows.jsonl,more.csv] --bad report", "qftlab.evaluate.data:DataConfig",
                     text_of("qftlab.evaluate.data:describe")),

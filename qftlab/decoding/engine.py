@@ -218,7 +218,7 @@ class _Request:
     is_streaming: bool
 
 
-class _Row:
+class Row:
     """One completion, from its prompt to its end."""
 
     def __init__(self, number: int, prompt_ids: list[int], params: SamplingParams, limit: int, plan: _Request) -> None:
@@ -310,7 +310,7 @@ def generate(
         ValueError: for an empty prompt, ids or numbers out of range, a prompt that with its new tokens is longer than
             the model's context, logits that are no numbers, or a model or decoder that `Decoder` refuses.
     """
-    rows = _plan_rows(model, tokenizer, prompts, max_new_tokens, params, stop, stop_token_ids, seed, batch_size,
+    rows = plan_rows(model, tokenizer, prompts, max_new_tokens, params, stop, stop_token_ids, seed, batch_size,
                       num_generations, thinking, return_logprobs, on_text is not None)  # fmt: skip
     with _bar(len(rows), progress) as advance:
         for row in _run(model, decoder, rows, batch_size):
@@ -340,14 +340,14 @@ def stream(model, tokenizer, prompt: Prompt, **options) -> Iterator[str]:
         What `generate` raises, before the first piece.
     """
     decoder = options.pop("decoder", None)
-    [row] = _plan_rows(model, tokenizer, [prompt], is_streaming=True, **options)
+    [row] = plan_rows(model, tokenizer, [prompt], is_streaming=True, **options)
     return (r.piece for r in _run(model, decoder, [row], 1) if r.piece)
 
 
-def _plan_rows(
+def plan_rows(
     model, tokenizer, prompts, max_new_tokens=128, params=GREEDY, stop=(), stop_token_ids=None, seed=0, batch_size=1,
     num_generations=1, thinking=None, return_logprobs=False, is_streaming=False,
-) -> list[_Row]:  # fmt: skip
+) -> list[Row]:  # fmt: skip
     """A row for every completion, in the order of the results, once everything has been checked."""
     for name, value in {"batch_size": batch_size, "num_generations": num_generations}.items():
         if value < 1:
@@ -370,10 +370,10 @@ def _plan_rows(
         raise ValueError(f"stop_token_ids must be ids from 0 to {head_rows(model) - 1}, got {unfit[0]!r}")
     plan = _Request(tokenizer, stop, frozenset(stop_ids), seed, limit, return_logprobs, is_streaming)
     numbers = [(i, g) for i in range(len(encoded)) for g in range(num_generations)]
-    return [_Row(i * num_generations + g, encoded[i], each[i], limits[i], plan) for i, g in numbers]
+    return [Row(i * num_generations + g, encoded[i], each[i], limits[i], plan) for i, g in numbers]
 
 
-def _run(model, decoder: Decoder | None, rows: list[_Row], batch_size: int) -> Iterator[_Row]:
+def _run(model, decoder: Decoder | None, rows: list[Row], batch_size: int) -> Iterator[Row]:
     """Decodes all rows, those with short prompts first; yields a row whenever it has got a token."""
     waiting = sorted(rows, key=lambda row: len(row.prompt_ids))
     with module_mode(model, False):
@@ -397,7 +397,7 @@ def _run(model, decoder: Decoder | None, rows: list[_Row], batch_size: int) -> I
             waiting = unfinished + waiting[len(batch) :]
 
 
-def _decode(decoder: Decoder, rows: list[_Row]) -> Iterator[_Row]:
+def _decode(decoder: Decoder, rows: list[Row]) -> Iterator[Row]:
     """Decodes a batch to its end; rows leave it as they finish."""
     for row in rows:
         row.token_ids, row.logprobs = [], []

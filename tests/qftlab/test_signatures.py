@@ -60,7 +60,7 @@ def test_defaults_of_functions() -> None:
 
 
 def test_a_stream_begins_with_the_defaults_of_generate() -> None:
-    ours, theirs = (inspect.signature(f).parameters for f in (engine._plan_rows, engine.generate))
+    ours, theirs = (inspect.signature(f).parameters for f in (engine.plan_rows, engine.generate))
     shared = [name for name, p in ours.items() if name in theirs and p.default is not inspect.Parameter.empty]
     assert len(shared) > 6 and ours["batch_size"].default == 1  # a stream has one row
     assert all(ours[name].default == theirs[name].default for name in shared if name != "batch_size")
