@@ -794,7 +794,7 @@ checks.progress("08")
 # 5. RL makes the likely likelier: here pass@1 rises, and pass@16 falls.
 # 6. What you pay for is what you get. Measure the truth beside the pay, and read samples.
 #
-# **Next.** *09 · Evaluation and export*: is the gain real, and does the exported model say the same?
+# **Next.** [09 · Is it real?](09_is_it_real.ipynb): is the gain real, and does the exported model say the same?
 #
 # **Sources.** Williams 1992, *Simple statistical gradient-following algorithms* (REINFORCE). Kool et al. 2019, *Buy 4 REINFORCE samples, get a baseline for free*. Ahmadian et al. 2024, *Back to basics* (arXiv:2402.14740).
 # Schulman et al. 2017, *PPO* (arXiv:1707.06347). Schulman 2020, *Approximating KL divergence*. Shao et al. 2024, *DeepSeekMath* (GRPO, arXiv:2402.03300). Liu et al. 2025, *Understanding R1-Zero-like training* (Dr. GRPO,

@@ -316,7 +316,7 @@ change = paired.difference
 found = {"unpaired": (change, change - reach, change + reach),
          "paired": (change, paired.low, paired.high)}
 views.show_figure(evaluation_plots.differences(found), alt="The difference of RLOO and "
-                  "DPO twice: the paired interval is about half as wide")
+                  "DPO twice: the paired interval is clearly narrower")
 assert paired.high - paired.low < 0.9 * 2 * reach
 
 # %% [markdown]
@@ -505,7 +505,7 @@ checks.check("09.4", my_win_rate)
 
 # %%
 win_rate = checks.or_library("09.4", my_win_rate)
-print(*win_rate(["first", "first", "tie"], ["second", "first", "tie"]))
+print(*win_rate(["first", "first", "tie", "tie"], ["second", "first", "tie", "first"]))
 rate, decided = win_rate(shown_first, shown_second)
 print(f"warm wins {rate:.0%} of {len(pairs)}; the order decided {decided:.0%}")
 assert decided > 0.4
@@ -636,7 +636,7 @@ checks.progress("09")
 # **Published.** On the committed evaluation of a student's Qwen2.5-0.5B in Stanford's CS224R (repository `nick-allen21/CS224R-default-project`, 2026: 50 prompts × 16 answers after preference tuning, 36 % right) we drew 50 prompts at random again and again: Wilson's interval over 800 answers held the rate in 56 % of draws, $t$ over the prompts' means in 95 %. That is
 # this notebook's picture, on a real model. Miller (2024) asks for clustered errors and paired tests in every evaluation. Zheng et al. (2023) measured judges in both orders: GPT-4 kept its verdict in 65 % of pairs, Claude-v1 in 24 %.
 #
-# **Different:** a judge of that size has more opinions and the same habits. Served by vLLM a half-billion model answers thousands of tokens a second on one GPU; `export` writes the folder and names the command.
+# **Different:** a large judge has better opinions and the same habits: measure them in the same way. Many prompts at once are answered by a server; `export` writes the folder and names the commands for vLLM, Ollama and llama.cpp.
 #
 # **Our own run:** not run by us.
 

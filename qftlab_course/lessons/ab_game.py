@@ -135,13 +135,14 @@ class ABGame:
         return count_right(self.results, self.calls) if len(self.calls) == len(self.results) else None
 
     def table(self) -> pd.DataFrame:
-        """Every result with the call, p of the paired test, and, once all calls are made, the truth."""
+        """Every result with the call, what the paired test says, and the truth."""
         calls = self.calls + ["–"] * (len(self.results) - len(self.calls))
+        p_values = [f"{r.p_value:.3f}" if r.p_value >= 0.001 else "< 0.001" for r in self.results]
         rows = [
             {"prompts": len(r.a), "A": f"{np.mean(r.a):.1%}", "B": f"{np.mean(r.b):.1%}", "your call": call,
              "gained": sum(y > x for x, y in zip(r.a, r.b, strict=True)),
-             "lost": sum(y < x for x, y in zip(r.a, r.b, strict=True)), "p": f"{r.p_value:.3f}", "truth": r.truth}
-            for r, call in zip(self.results, calls, strict=True)
+             "lost": sum(y < x for x, y in zip(r.a, r.b, strict=True)), "p": p, "truth": r.truth}
+            for r, call, p in zip(self.results, calls, p_values, strict=True)
         ]  # fmt: skip
         return pd.DataFrame(rows, index=range(1, len(rows) + 1))
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from qftlab_course.lessons.ab_game import planted_results
+
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[2]
 IDLE = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
@@ -122,6 +124,37 @@ def test_mask_viewer_from_the_keyboard(lab, page) -> None:
     columns = ["position", "id", "token", "loss here", "predicts"]
     assert page.locator(".jupyter-widgets th").all_inner_texts() == columns
     assert shown.evaluate("image => image.naturalWidth") == 900
+
+
+GAME = """
+import sys
+sys.path.insert(0, {root!r})
+from qftlab_course.lessons.ab_game import ABGame, planted_results
+game = ABGame(planted_results(4))
+game
+"""
+
+
+def test_real_or_noise_from_the_keyboard(lab, page) -> None:
+    """Four calls by tab and space, one taken back: the score is that of the truth."""
+    folder, address = lab
+    cell = nbformat.v4.new_code_cell(GAME.format(root=str(ROOT)))
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), folder / "game.ipynb")
+    run_all(page, address, "game.ipynb")
+    box = page.locator(".jupyter-widgets.widget-vbox")
+    box.get_by_text("Result 1 of 4").wait_for(timeout=90_000)
+    truths = [result.truth for result in planted_results(4)]
+    page.get_by_role("button", name="Real", exact=True).focus()
+    page.keyboard.press("Space")
+    box.get_by_text("Result 2 of 4").wait_for()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")  # taken back
+    box.get_by_text("Result 1 of 4").wait_for()
+    for number, truth in enumerate(truths, 1):
+        page.get_by_role("button", name=truth.capitalize(), exact=True).press("Space")
+        box.get_by_text(f"Result {number + 1} of 4" if number < 4 else "All 4 calls made: 4 are true").wait_for()
 
 
 class Lab:
