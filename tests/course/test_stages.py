@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoTokenizer, GenerationConfig
 
 from qftlab.files import bundled, sha256
 from qftlab.model.loading import load_model
@@ -55,6 +56,14 @@ def test_what_ships_is_what_the_code_would_train(name: str) -> None:
     assert {f: sha256(folder / name / f) for f in files} == files and "model.safetensors" in files
     wanted = stages.recipe(name)
     assert stages.made_of(name, wanted, stages._start(wanted, folder)) == shipped
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_plain_transformers_ends_a_stages_turn(name: str) -> None:
+    """It reads the ends of a turn from the folder alone, and without `<|im_end|>` it would run on."""
+    settings = GenerationConfig.from_pretrained(bundled("stages", name))
+    tokenizer = AutoTokenizer.from_pretrained(bundled("stages", name))
+    assert tokenizer.decode(settings.eos_token_id) == "<|im_end|><|endoftext|>"
 
 
 def test_a_change_of_what_is_trained_is_seen(monkeypatch) -> None:
