@@ -139,16 +139,18 @@ def score(responses: Sequence[Mapping], rows: Sequence[Mapping], scorers: Mappin
     """What each response is worth: {"row", "sample", and a value for each scorer}.
 
     Raises:
-        ValueError: naming scorer and row, for a value that is neither a finite number, True, False nor None.
+        ValueError: naming scorer and row, where a scorer fails or gives neither a finite number, True, False nor None.
     """
-    found = []
-    for response in responses:
-        values = {name: scorer(rows[response["row"]], response["response"]) for name, scorer in scorers.items()}
-        for name, value in values.items():
-            if value is not None and not (isinstance(value, bool | int | float) and math.isfinite(value)):
-                raise ValueError(f"scorer {name} must give True, False, a finite number or None, got {value!r:.60} for "
-                                 f"row {response['row'] + 1}")  # fmt: skip
-        found.append({"row": response["row"], "sample": response["sample"], **values})
+    found = [{"row": one["row"], "sample": one["sample"]} for one in responses]
+    for response, values in zip(responses, found, strict=True):
+        for name, scorer in scorers.items():
+            try:
+                values[name] = value = scorer(rows[response["row"]], response["response"])
+                is_fit = value is None or math.isfinite(value)
+            except Exception as error:  # of any kind, because a scorer is anybody's
+                raise ValueError(f"scorer {name} must score row {response['row'] + 1}, got {error!r:.200}") from error
+            if not is_fit:
+                raise ValueError(f"scorer {name} must give a finite number, got {value} for row {response['row'] + 1}")
     return found
 
 

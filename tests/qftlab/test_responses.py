@@ -224,10 +224,20 @@ def test_scores_are_rows_of_values() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, "right", [1]])
-def test_a_value_that_is_no_score_is_named(value: object) -> None:
-    with pytest.raises(ValueError, match="scorer odd must give True, False, a finite number or None, got .* for row 2"):
+@pytest.mark.parametrize(("value", "message"), [
+    (math.nan, "scorer odd must give a finite number, got nan for row 2"),
+    (-math.inf, "scorer odd must give a finite number, got -inf for row 2"),
+    ("right", "scorer odd must score row 2, got TypeError"),
+    ([1], "scorer odd must score row 2, got TypeError"),
+])  # fmt: skip
+def test_a_value_that_is_no_score_is_named(value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         score(answers("a", "b"), [{}, {}], {"odd": lambda row, said: value if said == "b" else 1})
+
+
+def test_a_scorer_that_fails_is_named() -> None:
+    with pytest.raises(ValueError, match=r"scorer odd must score row 1, got KeyError\('output'\)"):
+        score(answers("a"), [{}], {"odd": lambda row, said: said == row["output"]})
 
 
 def marks(*values, each: int = 1) -> list[dict]:
