@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from qftlab.evaluate.answers import pass_at_k
 from qftlab.evaluate.data import to_json
 from qftlab.evaluate.scorers import Scorer
-from qftlab.evaluate.statistics import clustered_interval, pass_at_k_interval, smallest_difference
+from qftlab.evaluate.statistics import clustered_interval, smallest_difference
 from qftlab.files import aside, flush, not_written, read_json
 from qftlab.settings import check_at_least
 
@@ -155,12 +157,12 @@ def score(responses: Sequence[Mapping], rows: Sequence[Mapping], scorers: Mappin
 
 
 def summarise(scores: Sequence[Mapping], name: str, prompts: Sequence, pass_k: Sequence[int] = (1,)) -> dict:
-    """What all responses are worth by one scorer, with 95 % intervals that count prompts.
+    """What all responses are worth by one scorer: means over them, with 95 % intervals that count prompts.
 
     Args:
         scores: of `score`.
         name: of the scorer; responses that it has as None do not count.
-        prompts: of each row, what its prompt is known by: rows with one prompt are one draw.
+        prompts: of each row, what its prompt is known by: the intervals take rows with one prompt as one draw.
         pass_k: of values in [0, 1], the k for which `pass_at_k` is wanted; a response is right if its value is 1.
 
     Returns:
@@ -169,25 +171,26 @@ def summarise(scores: Sequence[Mapping], name: str, prompts: Sequence, pass_k: S
         is not known is None, such as the ends of an interval from one prompt.
 
     Raises:
-        ValueError: if a prompt has fewer than k responses.
+        ValueError: if a row has fewer than k responses.
     """
-    scored = [(one["row"], one[name]) for one in scores if one[name] is not None]
-    values, keys = [float(value) for _, value in scored], [prompts[row] for row, _ in scored]
-    counts = {"rows": len({row for row, _ in scored}), "answers": len(scored), "prompts": len(set(keys))}
-    found = {**dict.fromkeys(ENDS), **counts, "pass_at_k": {}, "smallest_difference": None}
-    if not scored:
-        return found
-    if not 0 <= min(values) <= max(values) <= 1:
-        return found | _span(clustered_interval(values, keys))
-    found |= _span(clustered_interval(values, keys, method="wilson"))
-    right = [value == 1 for value in values]
-    found["pass_at_k"] = {str(k): _span(pass_at_k_interval(right, keys, k)) for k in pass_k}
-    if counts["prompts"] > 1:
-        found["smallest_difference"] = _known(smallest_difference(right, keys))
-    return found
+    scored = [(one["row"], float(one[name])) for one in scores if one[name] is not None]
+    values, keys = [value for _, value in scored], [prompts[row] for row, _ in scored]
+    sizes, right = Counter(row for row, _ in scored), Counter(row for row, value in scored if value == 1)
+    found = {**dict.fromkeys(ENDS), "rows": len(sizes), "answers": len(scored), "prompts": len(set(keys))}
+    found |= {"pass_at_k": {}, "smallest_difference": None}
+    if not scored or not 0 <= min(values) <= max(values) <= 1:
+        return found | (_interval(values, keys) if scored else {})
+    for k in pass_k:
+        passes = [pass_at_k(size, right[row], k) for row, size in sizes.items()]
+        found["pass_at_k"][str(k)] = _interval(passes, [prompts[row] for row in sizes], "wilson")
+    if found["prompts"] > 1:
+        found["smallest_difference"] = _known(smallest_difference([value == 1 for value in values], keys))
+    return found | _interval(values, keys, "wilson")
 
 
-def _span(ends: Sequence[float]) -> dict[str, float | None]:
+def _interval(values: Sequence[float], prompts: Sequence, method: str = "") -> dict[str, float | None]:
+    """The plain mean, with an interval that counts prompts."""
+    ends = clustered_interval(values, prompts, method=method, weights=[1] * len(values))
     return dict(zip(ENDS, map(_known, ends), strict=True))
 
 

@@ -262,6 +262,8 @@ def test_a_summary_counts_prompts_and_not_rows() -> None:
     alike = summarise(marks(*values), "s", [i // 4 for i in range(20)])
     assert (apart["prompts"], alike["prompts"], alike["rows"], alike["answers"]) == (20, 5, 20, 20)
     assert apart["mean"] == alike["mean"] == 0.5
+    uneven = summarise(marks(1, 1, 1, 0), "s", "aaab")
+    assert uneven["mean"] == uneven["pass_at_k"]["1"]["mean"] == 0.75, "the plain mean, whatever shares a prompt"
     same = summarise(marks(*[1] * 10, *[0] * 10), "s", [i // 5 for i in range(20)])
     assert same["high"] - same["low"] > apart["high"] - apart["low"], "answers to one prompt tell less"
 
