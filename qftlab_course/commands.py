@@ -81,6 +81,8 @@ class EvaluateConfig(AnswerConfig):
             raise ValueError(
                 f"few_shot must be 0 with a server, which is asked in the chat format, got {self.few_shot}"
             )
+        if self.server.url and self.model != "tiny":
+            raise ValueError(f"model must be left out with a server, whose model is server.model, got {self.model!r}")
         if self.server.adapters:
             raise ValueError("server.adapters must be left out of an evaluation, which sends none")
 
@@ -119,15 +121,19 @@ def run_evaluate(config) -> None:
     from qftlab_course.report import Section, format_cell, write_report
     from qftlab_course.results import difference_text, summary_table
 
-    done = evaluate(config)
+    try:
+        done = evaluate(config)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped: the same command goes on" if config.is_folder else "") from None
     found, said = (
         done.results,
         [f"{done.results['num_rows']} rows of {', '.join(config.data) or 'the bundled held-out set'}."],
     )
+    title = f"Evaluation of {found['model']}"
     if done.evaluation is not None:
-        title, table = "By skill", done.evaluation.to_frame().map(format_cell)
+        heading, table = "By skill", done.evaluation.to_frame().map(format_cell)
     else:
-        title, table = "By scorer", summary_table(found["scores"])
+        heading, table = "By scorer", summary_table(found["scores"])
         said.append(f"{config.num_samples} answers to each.")
     print(table.to_string(float_format="{:.3f}".format, na_rep="–") if len(table) else "nothing was scored")
     lines = reference_lines(found) + [difference_text(name, one) for name, one in found["scores"].items()]
@@ -140,8 +146,8 @@ def run_evaluate(config) -> None:
     if config.is_folder:
         print(f"responses, scores and results: {config.output}")
     elif config.output:
-        sections = [Section(title, "\n\n".join([" ".join(said), *filter(None, lines)]), table)]
-        print(f"page: {write_report(config.output, f'Evaluation of {config.model}', sections)}")
+        sections = [Section(heading, "\n\n".join([" ".join(said), *filter(None, lines)]), table)]
+        print(f"page: {write_report(config.output, title, sections)}")
 
 
 def reference_lines(found: dict) -> list[str]:

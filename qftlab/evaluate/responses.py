@@ -8,6 +8,7 @@ of which one was killed leave the same bytes.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections import Counter
@@ -24,6 +25,7 @@ from qftlab.evaluate.statistics import clustered_interval, smallest_difference
 from qftlab.files import aside, flush, not_written, read_json
 from qftlab.settings import check_at_least
 
+log = logging.getLogger(__name__)
 SETTINGS, ROWS, RESPONSES, SCORES = "settings.json", "rows.jsonl", "responses.jsonl", "scores.jsonl"
 BATCH = 256  # responses written at a time
 ENDS = ("mean", "low", "high")
@@ -105,6 +107,7 @@ def collect(prompts: Sequence[Prompt], ask: Ask, num_samples: int = 1, path: Pat
             batch.append({"row": row, "sample": sample, "prompt": prompts[row], **response})
         if path:
             _append(path, to_lines(batch))
+            log.info("%d of %d responses", numbers[-1] * num_samples + num_samples, len(prompts) * num_samples)
         found += batch
     return found
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from qftlab import cli
 from qftlab.evaluate import responses as responses_module
 from qftlab.files import bundled
-from qftlab.model.loading import load_model
+from qftlab.model.loading import load_model, save_model
 from qftlab.remote import client as client_module
 from qftlab.rows.examples import encode_rows
 from qftlab.rows.sources import load_rows
@@ -210,6 +210,37 @@ def test_a_thousand_rows_of_sixteen_samples_killed_and_left_alone(tmp_path: Path
     whole, killed = files(tmp_path / "whole"), files(tmp_path / "killed")
     assert len(whole["responses.jsonl"].splitlines()) == 16_000
     assert {name for name in whole if whole[name] != killed.get(name)} == set() and whole.keys() == killed.keys()
+
+
+def test_few_shot_answers_are_kept_with_their_prompt_and_read_leniently(tmp_path: Path) -> None:
+    rows = [row for row in load_rows(bundled("instructions", "development.jsonl")) if row["skill"] == "maximum"][:12]
+    config = EvaluateConfig(data=write(tmp_path / "q.jsonl", *rows), output=str(tmp_path / "out"), few_shot=3, limit=6)
+    done = evaluate(config)
+    assert all(one["prompt"].startswith("Question: ") and one["prompt"].endswith("\nAnswer:") for one in done.responses)
+    assert [one["skill"] for one in done.scores] == [score.correct for score in done.evaluation.scores]
+    assert any(one["skill"] for one in done.scores) and done.evaluation.few_shot == 3
+
+
+def test_thinking_that_the_prompt_opened_stands_in_the_response(tmp_path: Path) -> None:
+    """So the file says alone that an answer which was cut off is thinking and no answer."""
+    model, tokenizer = load_model("tiny"), load_tokenizer("tiny")
+    tokenizer.chat_template = (
+        "{%- for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{%- endfor %}"
+        "{%- if add_generation_prompt %}<|im_start|>assistant\n<think>\n{%- endif %}"
+    )
+    save_model(model, tokenizer, tmp_path / "m")
+    done = evaluate(
+        EvaluateConfig(model=str(tmp_path / "m"), data=write(tmp_path / "q.jsonl", {"prompt": "Q"}), max_new_tokens=2)
+    )
+    [said] = done.responses
+    assert said["response"] == "<think>" + tokenizer.decode(said["token_ids"])
+
+
+def test_stopping_says_that_it_goes_on(capsys, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(measure, "generate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    data = write(tmp_path / "q.jsonl", *QUESTIONS)
+    code, _, err = run(capsys, "--data", data, "--output", tmp_path / "out")
+    assert code == 130 and "stopped: the same command goes on" in err
 
 
 # --- the Tinker project's keys ---
@@ -469,6 +500,7 @@ def test_the_draws_hang_on_seed_row_and_sample(tmp_path: Path, quick) -> None:
     (["--scorers", "exakt"], "scorers must be of exact, contained"),
     (["--scorers", "[exact,none.such:f]"], "got 'none.such:f': No module named 'none'"),
     (["--few_shot", "2", "--server.url", "http://localhost:1/v1"], "few_shot must be 0 with a server"),
+    (["--model", "m", "--server.url", "http://localhost:1/v1"], "model must be left out with a server"),
     (["--server.adapters", "x"], "server.adapters must be left out of an evaluation"),
     (["--server.url", "localhost:1"], "server.url must begin with http"),
 ])  # fmt: skip
