@@ -161,8 +161,7 @@ def write_files(folder: Path, rows, responses: Sequence[dict], scores: Sequence[
     """The scores, the results, and what the leaderboards take."""
     results.write_lines(folder / SCORES, scores)
     results.write_lines(folder / SUBMISSION, results.submission(rows, responses))
-    name = next((name for name in found["scores"] if found["scores"][name]["pass_at_k"]), None)
-    if name and (lines := results.course_rows(rows, responses, scores, name)):
+    if lines := results.course_rows(rows, responses, scores):
         results.write_lines(folder / COURSE, lines)
     write_json(folder / RESULTS, found)
 

@@ -69,8 +69,11 @@ def submission(rows: Sequence[Mapping], responses: Sequence[Mapping]) -> list[di
     return lines
 
 
-def course_rows(rows: Sequence[Mapping], responses: Sequence[Mapping], scores: Sequence[Mapping], name: str) -> list:
-    """The lines of the 2026 CS224R evaluation: prompt, target, nums, ground_truth, and all responses with scores."""
+def course_rows(rows: Sequence[Mapping], responses: Sequence[Mapping], scores: Sequence[Mapping]) -> list[dict]:
+    """The lines of the 2026 CS224R evaluation: prompt, target, nums, ground_truth, and all responses with scores.
+
+    The scores are those of the first scorer that scores the row.
+    """
     lines: dict[int, dict] = {}
     for response, score in zip(responses, scores, strict=True):
         row = rows[response["row"]]
@@ -79,7 +82,8 @@ def course_rows(rows: Sequence[Mapping], responses: Sequence[Mapping], scores: S
             head = {"prompt": prompt_text(row), "target": row["target"], "nums": row["numbers"], "ground_truth": truth}
             line = lines.setdefault(response["row"], {**head, "response": [], "scores": []})
             line["response"].append(response["response"])
-            line["scores"].append(score[name])
+            values = [value for name, value in score.items() if name not in ("row", "sample")]
+            line["scores"].append(next((float(value) for value in values if value is not None), None))
     return list(lines.values())
 
 

@@ -236,6 +236,15 @@ def test_thinking_that_the_prompt_opened_stands_in_the_response(tmp_path: Path) 
     assert said["response"] == "<think>" + tokenizer.decode(said["token_ids"])
 
 
+def test_every_batch_draws_anew(tmp_path: Path, few) -> None:
+    """The same question in three batches of two rows; another seed gives others still."""
+    config = EvaluateConfig(data=write(tmp_path / "q.jsonl", *[QUESTIONS[0]] * 6), num_samples=3, max_new_tokens=8,
+                            sampling=dataclasses.replace(EvaluateConfig().sampling, temperature=1.0))  # fmt: skip
+    said = [[one["response"] for one in evaluate(dataclasses.replace(config, seed=seed)).responses] for seed in (0, 1)]
+    parts = [tuple(texts[start : start + 6]) for texts in said for start in (0, 6, 12)]
+    assert len(set(parts)) == 6 and said[0] == [one["response"] for one in evaluate(config).responses]
+
+
 def test_stopping_says_that_it_goes_on(capsys, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(measure, "generate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     data = write(tmp_path / "q.jsonl", *QUESTIONS)
@@ -310,6 +319,23 @@ def test_the_official_score() -> None:
     assert [official_score(a, 0.45) for a in (0.0, 0.225, 0.45, 0.9)] == [0.0, 0.5, 1.0, 1.0]
     assert last_expression("<answer>1</answer> <answer>\n2 <answer> 3</answer> <answer>4") == "3"
     assert last_expression("none") == last_expression("<answer>") == ""
+
+
+def test_what_is_scored_by_what_where_rows_differ(tmp_path: Path) -> None:
+    """A skill, a problem without a reference, a reference, a prompt; and each goes by the first sample to a board."""
+    rows = [{"instruction": "Add 1 and 2.", "input": "", "output": "3", "skill": "add"}, *BOARD[:2], QUESTIONS[0]]
+    sampling = dataclasses.replace(EvaluateConfig().sampling, temperature=1.0)
+    data, output = write(tmp_path / "q.jsonl", *rows), str(tmp_path / "out")
+    done = evaluate(EvaluateConfig(data=data, output=output, max_new_tokens=4, num_samples=2, sampling=sampling))
+    names = ("skill", "countdown_course", "reasoned", "exact", "contained")
+    scored = [{name for name in names if one[name] is not None} for one in done.scores[::2]]
+    assert scored == [{"skill"}, {"countdown_course", "reasoned"}, set(), {"exact", "contained"}]
+    board = lines(tmp_path / "out/submission.jsonl")
+    assert len(board) == 4 and board[2] == {"prompt": "Say hello.", "response": done.responses[4]["response"]}
+    [line] = lines(tmp_path / "out/course_responses.jsonl")
+    assert line["response"] == [one["response"] for one in done.responses[2:4]] and line["scores"] == [
+        one["countdown_course"] for one in done.scores[2:4]
+    ]
 
 
 def test_prompts_alone_are_asked_and_not_scored(capsys, tmp_path: Path) -> None:
@@ -527,6 +553,20 @@ def test_the_skill_scorer_agrees_with_the_table(tmp_path: Path) -> None:
         for row, c in zip(done.evaluation.rows, done.evaluation.completions, strict=True)
     ]
     assert done.evaluation.format.accuracy > 0.8
+
+
+@pytest.mark.parametrize(("row", "response", "right"), [
+    ({"skill": "bugfix", "mode": "EDIT", "output": "<|EDIT|>x"}, "<|EDIT|>y", True),
+    ({"skill": "bugfix", "mode": "EDIT", "output": "<|EDIT|>x"}, "<|AGENT|>x", False),
+    ({"skill": "bugfix", "mode": "EDIT", "output": "<|EDIT|>x"}, "x <|EDIT|>", False),
+    ({"skill": "sum_to_n", "output": "So the answer is 55."}, "Then the answer is 55.", True),
+    ({"skill": "sum_to_n", "output": "So the answer is 55."}, "55", False),
+    ({"skill": "countdown", "numbers": [3, 4], "target": 12, "output": ""}, "<answer>3 + 4</answer>", False),
+    ({"skill": "joke", "output": "Ha."}, "Ho.", None),
+    ({"output": "x"}, "x", None),
+])  # fmt: skip
+def test_the_skill_scorer_by_hand(row: dict, response: str, right: bool | None) -> None:
+    assert SCORERS["skill"](row, response) is right
 
 
 def test_a_folder_and_no_folder_give_one_table(capsys, tmp_path: Path) -> None:

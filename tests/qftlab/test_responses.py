@@ -268,6 +268,15 @@ def test_a_summary_counts_prompts_and_not_rows() -> None:
     assert same["high"] - same["low"] > apart["high"] - apart["low"], "answers to one prompt tell less"
 
 
+def test_pass_at_k_is_by_row_and_its_interval_by_prompt() -> None:
+    values = marks(*[1, 0] * 4, *[0, 0] * 4, each=2)  # eight rows: four with one of two right, four with none
+    apart, alike = (summarise(values, "s", keys, [1, 2])["pass_at_k"] for keys in (range(8), "aaaabbbb"))
+    for found in (apart, alike):
+        assert (found["1"]["mean"], found["2"]["mean"]) == (0.25, 0.5)
+    for k in ("1", "2"):
+        assert alike[k]["high"] - alike[k]["low"] > 1.3 * (apart[k]["high"] - apart[k]["low"])
+
+
 def test_rows_without_a_score_do_not_count() -> None:
     found = summarise(marks(1, None, 0, None), "s", "abcd")
     assert (found["mean"], found["rows"], found["answers"]) == (0.5, 2, 2)

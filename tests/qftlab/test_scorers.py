@@ -61,6 +61,8 @@ def test_references_in_chinese() -> None:
     ("<answer>3 / (4 - 4)</answer>", 0.1, 0.1),
     ("<answer>３ * 4</answer>", 0.1, 0.1),  # a digit to `re`, none to Python
     ("<answer>03 * 4</answer>", 0.1, 0.1),
+    ("<answer>3 * 4 # so</answer>", 0.1, 0.1),  # a comment
+    (f"<answer>3 *{' ' * 600}4</answer>", 0.1, 0.1),  # too long to be read
 ])  # fmt: skip
 def test_the_courses_countdown(response: str, course: float, tiny: float) -> None:
     assert (score("countdown_course", ROW, response), score("tinyzero", ROW, response)) == (course, tiny)
