@@ -125,10 +125,8 @@ def run_evaluate(config) -> None:
         done = evaluate(config)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped: the same command goes on" if config.is_folder else "") from None
-    found, said = (
-        done.results,
-        [f"{done.results['num_rows']} rows of {', '.join(config.data) or 'the bundled held-out set'}."],
-    )
+    found = done.results
+    said = [f"{found['num_rows']} rows of {', '.join(config.data) or 'the bundled held-out set'}."]
     title = f"Evaluation of {found['model']}"
     if done.evaluation is not None:
         heading, table = "By skill", done.evaluation.to_frame().map(format_cell)
@@ -136,7 +134,7 @@ def run_evaluate(config) -> None:
         heading, table = "By scorer", summary_table(found["scores"])
         said.append(f"{config.num_samples} answers to each.")
     print(table.to_string(float_format="{:.3f}".format, na_rep="–") if len(table) else "nothing was scored")
-    lines = reference_lines(found) + [difference_text(name, one) for name, one in found["scores"].items()]
+    lines = reference_lines(found) + [difference_text(found["scores"])]
     if official := found.get("official_score"):
         lines.append(
             "official score: min({accuracy:.4f} / {threshold:g}, 1) = {score:.4f}, by {scorer}".format(**official)

@@ -110,10 +110,11 @@ def summary_table(found: Mapping[str, Mapping]) -> pandas.DataFrame:
     return pandas.DataFrame(lines, columns=["scorer", "mean", "low", "high", "answers", "prompts"]).set_index("scorer")
 
 
-def difference_text(name: str, one: Mapping) -> str:
-    """With how many prompts which difference can be seen; "" where it is not known."""
-    if not (seen := one["smallest_difference"]) or seen != seen:
+def difference_text(found: Mapping[str, Mapping]) -> str:
+    """With how many prompts which difference can be seen, scorer by scorer; "" where none is known."""
+    seen = [f"{100 * one['smallest_difference']:.1f} points of {name} ({one['prompts']} prompts)"
+            for name, one in found.items() if one["smallest_difference"] is not None]  # fmt: skip
+    if not seen:
         return ""
-    return (f"with this many prompts ({one['prompts']}) you can see a difference of {100 * seen:.1f} points of {name}: "
-            "a paired test finds one that large 8 times in 10, and more often where both models find the same prompts "
-            "hard")  # fmt: skip
+    return (f"with this many prompts you can see a difference of {', '.join(seen)}: a paired test finds one that large "
+            "8 times in 10, and more often where both models find the same prompts hard")  # fmt: skip
