@@ -27,7 +27,7 @@ from qftlab.rows.tokenizer import load_tokenizer
 from qftlab_course import measure
 from qftlab_course.asking import ServerModel, read_answer
 from qftlab_course.commands import EvaluateConfig
-from qftlab_course.evaluation import evaluate
+from qftlab_course.evaluation import evaluate, scorers_for
 from qftlab_course.flaky import Flaky
 from qftlab_course.references import measure_references
 from qftlab_course.results import last_expression, official_score, tinker_results
@@ -220,6 +220,21 @@ def test_few_shot_answers_are_kept_with_their_prompt_and_read_leniently(tmp_path
     assert all(one["prompt"].startswith("Question: ") and one["prompt"].endswith("\nAnswer:") for one in done.responses)
     assert [one["skill"] for one in done.scores] == [score.correct for score in done.evaluation.scores]
     assert any(one["skill"] for one in done.scores) and done.evaluation.few_shot == 3
+
+
+def test_solved_examples_are_scored_leniently() -> None:
+    row = {"instruction": "Add 8 and 97.", "input": "", "output": "105", "skill": "add"}
+    for few_shot, right in ((2, True), (0, False)):
+        [scorer] = scorers_for(EvaluateConfig(data="x", few_shot=few_shot), [row]).values()
+        assert scorer(row, " It is 105, I think.") is right
+
+
+def test_without_a_reference_an_answer_has_512_tokens_or_what_the_context_leaves() -> None:
+    model, tokenizer = load_model("tiny"), load_tokenizer("tiny")
+    [(members, _, [ids], limits)] = measure.plan_rows(model, tokenizer, [{"prompt": "Q"}])
+    assert members == [0] and limits == [512 - len(ids)] and model.config.max_position_embeddings == 512
+    model.config.max_position_embeddings = 4096
+    assert next(measure.plan_rows(model, tokenizer, [{"prompt": "Q"}]))[3] == [512]
 
 
 def test_thinking_that_the_prompt_opened_stands_in_the_response(tmp_path: Path) -> None:
