@@ -14,7 +14,8 @@ from qftlab.settings import ENABLE_THINKING
 
 log = logging.getLogger(__name__)
 REFUSED = (400, 413, 422)  # of HTTP: this request cannot be answered, the next may be
-VLLM = {"skip_special_tokens": False, "return_token_ids": True}
+# What is asked for besides, in words that not all servers know: they are asked again with less.
+MORE = ({"skip_special_tokens": False, "return_token_ids": True}, {"skip_special_tokens": False}, {})
 
 
 def seed_of(*numbers: int) -> int:
@@ -88,7 +89,7 @@ class ServerModel:
 
     def __init__(self, config, rows: Sequence[Mapping], sources: Mapping[str, int], client=None) -> None:
         self.config, self.rows, self.sources, self.client = config, rows, sources, client
-        self._is_plain = False
+        self._first = 0
 
     def identity(self) -> dict:
         """What tells this model from others: its name and address."""
@@ -122,31 +123,31 @@ class ServerModel:
         from qftlab.remote.client import Refused
         from qftlab_course.measure import UNNAMED
 
-        prompt, number, sample = asked
+        (first, *others), number, sample = asked
+        tools, first = first.get("tools"), {name: value for name, value in first.items() if name != "tools"}
         config, sampling = self.config, self.config.sampling
         body = {"model": config.server.model, "max_tokens": config.max_new_tokens or UNNAMED,
                 "temperature": sampling.temperature, "top_p": sampling.top_p,
-                "seed": seed_of(config.seed, number, sample), "messages": prompt}  # fmt: skip
+                "seed": seed_of(config.seed, number, sample), "messages": [first, *others]}  # fmt: skip
+        body |= {"tools": tools} if tools else {}
         off = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
         body |= {name: getattr(sampling, name) for name, value in off.items() if getattr(sampling, name) != value}
         if (thinking := ENABLE_THINKING[config.thinking]) is not None:
             body["chat_template_kwargs"] = {"enable_thinking": thinking}
-        if not self._is_plain:
+        for place in range(self._first, len(MORE)):
             try:
-                return self.client.ask("chat/completions", {**body, **VLLM}, read_answer, sample=sample)
+                answer = self.client.ask("chat/completions", {**body, **MORE[place]}, read_answer, sample=sample)
             except Refused as error:
-                if error.status not in (400, 422):
+                if error.status not in REFUSED:
                     raise
-        try:
-            answer = self.client.ask("chat/completions", body, read_answer, sample=sample)
-        except Refused as error:
-            if error.status not in REFUSED:
-                raise
-            return error
-        if not self._is_plain:
-            self._is_plain = True
-            log.warning("the server refuses vLLM's fields: tokens such as <|AGENT|> and token ids may not come back")
-        return answer
+                refusal = error
+                continue
+            if place > self._first:
+                self._first = place
+                missing = "token ids" if MORE[place] else "token ids and tokens such as <|AGENT|> in its texts"
+                log.warning("the server refuses to give %s: asked without", missing)
+            return answer
+        return refusal
 
 
 def read_answer(answer: Mapping) -> dict:

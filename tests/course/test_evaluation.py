@@ -28,7 +28,7 @@ from qftlab_course import measure
 from qftlab_course.asking import ServerModel, read_answer
 from qftlab_course.commands import EvaluateConfig
 from qftlab_course.evaluation import evaluate, scorers_for
-from qftlab_course.flaky import Flaky
+from qftlab_course.flaky import Flaky, _write
 from qftlab_course.references import measure_references
 from qftlab_course.results import last_expression, official_score, tinker_results
 from qftlab_course.scores import SCORERS, score_row
@@ -460,8 +460,6 @@ class Picky(Flaky):
     """Takes no field of vLLM's, and no long question."""
 
     async def _reply(self, path: str, headers: dict, body: bytes, writer) -> None:
-        from qftlab_course.flaky import _write
-
         request = json.loads(body)
         if "skip_special_tokens" in request or "long" in request["messages"][-1]["content"]:
             return await _write(writer, 422, {"error": {"message": "unfit"}})
@@ -479,7 +477,36 @@ def test_a_refused_question_counts_as_wrong_and_is_said(tmp_path: Path, quick, c
     assert done.results["failed"] == 1 and done.results["scores"]["exact"]["answers"] == done.results["total"] == 3
     assert "q.jsonl, row 2 was refused and counts as an empty response" in caplog.text
     assert "1 of 3 answers failed; they count as wrong" in caplog.text
-    assert caplog.text.count("the server refuses vLLM's fields") == 1
+    assert caplog.text.count("refuses to give token ids and tokens such as <|AGENT|> in its texts: asked without") == 1
+
+
+def test_tools_stand_beside_the_messages(tmp_path: Path, quick) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    told, row = (
+        Told(),
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], "tools": tools},
+    )
+    with Flaky(told) as server:
+        config = EvaluateConfig(data=write(tmp_path / "q.jsonl", row))
+        evaluate(dataclasses.replace(config, server=dataclasses.replace(config.server, url=server.url)))
+    assert told.asked[0]["tools"] == tools and told.asked[0]["messages"] == [{"role": "user", "content": "Q"}]
+
+
+def test_a_server_that_gives_special_tokens_and_no_ids(tmp_path: Path, quick, caplog) -> None:
+    """What it knows is asked of it still."""
+
+    class NoIds(Flaky):
+        async def _reply(self, path: str, headers: dict, body: bytes, writer) -> None:
+            if "return_token_ids" in json.loads(body):
+                return await _write(writer, 422, {"error": {"message": "extra field"}})
+            return await super()._reply(path, headers, body, writer)
+
+    told = Told()
+    with NoIds(told) as server:
+        config = EvaluateConfig(data=write(tmp_path / "q.jsonl", *QUESTIONS))
+        evaluate(dataclasses.replace(config, server=dataclasses.replace(config.server, url=server.url, threads=1)))
+    assert [body.get("skip_special_tokens") for body in told.asked] == [False] * 4
+    assert caplog.text.count("the server refuses to give token ids: asked without") == 1
 
 
 def test_a_server_that_refuses_everything_is_an_error(capsys, tmp_path: Path, quick) -> None:
