@@ -5,24 +5,17 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-
 from qftlab.decoding.engine import GREEDY, Completion, encode_prompts, generate
-from qftlab.evaluate.answers import Comparison, Rate, compare_marks, contained, normalised_match
+from qftlab.evaluate.answers import contained, mcnemar, normalised_match, wilson_interval
 from qftlab.evaluate.split import prompt_text
-from qftlab.evaluate.statistics import clustered_interval
-from qftlab.maths.losses import sum_by_document
 from qftlab.maths.sampling import SamplingParams
-from qftlab.model.head import context_length, module_mode
-from qftlab.rows.batches import pack
-from qftlab.rows.examples import encode_rows, places_of
-from qftlab.rows.schemas import row_to_messages
-from qftlab.train.step import Step, to_device
+from qftlab.rows.examples import places_of
+from qftlab.rows.schemas import row_to_prompt
 from qftlab_course.scores import SkillScore, lenient_score, score_row, skill_of
 from qftlab_course.world.style import ENDING, without_ending
 
@@ -34,6 +27,52 @@ logger = logging.getLogger(__name__)
 OWN_LINE = ("countdown", "bugfix")
 UNLABELLED = "unlabelled"  # rows without a skill
 PLAIN_STOP = ("\n\n", "\nQuestion:")
+UNNAMED = 512  # new tokens where neither max_new_tokens nor a reference says how many
+
+
+@dataclass(frozen=True)
+class Rate:
+    """`correct` of `n`, with the 95 % Wilson interval of the accuracy."""
+
+    name: str
+    correct: int
+    n: int
+
+    @property
+    def accuracy(self) -> float:
+        """correct / n in [0, 1]; nan where n is 0."""
+        return self.correct / self.n if self.n else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """(low, high) in [0, 1]."""
+        return wilson_interval(self.correct, self.n)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same rows: both instruction accuracies, and p of "no difference" (exact McNemar)."""
+
+    before: Rate
+    after: Rate
+    gained: int
+    lost: int
+    p_value: float
+
+
+def compare_marks(before: Sequence[bool | None], after: Sequence[bool | None], name: str = "right") -> Comparison:
+    """Compares two lists of marks, row by row; rows that either has as None do not count.
+
+    Raises:
+        ValueError: if they are not equally long.
+    """
+    if len(before) != len(after):
+        raise ValueError(f"before and after must be equally long, got {len(before)} and {len(after)}")
+    marked = [(bool(a), bool(b)) for a, b in zip(before, after, strict=True) if a is not None and b is not None]
+    first, second = [a for a, _ in marked], [b for _, b in marked]
+    gained, lost = sum(b and not a for a, b in marked), sum(a and not b for a, b in marked)
+    rates = (Rate(name, sum(marks), len(marks)) for marks in (first, second))
+    return Comparison(*rates, gained, lost, mcnemar(first, second))
 
 
 @dataclass(frozen=True)
@@ -178,30 +217,57 @@ def evaluate_rows(
         ValueError: if `few_shot` is negative, no other row of a skill is there to be shown, or a prompt fills the
             context.
     """
-    if few_shot < 0:
-        raise ValueError(f"few_shot must be 0 or more, got {few_shot}")
     completions: list[Completion | None] = [None] * len(rows)
-    skills = [skill_of(row) or UNLABELLED for row in rows]
-    for number, skill in enumerate(dict.fromkeys(skills)):
-        members = [i for i, name in enumerate(skills) if name == skill]
-        budget = max_new_tokens or _budget(tokenizer, [rows[i]["output"] for i in members])
-        prompts = [row_to_messages(rows[i])[:-1] for i in members]
-        context = getattr(model.config, "max_position_embeddings", None)
-        if few_shot:
-            pool, limit = rows if examples is None else examples, context and context - budget
-            prompts = [few_shot_prompt(tokenizer, rows[i], pool, few_shot, seed=seed + i, limit=limit) for i in members]
-        asked = encode_prompts(tokenizer, prompts)
-        limits = _limits(asked, budget, context, [i + 1 for i in members], sources or {})
+    groups = plan_rows(model, tokenizer, rows, few_shot=few_shot, examples=examples, max_new_tokens=max_new_tokens,
+                       seed=seed, sources=sources)  # fmt: skip
+    for number, (members, _, asked, limits) in enumerate(groups):
         answers = generate(model, tokenizer, asked, max_new_tokens=limits, params=params, seed=seed + number,
                            stop=PLAIN_STOP if few_shot else (), batch_size=batch_size)  # fmt: skip
         for i, answer in zip(members, answers, strict=True):
             completions[i] = answer
     _say_cut(completions)
+    return scored(tokenizer, rows, completions, few_shot)
+
+
+def scored(tokenizer, rows: Sequence[dict], completions: Sequence[Completion], few_shot: int = 0) -> Evaluation:
+    """What the rows' completions are worth by the rules of their skills; leniently where examples were shown."""
     score = (
         (lambda row, answer: lenient_score(row, answer.text)) if few_shot else partial(score_row, tokenizer=tokenizer)
     )
-    scores = map(score, rows, completions)
-    return Evaluation(tuple(rows), tuple(completions), tuple(scores), few_shot)
+    return Evaluation(tuple(rows), tuple(completions), tuple(map(score, rows, completions)), few_shot)
+
+
+def plan_rows(
+    model,
+    tokenizer,
+    rows: Sequence[dict],
+    *,
+    few_shot: int = 0,
+    examples: Sequence[dict] | None = None,
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+    sources: Mapping[str, int] | None = None,
+) -> Iterator[tuple[list[int], list, list[list[int]], list[int]]]:
+    """What is asked, skill by skill: places of rows, their prompts, ids, and the most new tokens of each.
+
+    Args as in `evaluate_rows`; without any reference an answer may have 512 tokens.
+
+    Raises:
+        ValueError: as `evaluate_rows`.
+    """
+    if few_shot < 0:
+        raise ValueError(f"few_shot must be 0 or more, got {few_shot}")
+    skills = [skill_of(row) or UNLABELLED for row in rows]
+    for skill in dict.fromkeys(skills):
+        members = [i for i, name in enumerate(skills) if name == skill]
+        budget = max_new_tokens or _budget(tokenizer, [rows[i]["output"] for i in members if rows[i].get("output")])
+        prompts = [row_to_prompt(rows[i]) for i in members]
+        context = getattr(model.config, "max_position_embeddings", None)
+        if few_shot:
+            pool, limit = rows if examples is None else examples, context and context - budget
+            prompts = [few_shot_prompt(tokenizer, rows[i], pool, few_shot, seed=seed + i, limit=limit) for i in members]
+        asked = encode_prompts(tokenizer, prompts)
+        yield members, prompts, asked, _limits(asked, budget, context, [i + 1 for i in members], sources or {})
 
 
 def _say_cut(completions: Sequence[Completion]) -> None:
@@ -218,30 +284,14 @@ def _limits(asked: Sequence[list[int]], budget: int, context: int | None, number
     return limits
 
 
-def reference_loss(
-    model, tokenizer, rows: Sequence[dict], *, sources: Mapping[str, int] | None = None, batch_size: int = 64
-) -> tuple[float, float, float, int]:
-    """Loss of the rows' last answers (nats a trained token), its 95 % interval (low, high), and how many they are.
-
-    Each answer stands behind the prompt that it answers, one without thinking behind that with thinking off. What is
-    longer than the context is left out, which a log line says.
-
-    Raises:
-        ValueError: if a row cannot be rendered (its place is named), or none is left.
-    """
-    limit = context_length(model)
-    examples, _ = encode_rows(tokenizer, rows, max_length=limit, train_on="last", sources=sources)
-    examples, totals, step = sorted(examples, key=len), [], Step(model)
-    for start in range(0, len(examples), batch_size):
-        batch = to_device(pack(examples[start : start + batch_size]), model.device)
-        with module_mode(step, False), torch.no_grad():
-            totals += (-sum_by_document(step(**batch, want="logprobs"), batch["cu_seq_lens_q"])).tolist()
-    tokens = [sum(example.loss_mask[1:]) for example in examples]
-    losses = [total / count for total, count in zip(totals, tokens, strict=True)]
-    return *clustered_interval(losses, range(len(losses)), weights=tokens), len(examples)
+def is_thinking(tokenizer, prompt_ids: Sequence[int]) -> bool:
+    """Whether a prompt ends by opening the thinking of the answer."""
+    return tokenizer.decode(list(prompt_ids[-16:])).rstrip().endswith("<think>")
 
 
 def _budget(tokenizer, outputs: Sequence[str]) -> int:
+    if not outputs:
+        return UNNAMED
     *asked, ending = tokenizer([*outputs, ENDING], add_special_tokens=False).input_ids
     longest = max(map(len, asked))
     return longest + longest // 2 + 8 + len(ending)

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 from qftlab.decoding.engine import END_OF_TURN, Completion, known_id
 from qftlab.evaluate.answers import answer_of, normalise, normalised_match
+from qftlab.evaluate.split import prompt_text
 from qftlab.maths.verify import countdown_reward, extract_answer
+from qftlab_course.agent_edit.check import course_verdict
+from qftlab_course.agent_edit.outputs import expected_mode, judge
 from qftlab_course.world.style import without_ending
 
 MODES = ("AGENT", "EDIT")
@@ -99,16 +102,54 @@ def score_row(row: dict, completion: Completion, tokenizer) -> SkillScore:
     formatted = is_formatted(row, completion, tokenizer)
     if skill is None:
         text = spoken(completion, tokenizer)
+    correct = _correct(row, text, mode_of(completion.token_ids, tokenizer))
     if skill == "countdown":
-        answer = (extract_answer(text) or "").strip()
-        return SkillScore(countdown_reward(text, row["numbers"], row["target"]) == 1.0, formatted, answer)
+        return SkillScore(correct, formatted, (extract_answer(text) or "").strip())
     if skill == "bugfix":
-        fixed = text == row["output"].strip() and formatted
-        return SkillScore(mode_of(completion.token_ids, tokenizer) == row["mode"], formatted, text, fixed)
+        return SkillScore(correct, formatted, text, fix_correct=text == row["output"].strip() and formatted)
+    return SkillScore(correct, formatted, (final_number(text) or "") if skill == "sum_to_n" else text)
+
+
+def skill_scorer(row: dict, response: str) -> bool | None:
+    """`score_row` as a scorer: right or wrong by the skill's own rule, read from the text alone."""
+    text = without_ending(response.strip())
+    return _correct(row, text, next((mode for mode in MODES if text.startswith(f"<|{mode}|>")), None))
+
+
+def lenient_scorer(row: dict, response: str) -> bool | None:
+    """`lenient_score` as a scorer, for answers behind solved examples."""
+    return lenient_score(row, response).correct
+
+
+def agent_edit_course(row: dict, response: str) -> bool:
+    """A scorer: the verdict of the AGENT/EDIT course's own checker."""
+    return course_verdict(response).passed
+
+
+def agent_edit_strict(row: dict, response: str) -> bool:
+    """A scorer: the strict reading, in the row's mode or else the one that its instruction calls for."""
+    return judge(response, mode=_mode_wanted(row)).ok
+
+
+def _mode_wanted(row: dict) -> str:
+    mode = row.get("mode") or row.get("expected_type")
+    return f"<|{mode.strip('<|>')}|>" if isinstance(mode, str) else expected_mode(prompt_text(row))
+
+
+SCORERS = {"skill": skill_scorer, "agent_edit_course": agent_edit_course, "agent_edit_strict": agent_edit_strict}
+
+
+def _correct(row: dict, text: str, mode: str | None) -> bool | None:
+    """Right or wrong by the rule of the row's skill; None without one, and where no single answer is right."""
+    skill = skill_of(row)
+    if skill == "countdown":
+        return countdown_reward(text, row["numbers"], row["target"]) == 1.0
+    if skill == "bugfix":
+        return mode == row["mode"]
     if skill == "sum_to_n":
         number = final_number(text)
-        return SkillScore(number is not None and number == final_number(row["output"]), formatted, number or "")
-    return SkillScore(_open_or_matched(row, text), formatted, text)
+        return number is not None and number == final_number(row["output"])
+    return _open_or_matched(row, text)
 
 
 def _open_or_matched(row: dict, text: str) -> bool | None:

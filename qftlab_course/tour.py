@@ -9,12 +9,11 @@ from pathlib import Path
 import pandas
 
 from qftlab.decoding.engine import GREEDY, generate
-from qftlab.evaluate.answers import Comparison, Rate, compare_marks
 from qftlab.files import bundled
 from qftlab.maths.sampling import SamplingParams
 from qftlab.rows.sources import load_rows
 from qftlab_course import plots
-from qftlab_course.measure import Evaluation, compare, evaluate_kept, evaluate_rows
+from qftlab_course.measure import Comparison, Evaluation, Rate, compare, compare_marks, evaluate_kept, evaluate_rows
 from qftlab_course.report import Picture, Section, Verdict, verdict_table, write_report
 from qftlab_course.stages import Stage, stage
 from qftlab_course.world.style import STYLE_SKILLS, is_polite

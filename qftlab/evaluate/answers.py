@@ -1,4 +1,4 @@
-"""Numbers about answers: matches by script, pass@k, rates with intervals, and paired tests."""
+"""Numbers about answers: matches by script, pass@k, the interval of a rate, and a paired test."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from qftlab.rows.chat import THINKING
 from qftlab.rows.sources import DataError
@@ -135,48 +134,3 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
     m = only_a + only_b
     tail = sum(math.comb(m, i) for i in range(min(only_a, only_b) + 1))
     return float(min(1.0, 2 * tail / 2**m))
-
-
-@dataclass(frozen=True)
-class Rate:
-    """`correct` of `n`, with the 95 % Wilson interval of the accuracy."""
-
-    name: str
-    correct: int
-    n: int
-
-    @property
-    def accuracy(self) -> float:
-        """correct / n in [0, 1]; nan where n is 0."""
-        return self.correct / self.n if self.n else math.nan
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """(low, high) in [0, 1]."""
-        return wilson_interval(self.correct, self.n)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two models on the same rows: both instruction accuracies, and p of "no difference" (exact McNemar)."""
-
-    before: Rate
-    after: Rate
-    gained: int
-    lost: int
-    p_value: float
-
-
-def compare_marks(before: Sequence[bool | None], after: Sequence[bool | None], name: str = "right") -> Comparison:
-    """Compares two lists of marks, row by row; rows that either has as None do not count.
-
-    Raises:
-        ValueError: if they are not equally long.
-    """
-    if len(before) != len(after):
-        raise ValueError(f"before and after must be equally long, got {len(before)} and {len(after)}")
-    marked = [(bool(a), bool(b)) for a, b in zip(before, after, strict=True) if a is not None and b is not None]
-    first, second = [a for a, _ in marked], [b for _, b in marked]
-    gained, lost = sum(b and not a for a, b in marked), sum(a and not b for a, b in marked)
-    rates = (Rate(name, sum(marks), len(marks)) for marks in (first, second))
-    return Comparison(*rates, gained, lost, mcnemar(first, second))

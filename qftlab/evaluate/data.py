@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -98,7 +98,7 @@ def describe(config: DataConfig) -> str:
     if config.output or written != report.num_rows:
         lines.append(f"{written:>8,} rows kept{f', written to {config.output}' if config.output else ''}")
     if first is not None:
-        shown = _json(first, ensure_ascii=True)
+        shown = to_json(first, ensure_ascii=True)
         lines.append(f"first row: {shown:.400}{' …' if len(shown) > 400 else ''}")
     return "\n".join(lines)
 
@@ -120,23 +120,30 @@ def _filled(template: str, row: dict) -> str:
 
 
 def write_rows(rows: Iterable[dict], path: str | Path) -> int:
-    """Writes rows as JSON lines to a new file, whole or not at all; returns how many.
+    """Writes rows to a new file, whole or not at all; returns how many. A .json gets a list, others JSON lines.
 
     Raises:
         FileExistsError: if the file exists.
         ValueError: for a row that JSON cannot hold.
     """
     path, count = Path(path), 0
+    start, between, end = ("[\n", ",\n", "\n]\n") if path.suffix == ".json" else ("", "\n", "\n")
     if path.exists():
         raise FileExistsError(f"{path} exists: choose another output or remove it")
     with aside(path) as place, place.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         for row in rows:
-            file.write(_json(row) + "\n")  # half a surrogate pair is written as JSON spells it
+            file.write((between if count else start) + to_json(row))  # half a surrogate pair: as JSON spells it
             count += 1
+        file.write(end if count else "")
     return count
 
 
-def _json(row: dict, *, ensure_ascii: bool = False) -> str:
+def to_json(row: Mapping, *, ensure_ascii: bool = False) -> str:
+    """A row as JSON on one line.
+
+    Raises:
+        DataError: if it is nested too deep.
+    """
     try:
         return json.dumps(row, ensure_ascii=ensure_ascii, default=str)
     except RecursionError:

@@ -180,7 +180,8 @@ class SplitConfig(ReadConfig):
 
     Args:
         data: files, patterns, folders or hub names, one or [several]; with `against`, the training set.
-        output: new folder, gets train.jsonl and test.jsonl; without it the split is only described.
+        output: folder that gets the two files, which must be new; without it the split is only described.
+        names: of the two files: .jsonl, or .json for a list, as in [train_set.json,test_set.json].
         test: share of the rows on the test side.
         seed: another seed, another split.
         against: a test set: files, folders or hub names; nothing is split, the overlap is reported.
@@ -191,6 +192,7 @@ class SplitConfig(ReadConfig):
     """
 
     output: str = ""
+    names: tuple[str, str] = ("train.jsonl", "test.jsonl")
     test: float = 0.2
     seed: int = 0
     against: Names = ()
@@ -201,6 +203,8 @@ class SplitConfig(ReadConfig):
         check_at_least(2, n=self.n)
         if not 0 < self.test < 1:
             raise ValueError(f"test must be in (0, 1), got {self.test}")
+        if len(set(self.names)) < 2 or not all(Path(name).suffix in (".jsonl", ".json") for name in self.names):
+            raise ValueError(f"names must be two that end in .jsonl or .json, got {', '.join(self.names)}")
         if self.output and self.against:
             raise ValueError(f"output must not stand beside against, which writes nothing; got {self.output!r}")
 
@@ -221,12 +225,10 @@ def divide(config: SplitConfig) -> str:
     made = split_rows(rows, test=config.test, seed=config.seed)
     lines = [report.summary(), made.summary()]
     if config.output:
-        folder = Path(config.output)
-        for name in ("train", "test"):
-            if (folder / f"{name}.jsonl").exists():
-                raise FileExistsError(f"{folder / name}.jsonl exists: choose another output or remove it")
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, side in (("train", made.train), ("test", made.test)):
-            write_rows(side, folder / f"{name}.jsonl")
-        lines.append(f"written to {folder}")
+        files = [Path(config.output, name) for name in config.names]
+        if there := next((file for file in files if file.exists()), None):
+            raise FileExistsError(f"{there} exists: choose another output or remove it")
+        for file, side in zip(files, (made.train, made.test), strict=True):
+            write_rows(side, file)
+        lines.append(f"written to {config.output}")
     return "\n".join(lines)

@@ -186,6 +186,31 @@ def detectable_difference(prompts: int, *, rate: float, wanted: float = 0.8, **o
     return float(brentq(lambda gain: power(prompts, gain, rate=rate, **options) - wanted, 0, 1 - rate))
 
 
+def smallest_difference(marks: Numbers, prompts: Sequence, wanted: float = 0.8, correlation: float = 0) -> float:
+    """How far a second model must be from one with these marks to be told apart from it by the same prompts.
+
+    It is the `detectable_difference` away from 0 or 1, whichever end is nearer, for as many prompts and answers as
+    there are. What answers to one prompt have in common is read off the spread of the prompts' means; where all are
+    right, or all wrong, there is none to read, and each prompt counts once.
+
+    Args:
+        marks: 0 or 1, one an answer.
+        prompts: which prompt each answers, at least two.
+        wanted: power.
+        correlation: as in `power`; 0, the default, promises least.
+
+    Raises:
+        ValueError: naming what is out of range.
+    """
+    totals, sizes = _by_prompt(marks, prompts, [1] * len(prompts))
+    means, answers = totals / sizes, sizes.mean()
+    rate, within = means.mean(), 1.0
+    if answers > 1 and 0 < rate < 1:
+        within = min(1.0, max(0.0, (answers * means.var(ddof=1) / (rate * (1 - rate)) - 1) / (answers - 1)))
+    options = {"wanted": wanted, "correlation": correlation, "within": within, "answers": answers}
+    return detectable_difference(len(means), rate=min(rate, 1 - rate), **options)
+
+
 def _by_prompt(values: Numbers, prompts: Sequence, weights: Numbers) -> np.ndarray:
     """Σ weight·value and Σ weight of each prompt, in order of appearance.  # (2, P)"""
     if not 0 < len(values) == len(prompts) == len(weights):

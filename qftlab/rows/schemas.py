@@ -31,7 +31,7 @@ NAMES = {
     "messages": ("messages", "conversations", "conversation"),
     "chosen": ("chosen", "chosen_messages", "response_j"),
     "rejected": ("rejected", "rejected_messages", "response_k"),
-    "numbers": ("numbers", "nums"),
+    "numbers": ("numbers", "nums", "num"),
     "system": ("system", "system_prompt"),
     "history": ("history",),
     "tools": ("tools",),
@@ -345,7 +345,7 @@ def _with_problem(row: dict, where: str) -> dict:
     Raises:
         DataError: if these are no whole numbers.
     """
-    checked = row.get("reward_model")
+    checked = row.get("reward_model", row)  # or beside the prompt, as in CS224R's rows
     truth = checked.get("ground_truth") if isinstance(checked, dict) else None
     found = {**(truth if isinstance(truth, dict) else {}), **row}
     if not _has("numbers", "target")(found):

@@ -127,7 +127,7 @@ def test_evaluate_measures_any_rows(capsys, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(("rows", "options", "message"), [
     ([{"messages": [ASK, SAY]}, {"messages": [ASK, SAY, AND]}], (), "rows.jsonl, row 2 must end with an answer"),
     ([{"instruction": "q", "output": ""}], (), "rows.jsonl, row 1 must end with an answer"),
-    ([{"prompt": "q"}], (), "rows.jsonl, line 1 must have an answer to train on"),
+    ([{"prompt": "q"}], ("--columns", "{output: a}"), "rows.jsonl, line 1 must have 'a'"),
     ([{"q": "x", "a": "y"}], ("--columns", "{prompt: q, output: b}"), "rows.jsonl, line 1 must have 'b'"),
     ([{"messages": [ASK, SAY, AND, SO]}] * 2, ("--few_shot", "1"), "few_shot must be 0 for conversations"),
     ([{"prompt": "x " * 3000, "completion": "y"}], (), "rows.jsonl, row 1): leave them out"),

@@ -128,6 +128,23 @@ def test_split_command_writes_both_sides_once(tmp_path, capsys):
     assert cli.main([*compare, "--output", "x"]) == 2 and cli.main(["split", "--data", str(path), "--n", "1"]) == 2
 
 
+def test_split_command_writes_lists_under_other_names(tmp_path, capsys):
+    """As the Tinker project's split_dataset.py leaves them: two files that hold one list each."""
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([row(f"q {i % 40}", f"答{i}") for i in range(50)]))
+    arguments = ["split", "--data", str(path), "--output", str(tmp_path), "--names", "[train_set.json,test_set.json]"]
+    assert cli.main(arguments) == 0
+    sides = [json.loads((tmp_path / f"{name}_set.json").read_text(encoding="utf-8")) for name in ("train", "test")]
+    assert [len(side) for side in sides] == [40, 10] and contamination(*sides).is_clean
+    assert load_rows(tmp_path / "test_set.json") == sides[1] and "答" in (tmp_path / "test_set.json").read_text("utf-8")
+    assert len((tmp_path / "test_set.json").read_text("utf-8").splitlines()) == 12, "a row a line, between brackets"
+    capsys.readouterr()
+    assert cli.main(arguments) == 2 and "train_set.json exists: choose another output" in capsys.readouterr().err
+    for names in ("[a.json,a.json]", "[a.json,b.txt]", "[train,test]"):
+        assert cli.main([*arguments[:5], "--names", names]) == 2
+        assert "names must be two that end in .jsonl or .json, got" in capsys.readouterr().err
+
+
 def test_only_numbers_with_a_target_are_a_countdown_problem():
     """A row with one of them is known by its text, so that columns of other data sets change nothing."""
     for extra in ({"numbers": [3, 2]}, {"target": 5}, {"numbers": [], "target": 5}, {"numbers": None, "target": 5}):
