@@ -20,7 +20,7 @@ from qftlab.serve import ExportConfig
 from qftlab.train.run import METRICS, resolve_model
 
 GGUF = "model.gguf"
-RESULTS = "evaluation_results.json"  # of `evaluate`: {"scores": {name: {"mean", "low", "high", "rows"}}}
+RESULTS = "evaluation_results.json"  # of `evaluate`
 # The settings that a card tells: none is a path, an address or the name of a key.
 TOLD = """
     train.lr train.epochs train.max_steps train.batch_size train.schedule train.seed lora.rank lora.alpha dtype quant
@@ -40,14 +40,14 @@ class Card:
         licence: the base's, as the hub names it, and in a sentence; see `licence_of`.
         stages: what each run did, first stage first: {"stage": "sft", "data": …, "settings": …, "held out": …}.
         data: what it was trained on, in words, besides.
-        scores: what was measured, such as {"exact": "0.62 [0.58, 0.66], 300 rows"}.
+        scores: of an evaluation: {scorer: {"mean", "low", "high", "rows"}}.
     """
 
     base: str = ""
     licence: tuple[str, str] = ("", "")
     stages: Sequence[Mapping[str, str]] = ()
     data: Sequence[str] = ()
-    scores: Mapping[str, str] = field(default_factory=dict)
+    scores: Mapping[str, Mapping] = field(default_factory=dict)
 
 
 def run_of(name: str | Path) -> Path | None:
@@ -64,17 +64,18 @@ def card_of(config: ExportConfig) -> Card:
         config: of the export; its `base` and `data` are taken as given, its `evaluation` before the run's own.
 
     Raises:
+        FileNotFoundError: if `evaluation` is no evaluation.
         ValueError: if a file of a run is damaged.
     """
     stages, model, run = [], config.model, run_of(config.model)
-    folders = [Path(config.evaluation)] if config.evaluation else [run] if run else []
+    results = (Path(config.evaluation) if config.evaluation else run or Path()) / RESULTS
+    scores = read_json(results)["scores"] if config.evaluation or (run and results.is_file()) else {}
     while run:
         record = read_json(run / "config.json")
         stages.insert(0, _stage(run, record))
         model = str(record.get("start") or record["config"]["model"])
-        run = run_of(model) if "start" in record and Path(model).exists() else None  # `latest` may lead elsewhere now
+        run = run_of(model) if "start" in record else None  # without it, `latest` may lead elsewhere by now
     base = config.base or adapter_base(model) or model
-    scores = {name: told for folder in folders for name, told in _scores(folder).items()}
     return Card(named(base), licence_of(base), stages, config.data, scores)
 
 
@@ -92,7 +93,7 @@ def _stage(run: Path, record: Mapping) -> dict[str, str]:
     for name in TOLD:
         first, _, second = name.partition(".")
         value = settings.get(first, {}).get(second) if second else settings.get(first)
-        if value and not (first == "lora" and not settings["lora"]["rank"]):
+        if value not in (None, 0, "", "none", []) and not (first == "lora" and not settings["lora"]["rank"]):
             found[second or first] = ", ".join(value) if isinstance(value, list) else value
     lines = (run / METRICS).read_text(encoding="utf-8").splitlines()
     held = [json.loads(line) for line in lines if "held_out_" in line and line.endswith("}")]
@@ -105,14 +106,6 @@ def _stage(run: Path, record: Mapping) -> dict[str, str]:
         "settings": ", ".join(f"{key} {value}" for key, value in found.items()),
         "held out": f"{where}: {', '.join(told)} in {last['step']} steps" if held else "",
     }
-
-
-def _scores(folder: Path) -> dict[str, str]:
-    """Scores and intervals of an evaluation, in words; none where a folder holds none."""
-    if not (folder / RESULTS).is_file():
-        return {}
-    found = read_json(folder / RESULTS)["scores"]
-    return {k: f"{v['mean']:.3g} [{v['low']:.3g}, {v['high']:.3g}], {v['rows']} rows" for k, v in found.items()}
 
 
 def licence_of(base: str) -> tuple[str, str]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import string
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import torch
 from gguf.quants import dequantize, quantize
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from qftlab.files import read_json, weight_files
 from qftlab.model.export import ExportError
@@ -54,13 +57,21 @@ def write_gguf(folder: Path, kind: str, name: str, *, check: bool = True) -> Non
     config, tokens = read_json(folder / "config.json"), read_json(folder / "tokenizer.json")
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     _check_sayable(config, tokens)
-    writer = gguf.GGUFWriter(folder / GGUF, config["model_type"], use_temp_file=True)
+    with tempfile.TemporaryDirectory(dir=folder) as alone:  # so that the other files do not help who reads it
+        _write(Path(alone) / GGUF, folder, config, tokens, kind, name)
+        if check:
+            _check_read(Path(alone), folder, config, kind)
+        (Path(alone) / GGUF).replace(folder / GGUF)
+
+
+def _write(path: Path, folder: Path, config: dict, tokens: dict, kind: str, name: str) -> None:
+    """Names, numbers, tokens and tensors."""
+    writer = gguf.GGUFWriter(path, config["model_type"], use_temp_file=True)
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
     for theirs, ours in zip(SHAPE[::2], SHAPE[1::2], strict=True):
         getattr(writer, f"add_{theirs}")(config[ours])
-    _add_tokens(writer, tokens, config["vocab_size"])
-    gguf.SpecialVocab(folder, load_merges=True).add_to_gguf(writer, quiet=True)
+    _add_tokens(writer, folder, tokens, config["vocab_size"])
     for _, name, tensor, stored in tensors_of(folder, config, kind):
         if config["model_type"] == "llama" and ("attn_q." in name or "attn_k." in name):
             heads = config["num_attention_heads" if "attn_q." in name else "num_key_value_heads"]
@@ -71,8 +82,6 @@ def write_gguf(folder: Path, kind: str, name: str, *, check: bool = True) -> Non
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    if check:
-        _check_read(folder, config, kind)
 
 
 def _check_sayable(config: dict, tokens: dict) -> None:
@@ -90,8 +99,8 @@ def _check_sayable(config: dict, tokens: dict) -> None:
             raise ValueError(f"{said}: leave --gguf out, or convert the folder with llama.cpp's convert_hf_to_gguf.py")
 
 
-def _add_tokens(writer: gguf.GGUFWriter, tokens: dict, rows: int) -> None:
-    """One entry a row, of which those that no token has are unused."""
+def _add_tokens(writer: gguf.GGUFWriter, folder: Path, tokens: dict, rows: int) -> None:
+    """One entry a row, of which those that no token has are unused; merges, special ids and the chat template."""
     names = {number: (name, gguf.TokenType.NORMAL) for name, number in tokens["model"]["vocab"].items()}
     for token in tokens["added_tokens"]:
         kind = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
@@ -103,6 +112,11 @@ def _add_tokens(writer: gguf.GGUFWriter, tokens: dict, rows: int) -> None:
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list([text for text, _ in entries])
     writer.add_token_types([kind for _, kind in entries])
+    rest, added = gguf.SpecialVocab(folder, load_merges=True), {token["id"] for token in tokens["added_tokens"]}
+    # A config.json may name ids for bos and eos that are letters in this tokenizer.
+    rest.special_token_ids = {role: number for role, number in rest.special_token_ids.items() if number in added}
+    rest.add_special_token.setdefault("bos", False)
+    rest.add_to_gguf(writer, quiet=True)
 
 
 def tensors_of(folder: Path, config: dict, kind: str) -> Iterator[tuple[str, str, Tensor, gguf.GGMLQuantizationType]]:
@@ -124,20 +138,28 @@ def tensors_of(folder: Path, config: dict, kind: str) -> Iterator[tuple[str, str
                 yield key, name, tensor, stored
 
 
-def _check_read(folder: Path, config: dict, kind: str) -> None:
-    """Has transformers read the file: every number and weight as stored, and the same ids."""
+def _check_read(alone: Path, folder: Path, config: dict, kind: str) -> None:
+    """Has transformers read the file: every number and weight as stored, the same merges, and the same ids."""
     with contextlib.redirect_stderr(io.StringIO()):  # a bar that nothing turns off
         options = {"gguf_file": GGUF}
         if config["model_type"] != "qwen2":
             options["head_dim"] = config["head_dim"]  # which it does not read of Qwen3
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-        theirs, ours = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF), AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(alone, dtype=torch.float32, **options)
+        theirs = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file=GGUF)  # AutoTokenizer would read it twice
+        ours = AutoTokenizer.from_pretrained(folder)
     read, numbers = model.state_dict(), {**model.config.to_dict(), **model.config.rope_parameters}
     wrong = [name for name in SHAPE[1::2] if abs(numbers.get(name, config[name]) - config[name]) > 1e-6 * config[name]]
     for key, _, tensor, stored in tensors_of(folder, config, kind):
         wanted = torch.from_numpy(dequantize(quantize(tensor.numpy(), stored), stored))
         wrong += [] if torch.equal(read[key], wanted) else [key]
-    text = HARD + "".join(ours.convert_ids_to_tokens(sorted(ours.added_tokens_decoder)))
+    merges = [json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"] for tokenizer in (theirs, ours)]
+    wrong += [] if merges[0] == merges[1] else ["the merges"]
+    text = (
+        HARD
+        + string.printable
+        + " ".join(string.printable)
+        + "".join(ours.convert_ids_to_tokens(sorted(ours.added_tokens_decoder)))
+    )
     wrong += [] if theirs(text).input_ids == ours(text).input_ids else [f"the ids of {text!r}"]
     if wrong:
         raise ExportError(f"what is read from {GGUF} must be what was written, got other values for {wrong[0]}")

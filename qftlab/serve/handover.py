@@ -92,9 +92,7 @@ def push(folder: str | Path, repository: str, private: bool = False) -> str:
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         if private and not api.repo_info(repository).private:
-            raise ValueError(
-                f"{repository} is there already, and public: make it private on the hub, or leave --private out"
-            )
+            raise ValueError("it is there already, and public: make it private on the hub, or leave --private out")
         options = {"commit_message": "Exported with qftlab", "delete_patterns": WEIGHTS}
         api.upload_folder(repo_id=repository, folder_path=folder, **options)
     except Exception as error:  # of whatever kind the hub's client raises
