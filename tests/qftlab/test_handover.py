@@ -114,10 +114,11 @@ def test_without_a_start_nothing_is_followed(runs, tmp_path) -> None:
 def test_scores_come_from_the_evaluation(runs, tmp_path, capsys) -> None:
     (tmp_path / "eval").mkdir()
     scores = {"exact": {"mean": 0.625, "low": 0.5814, "high": 0.6671, "rows": 300, "answers": 300}}
+    scores |= {"one": {"mean": 1.0, "low": None, "high": None, "rows": 1}, "none": dict.fromkeys(scores["exact"])}
     (tmp_path / "eval" / "evaluation_results.json").write_text(json.dumps({"scores": scores}), encoding="utf-8")
     run = str(runs / "sft" / "latest")
     text = exported_card(capsys, tmp_path / "mine", "--model", run, "--evaluation", str(tmp_path / "eval"))
-    assert "## Scores\n\n- exact: 0.625 [0.581, 0.667], 300 rows\n" in text
+    assert "## Scores\n\n- exact: 0.625 [0.581, 0.667], 300 rows\n- one: 1, 1 rows\n- none: nothing scored" in text
     with pytest.raises(FileNotFoundError, match="evaluation_results.json"):
         card_of(ExportConfig(model=run, evaluation=str(tmp_path)))
 
