@@ -1,7 +1,8 @@
-"""The page of `compare`: one screen with what each stage gave and cost, then what changed by skill, then the answers."""
+"""The page of `compare`: one screen with what each stage gave and cost, then win rates, then the answers."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from qftlab.evaluate.winrate import WinRate
 
 Changes = Mapping[tuple[str, str], Change]  # by scorer and the later evaluation's name
+Counts = Mapping[tuple[str, str], tuple[int, int, int]]  # rows gained, lost and all, by stage and skill
 
 
 def compare(config: CompareConfig) -> Path:
@@ -46,14 +48,19 @@ def compare(config: CompareConfig) -> Path:
     sections = [*overview(evaluations, scorers, changes), *_win_section(rates, config)]
     sections += examples(evaluations, scorers[0], changes, config.examples)
     title = "Comparison: " + ", ".join(e.name for e in evaluations)
-    return write_report(config.output, title, sections, intro=introduction(evaluations))
+    return write_report(config.output, title, sections, intro=introduction(evaluations, changes))
 
 
-def introduction(evaluations: Sequence[Evaluated]) -> str:
-    """What was asked, and in which settings the evaluations differ."""
+def introduction(evaluations: Sequence[Evaluated], changes: Changes) -> str:
+    """What was asked, what could be seen, and in which settings the evaluations differ."""
     first = evaluations[0]
     samples = len(first.responses) // len(first.rows)
     said = f"{len(first.rows)} rows, {samples} answer{'s' * (samples > 1)} to each."
+    if changes:
+        seen = sorted(_signed(change.visible)[1:] for change in changes.values())
+        many = max(change.prompts for change in changes.values())
+        ends = " to ".join(dict.fromkeys((min(seen, key=float), max(seen, key=float))))
+        said += f" With {many} prompts you can see a change of {ends} points{', by the stage' * (' ' in ends)}."
     differing = [name for name in first.settings if name not in ("model", "weights", "versions", "output")
                  and any(e.settings.get(name) != first.settings[name] for e in evaluations)]  # fmt: skip
     if differing:
@@ -62,125 +69,135 @@ def introduction(evaluations: Sequence[Evaluated]) -> str:
 
 
 def overview(evaluations: Sequence[Evaluated], scorers: Sequence[str], changes: Changes) -> list:
-    """The table and the two pictures."""
+    """The table and the picture, how to read them, and the skills of further scorers."""
     from qftlab_course.report import Picture, Section
 
-    alt = "; ".join(f"{scorer}: {', '.join(f'{e.name} {_number(mean_of(e, scorer)[0])}' for e in evaluations)}"
-                    for scorer in scorers)  # fmt: skip
-    sections = [
-        Section(
-            "What each stage gave and cost",
-            legend(evaluations, scorers, changes),
-            stage_table(evaluations, scorers, changes),
-            (Picture(means_picture(evaluations, scorers), alt),),
-        )
-    ]
-    for scorer in scorers:
-        counts = skill_counts(evaluations, scorer, changes)
-        if len({skill for _, skill in counts}) > 1:
-            alt = ", ".join(
-                f"{stage} {skill}: {up} gained, {down} lost" for (stage, skill), (up, down) in counts.items()
-            )
-            sections.append(
-                Section(f"Gained and lost by skill: {scorer}", "", pictures=(Picture(skills_picture(counts), alt),))
-            )
-    return sections  # fmt: skip
+    counts = [skill_counts(evaluations, scorer, changes) for scorer in scorers]
+    alt = [f"{scorer}: {', '.join(f'{e.name} {_number(mean_of(e, scorer)[0])}' for e in evaluations)}"
+           for scorer in scorers]  # fmt: skip
+    alts = ["; ".join(f"{stage}, {skill}: {up} gained, {down} lost" for (stage, skill), (up, down, _) in found.items())
+            for found in counts]  # fmt: skip
+    picture = Picture(overview_picture(evaluations, scorers, counts[0]), "; ".join([*alt, alts[0]]))
+    sections = [Section("What each stage gave and cost", "", stage_table(evaluations, scorers, changes), (picture,))]
+    sections.append(Section("How to read it", legend(scorers, changes)))
+    for scorer, found, words in zip(scorers[1:], counts[1:], alts[1:], strict=True):
+        if found:
+            pictures = (Picture(skills_picture(found), words),)
+            sections.append(Section(f"By skill: {scorer}", pictures=pictures))
+    return sections
 
 
 def stage_table(evaluations: Sequence[Evaluated], scorers: Sequence[str], changes: Changes) -> pandas.DataFrame:
-    """A line for each scorer and stage: mean, change to the stage before, rows gained and lost, p, length, cut off."""
+    """A line for each scorer and stage: mean, change to the stage before, what could be seen, rows, p, length."""
     import pandas
 
     lines = []
     for scorer in scorers:
         for e in evaluations:
-            mean, low, high = mean_of(e, scorer)
-            line = {"stage": e.name, "scorer": scorer, "mean": _number(mean), "95 % interval": _range(low, high)}
-            change = changes.get((scorer, e.name))
-            t = change and change.test
-            line |= {"change": f"{_signed(t.difference)} ({_signed(t.low)} to {_signed(t.high)})" if t else "–",
-                     "gained": len(change.gained) if change else "–", "lost": len(change.lost) if change else "–",
-                     "p": _p(t.p_value) if t else "–"}  # fmt: skip
-            lines.append(line | {"tokens": f"{sum(e.tokens) / len(e.tokens):.1f}", "cut off": f"{e.cut_off:.0%}"})
+            (mean, *ends), change = mean_of(e, scorer), changes.get((scorer, e.name))
+            line = {"stage": e.name, "scorer": scorer, "mean": f"{_number(mean)} ({_range(*ends)})"}
+            line |= dict.fromkeys(("change", "visible from", "p", "gained", "lost"), "–")
+            if change:
+                t = change.test
+                line |= {"change": f"{_signed(t.difference)} ({_range(t.low, t.high)})",
+                         "visible from": _signed(change.visible)[1:], "p": _p(t.p_value),
+                         "gained": str(len(change.gained)), "lost": str(len(change.lost))}  # fmt: skip
+            lines.append(line | {"tokens": f"{sum(e.tokens) / len(e.tokens):.1f}", "cut off": _number(e.cut_off)})
+    if all("%" in line["mean"] for line in lines):  # then it need not be said in each line
+        lines = [{"mean, %" if key == "mean" else key: value.replace("\u00a0%", "") if key == "mean" else value
+                  for key, value in line.items()} for line in lines]  # fmt: skip
     frame = pandas.DataFrame(lines).set_index("stage")
     return frame.drop(columns="scorer") if len(scorers) == 1 else frame
 
 
-def legend(evaluations: Sequence[Evaluated], scorers: Sequence[str], changes: Changes) -> str:
-    """How to read the table, and what it could see."""
+def legend(scorers: Sequence[str], changes: Changes) -> str:
+    """How to read the table."""
     said = (
-        f"Scored by {', '.join(scorers)}. Intervals and p count prompts, not answers. Gained and lost are rows whose "
-        "answers became better or worse than at the stage before."
+        f"Scored by {', '.join(scorers)}. In brackets are 95 % intervals; they and p count prompts, not answers. "
+        "Change is to the stage before, in points. A change is found 8 times in 10 where it is as large as “visible "
+        "from”; a smaller one may be there and not show. Gained and lost are the rows whose answers became better or "
+        "worse; tokens the mean length of an answer, cut off the share of those that ended for want of room."
     )
-    if changes:
-        widest = max(changes.values(), key=lambda change: change.visible)
-        said += (
-            f" With this many prompts ({widest.prompts}) you can see a change of {_number(widest.visible)} and more, "
-            "8 times in 10; a smaller one may be there and not show."
-        )
     if len(changes) > 1:
-        said += (
-            f" Of {len(changes)} tests, {len(changes) * 0.05:.2g} come out below 0.05 on average where nothing changed."
-        )
-    return said  # fmt: skip
+        expected = f"{len(changes) * 0.05:.2g}"
+        said += f" Of {len(changes)} tests, {expected} come out below 0.05 on average where nothing changed."
+    return said
 
 
 def skill_counts(evaluations: Sequence[Evaluated], scorer: str, changes: Changes) -> dict[tuple[str, str], tuple]:
-    """Rows gained and lost by stage and skill, where either is more than 0."""
-    rows, found = evaluations[0].rows, {}
-    for e in evaluations[1:]:
+    """Rows gained, lost and all, by stage and skill; empty where the rows name no two skills."""
+    skills = [str(row.get("skill", "others")) for row in evaluations[0].rows]
+    sizes = Counter(skills)
+    found = {}
+    for e in evaluations[1:] if len(sizes) > 1 else ():
         if change := changes.get((scorer, e.name)):
-            up, down = (Counter(str(rows[row].get("skill", "all rows")) for row in part)
-                        for part in (change.gained, change.lost))  # fmt: skip
-            found |= {(e.name, skill): (up[skill], down[skill]) for skill in sorted({*up, *down})}
-    return found
+            up, down = (Counter(skills[row] for row in part) for part in (change.gained, change.lost))
+            found |= {(e.name, skill): (up[skill], down[skill], sizes[skill]) for skill in sorted(sizes)}
+    moved = {skill for (_, skill), (up, down, _) in found.items() if up or down}
+    return {key: value for key, value in found.items() if key[1] in moved}
 
 
-def means_picture(evaluations: Sequence[Evaluated], scorers: Sequence[str]):
+def overview_picture(evaluations: Sequence[Evaluated], scorers: Sequence[str], counts: Counts):
+    """Means with intervals over the stages, beside them what was gained and lost by skill; returns the first axes."""
+    from matplotlib import pyplot
+
+    stages, skills = (list(dict.fromkeys(key[i] for key in counts)) for i in (0, 1))
+    ratios = [1.5 + 0.2 * len(evaluations), *[1.2] * len(stages)]
+    height = max(2.4, 0.8 + 0.22 * len(skills))
+    figure, axes = pyplot.subplots(1, len(ratios), figsize=(0.9 + 1.65 * sum(ratios), height), squeeze=False,
+                                   width_ratios=ratios, layout="constrained")  # fmt: skip
+    means_picture(evaluations, scorers, axes[0][0])
+    if stages:
+        skills_picture(counts, axes[0][1:])
+    return axes[0][0]
+
+
+def means_picture(evaluations: Sequence[Evaluated], scorers: Sequence[str], ax=None):
     """Means with intervals over the stages, a line for each scorer; returns the axes."""
     from qftlab_course import plots
 
-    ax = plots.new_axes(None, 8.5, 2.6)
+    ax = plots.new_axes(ax, 6, 3)
     shown = {scorer: [mean_of(e, scorer) for e in evaluations] for scorer in scorers}
     is_share = all(0 <= x[0] <= 1 for means in shown.values() for x in means)
+    scale = 100 if is_share else 1
     for i, (scorer, means) in enumerate(shown.items()):
-        scale = 100 if is_share else 1
-        at = [x + 0.04 * (i - (len(scorers) - 1) / 2) for x in range(len(means))]
+        at = [x + 0.06 * (i - (len(scorers) - 1) / 2) for x in range(len(means))]
         reach = [[scale * (m - low) for m, low, _ in means], [scale * (high - m) for m, _, high in means]]
-        ax.errorbar(at, [scale * m for m, _, _ in means], yerr=reach, fmt=plots.MARKERS[i % len(plots.MARKERS)]
-                    + plots.DASHES[i % len(plots.DASHES)], color=plots.PALETTE[i % len(plots.PALETTE)], linewidth=2,
-                    capsize=4, markersize=7, label=scorer)  # fmt: skip
+        style = plots.MARKERS[i % len(plots.MARKERS)] + plots.DASHES[i % len(plots.DASHES)]
+        ax.errorbar(at, [scale * m for m, _, _ in means], yerr=reach, fmt=style, linewidth=2, capsize=4, markersize=7,
+                    color=plots.PALETTE[i % len(plots.PALETTE)], label=scorer)  # fmt: skip
     ax.set_xticks(range(len(evaluations)), [e.name for e in evaluations])
+    ax.margins(x=0.1)
     if is_share:
         ax.set_ylim(0, 103)
-    ax.legend(fontsize=plots.FONT_SIZE, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    return plots.finish(ax, "", "mean (%)" if is_share else "mean", "Means, with 95 % intervals by prompt")
+    if len(scorers) > 1:
+        ax.legend(fontsize=plots.FONT_SIZE, frameon=False)
+    return plots.finish(ax, "", "mean (%)" if is_share else "mean", "Means and their intervals")
 
 
-def skills_picture(counts: Mapping[tuple[str, str], tuple[int, int]]):
-    """Rows gained to the right and lost to the left, by skill, side by side for the stages; returns the last axes."""
+def skills_picture(counts: Counts, axes=None):
+    """Shares of each skill's rows, gained to the right, lost to the left, a panel a stage; returns the first axes."""
     from matplotlib import pyplot
 
     from qftlab_course import plots
 
     stages, skills = (list(dict.fromkeys(key[i] for key in counts)) for i in (0, 1))
-    figure, axes = pyplot.subplots(1, len(stages), figsize=(9.5, 1.1 + 0.32 * len(skills)), sharey=True, sharex=True,
-                                   squeeze=False, layout="constrained")  # fmt: skip
-    for ax, stage in zip(axes[0], stages, strict=True):
-        up, down = ([counts.get((stage, skill), (0, 0))[i] for skill in skills] for i in (0, 1))
-        bars = [ax.barh(range(len(skills)), up, color=plots.PALETTE[2], edgecolor="black", linewidth=0.8, label="gained"),
-                ax.barh(range(len(skills)), [-x for x in down], color=plots.PALETTE[3], hatch="///", edgecolor="black",
-                        linewidth=0.8, label="lost")]  # fmt: skip
-        for part, values in zip(bars, (up, down), strict=True):
-            ax.bar_label(part, [str(x) if x else "" for x in values], padding=2, fontsize=plots.FONT_SIZE - 1)
+    if axes is None:
+        size = (1.5 + 2.4 * len(stages), max(2.8, 1.0 + 0.25 * len(skills)))
+        axes = pyplot.subplots(1, len(stages), figsize=size, squeeze=False, layout="constrained")[1][0]
+    for ax, stage in zip(axes, stages, strict=True):
+        for i, (word, sign, color, hatch) in enumerate((("gained", 1, 2, ""), ("lost", -1, 3, "///"))):
+            values = [counts[stage, skill] for skill in skills]
+            bars = ax.barh(range(len(skills)), [sign * 100 * v[i] / v[2] for v in values], color=plots.PALETTE[color],
+                           hatch=hatch, edgecolor="black", linewidth=0.8, label=word)  # fmt: skip
+            ax.bar_label(bars, [str(v[i]) if v[i] else "" for v in values], padding=2, fontsize=plots.FONT_SIZE - 1)
         ax.axvline(0, color="black", linewidth=1)
-        ax.margins(x=0.2)
-        plots.finish(ax, "rows lost | gained", "", stage)
-        ax.xaxis.set_major_formatter(lambda x, _: f"{abs(x):g}")
-    axes[0][0].set_yticks(range(len(skills)), skills)
-    axes[0][0].invert_yaxis()
-    axes[0][-1].legend(fontsize=plots.FONT_SIZE, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    return axes[0][-1]
+        ax.set_xlim(-70, 145)
+        ax.set_xticks([-50, 0, 50, 100], ["50", "0", "50", "100"])
+        ax.set_yticks(range(len(skills)), skills if ax is axes[0] else [""] * len(skills))
+        ax.invert_yaxis()
+        plots.finish(ax, "lost | gained (%)", "", stage)
+    return axes[0]
 
 
 def examples(evaluations: Sequence[Evaluated], scorer: str, changes: Changes, most: int) -> list:
@@ -216,8 +233,7 @@ def answer_table(evaluations: Sequence[Evaluated], scorer: str, picked: Sequence
     for row, why in picked:
         content = evaluations[0].rows[row]
         line = {
-            "row": row + 1,
-            "why": why,
+            "row": f"{row + 1}, {why}",
             "asked": _short(prompt_text(content)),
             "reference": _short(_reference(content)),
         }
@@ -240,8 +256,10 @@ def _mark(value: object) -> str:
     return {1.0: "✓", 0.0: "✗"}.get(float(value), f"{float(value):.3g}")
 
 
-def _short(text: str, most: int = 280) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+def _short(text: str, most: int = 240) -> str:
+    """A text of at most so many characters, whose long words may be broken anywhere."""
+    text = re.sub(r"\n\s*\n", "\n", text if len(text) <= most else text[: most - 1] + "…")
+    return re.sub(r"(\S{10})(?=\S)", "\\1\u200b", text)
 
 
 def _win_section(rates: Mapping[str, WinRate], config: CompareConfig) -> list:
@@ -256,26 +274,27 @@ def _win_section(rates: Mapping[str, WinRate], config: CompareConfig) -> list:
               "first place": f"{r.first:.0%}", "unreadable": r.unread} for pair, r in rates.items()]  # fmt: skip
     who = config.reward_model or config.judge.model
     rule = "A tie counts as lost." if config.ties_lose else "A tie counts half."
-    text = (f"Judged by {Path(who).name if config.reward_model else who}, each pair in both orders, on the first "
-            f"{config.judged} rows at most. {rule} Where the order decided, both orders together are a tie. First place "
-            "is how often the answer that stood first won: 50 % without a bias. What could not be read counts as a "
-            "tie.")  # fmt: skip
+    name = Path(who).name if config.reward_model else who
+    text = (f"Judged by {name}, each pair in both orders, on the first {config.judged} rows at most. {rule} Where the "
+            "order decided, both orders together are a tie. First place is how often the answer that stood first won: "
+            "50 % without a bias. What could not be read counts as a tie.")  # fmt: skip
     return [Section("Win rates", text, pandas.DataFrame(lines).set_index("pair"))]
 
 
 def _number(value: float) -> str:
     """A share in per cent, another number as it is."""
-    return "–" if value != value else f"{100 * value:.1f} %" if -1 <= value <= 1 else f"{value:.3g}"
+    return "–" if value != value else f"{100 * value:.1f}\u00a0%" if -1 <= value <= 1 else f"{value:.3g}"
 
 
 def _signed(value: float) -> str:
-    return "–" if value != value else f"{100 * value:+.1f}" if -1 <= value <= 1 else f"{value:+.3g}"
+    found = f"{100 * value:+.1f}" if -1 <= value <= 1 else f"{value:+.3g}"
+    return "–" if value != value else found.replace("-", "−")
 
 
 def _range(low: float, high: float) -> str:
-    is_share = -1 <= low <= high <= 1
-    return "–" if low != low else f"{100 * low:.1f} to {100 * high:.1f}" if is_share else f"{low:.3g} to {high:.3g}"
+    ends = (f"{100 * end:.1f}" if -1 <= low <= high <= 1 else f"{end:.3g}" for end in (low, high))
+    return "–" if low != low else "\u00a0to\u00a0".join(ends).replace("-", "−")
 
 
 def _p(value: float) -> str:
-    return "–" if value != value else "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return "–" if value != value else "<\u00a00.001" if value < 0.001 else f"{value:.3f}"
