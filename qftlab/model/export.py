@@ -166,13 +166,14 @@ def _greedy(model, tokenizer: PreTrainedTokenizerBase, text: str, bar) -> _Probe
     start = len(ids)
     if not start:
         raise ValueError("prompts must have at least one token each, got an empty one")
-    while True:
+    for _ in range(NEW_TOKENS + 1):  # each settles one token more, unless a kernel is not the same twice
         ids = _draft(model, ids, start + NEW_TOKENS - len(ids), limit)
         probe = _Probe(text, ids, start, limit, _logits(model, ids, NEW_TOKENS + 1)[:-1])
         if (at := _first_other(probe.logits, probe)) is None:  # what is left of the draft is greedy throughout
-            bar.update()
-            return probe
+            break
         ids = [*ids[: start + at], int(probe.logits[at, :limit].argmax())]
+    bar.update()
+    return probe
 
 
 def _draft(model, ids: list[int], count: int, limit: int) -> list[int]:

@@ -160,6 +160,9 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, capsys) -> Non
     assert "must hold a score for each response, got 4 rows, 3" in refusal(capsys, "--evaluations", f"[{c},{c}]")
     (c / "responses.jsonl").write_text("".join([*kept[:-1], "{torn"]), encoding="utf-8")
     assert "responses.jsonl, line 4 must be a JSON object" in refusal(capsys, "--evaluations", f"[{c},{c}]")
+    lines = (b / "scores.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (b / "scores.jsonl").write_text("".join(reversed(lines)), encoding="utf-8")
+    assert "must hold a score for each response, got 3 rows, 3" in refusal(capsys, "--evaluations", f"[{b},{b}]")
     assert "evaluations must be two or more, got 1" in refusal(capsys, "--evaluations", str(a))
     other = tmp_path / "e"
     shutil.copytree(a, other)

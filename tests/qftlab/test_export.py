@@ -155,6 +155,12 @@ def test_the_bar_ends_full(tmp_path, capsys) -> None:
     assert "greedy tokens" in said and "reading back and comparing: 100%" in said and "7/7" in said
 
 
+def test_each_trained_token_is_read_by_some_text() -> None:
+    assert export._probe_texts("quick", ["a", "b"], ["X", "Y"]) == ["a", "aXY"]
+    assert export._probe_texts("full", ["a", "b"], ["X", "Y"]) == ["a", "b", "aX", "aY"]
+    assert export._probe_texts("quick", ["a", "b"], []) == ["a"] and export._probe_texts("none", ["a"], ["X"]) == []
+
+
 def test_a_wrong_row_of_any_trained_token_is_found(check: str, tmp_path, monkeypatch) -> None:
     """In an untied model nothing but its use shows the row of an embedding: each trained token is read once."""
     tokenizer = load_tokenizer("tiny")

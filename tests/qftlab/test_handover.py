@@ -341,8 +341,18 @@ def test_another_pre_tokenizer_and_a_weight_too_large_are_refused(tmp_path, real
     write_gguf(tmp_path / "large", "bf16", "x")
 
 
-@pytest.mark.parametrize("wrong", ["weight", "number", "order", "merges", "kind"])
-def test_a_gguf_that_reads_otherwise_is_refused_and_nothing_is_left(wrong: str, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("weight", "model.layers.1.mlp.up_proj.weight"),
+        ("order", "self_attn.q_proj.weight"),
+        ("theta", "rope_theta"),
+        ("eps", "rms_norm_eps"),
+        ("merges", "the merges"),
+        ("kind", "the ids of"),
+    ],
+)
+def test_a_gguf_that_reads_otherwise_is_refused_and_nothing_is_left(wrong, words, tmp_path, monkeypatch) -> None:
     """The damage is done between our words and the file."""
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter
@@ -350,13 +360,14 @@ def test_a_gguf_that_reads_otherwise_is_refused_and_nothing_is_left(wrong: str, 
     change = {
         "weight": ("add_tensor", lambda name, data, **o: (name, data + (name == "blk.1.ffn_up.weight"))),
         "order": ("add_tensor", lambda name, data, **o: (name, data[::-1] if "attn_q." in name else data)),
-        "number": ("add_head_count_kv", lambda value: (2 * value,)),
+        "theta": ("add_rope_freq_base", lambda value: (1.001 * value,)),
+        "eps": ("add_layer_norm_rms_eps", lambda value: (2 * value,)),
         "merges": ("add_token_merges", lambda merges: (merges[1:],)),
         "kind": ("add_token_types", lambda kinds: ([gguf.TokenType.NORMAL] * len(kinds),)),
     }[wrong]
     plain = getattr(writer, change[0])
     monkeypatch.setattr(writer, change[0], lambda self, *a, **o: plain(self, *change[1](*a, **o), **o))
-    with pytest.raises((ExportError, ValueError, RuntimeError)):
+    with pytest.raises(ExportError, match=f"what is read from model.gguf must be .* got other values for .*{words}"):
         hand_over(model, load_tokenizer("tiny"), ExportConfig("tiny", str(tmp_path / "out"), gguf="f32"))
     assert not list(tmp_path.iterdir())
 
