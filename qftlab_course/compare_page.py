@@ -48,19 +48,20 @@ def compare(config: CompareConfig) -> Path:
     sections = [*overview(evaluations, scorers, changes), *_win_section(rates, config)]
     sections += examples(evaluations, scorers[0], changes, config.examples)
     title = "Comparison: " + ", ".join(e.name for e in evaluations)
-    return write_report(config.output, title, sections, intro=introduction(evaluations, changes))
+    return write_report(config.output, title, sections, intro=introduction(evaluations, scorers[0], changes))
 
 
-def introduction(evaluations: Sequence[Evaluated], changes: Changes) -> str:
-    """What was asked, what could be seen, and in which settings the evaluations differ."""
-    first = evaluations[0]
+def introduction(evaluations: Sequence[Evaluated], scorer: str, changes: Changes) -> str:
+    """What was asked, what could be seen by the first scorer, and in which settings the evaluations differ."""
+    first, scale = evaluations[0], scale_of(evaluations, scorer)
     samples = len(first.responses) // len(first.rows)
     said = f"{len(first.rows)} rows, {samples} answer{'s' * (samples > 1)} to each."
-    if changes:
-        seen = sorted(_signed(change.visible)[1:] for change in changes.values())
-        many = max(change.prompts for change in changes.values())
-        ends = " to ".join(dict.fromkeys((min(seen, key=float), max(seen, key=float))))
-        said += f" With {many} prompts you can see a change of {ends} points{', by the stage' * (' ' in ends)}."
+    seen = [change for (name, _), change in changes.items() if name == scorer and change.visible == change.visible]
+    if seen:
+        least, most = (_figure(end(change.visible for change in seen), scale) for end in (min, max))
+        ends = least if least == most else f"{least} to {most}"
+        said += f" With {seen[0].prompts} prompts you can see a change of {ends}{' points' * (scale == 100)}"
+        said += f" of {scorer}{', by the stage' * (least != most)}."
     differing = [name for name in first.settings if name not in ("model", "weights", "versions", "output")
                  and any(e.settings.get(name) != first.settings[name] for e in evaluations)]  # fmt: skip
     if differing:
@@ -73,55 +74,67 @@ def overview(evaluations: Sequence[Evaluated], scorers: Sequence[str], changes: 
     from qftlab_course.report import Picture, Section
 
     counts = [skill_counts(evaluations, scorer, changes) for scorer in scorers]
-    alt = [f"{scorer}: {', '.join(f'{e.name} {_number(mean_of(e, scorer)[0])}' for e in evaluations)}"
-           for scorer in scorers]  # fmt: skip
+    scales = [scale_of(evaluations, scorer) for scorer in scorers]
+    drawn = [scorer for scorer, scale in zip(scorers, scales, strict=True) if scale == scales[0]]
     alts = ["; ".join(f"{stage}, {skill}: {up} gained, {down} lost" for (stage, skill), (up, down, _) in found.items())
             for found in counts]  # fmt: skip
-    picture = Picture(overview_picture(evaluations, scorers, counts[0]), "; ".join([*alt, alts[0]]))
+    alt = [f"{scorer}: {', '.join(f'{e.name} {_figure(mean_of(e, scorer)[0], scales[0])}' for e in evaluations)}"
+           for scorer in drawn]  # fmt: skip
+    picture = Picture(overview_picture(evaluations, drawn, counts[0]), "; ".join([*alt, alts[0]]))
     sections = [Section("What each stage gave and cost", "", stage_table(evaluations, scorers, changes), (picture,))]
     sections.append(Section("How to read it", legend(scorers, changes)))
     for scorer, found, words in zip(scorers[1:], counts[1:], alts[1:], strict=True):
         if found:
             pictures = (Picture(skills_picture(found), words),)
-            sections.append(Section(f"By skill: {scorer}", pictures=pictures))
+            sections.append(Section(f"Gained and lost by skill: {scorer}", pictures=pictures))
     return sections
 
 
 def stage_table(evaluations: Sequence[Evaluated], scorers: Sequence[str], changes: Changes) -> pandas.DataFrame:
-    """A line for each scorer and stage: mean, change to the stage before, what could be seen, rows, p, length."""
+    """A line for each scorer and stage: mean, change to the stage before, what could be seen, p, rows, length."""
     import pandas
 
     lines = []
     for scorer in scorers:
+        scale = scale_of(evaluations, scorer)
         for e in evaluations:
             (mean, *ends), change = mean_of(e, scorer), changes.get((scorer, e.name))
-            line = {"stage": e.name, "scorer": scorer, "mean": f"{_number(mean)} ({_range(*ends)})"}
+            line = {"stage": e.name, "scorer": scorer + ", %" * (scale == 100)}
+            line["mean"] = f"{_figure(mean, scale)} ({_range(*ends, scale)})"
             line |= dict.fromkeys(("change", "visible from", "p", "gained", "lost"), "–")
             if change:
                 t = change.test
-                line |= {"change": f"{_signed(t.difference)} ({_range(t.low, t.high)})",
-                         "visible from": _signed(change.visible)[1:], "p": _p(t.p_value),
+                line |= {"change": f"{_figure(t.difference, scale, '+')} ({_range(t.low, t.high, scale)})",
+                         "visible from": _figure(change.visible, scale), "p": _p(t.p_value),
                          "gained": str(len(change.gained)), "lost": str(len(change.lost))}  # fmt: skip
-            lines.append(line | {"tokens": f"{sum(e.tokens) / len(e.tokens):.1f}", "cut off": _number(e.cut_off)})
-    if all("%" in line["mean"] for line in lines):  # then it need not be said in each line
-        lines = [{"mean, %" if key == "mean" else key: value.replace("\u00a0%", "") if key == "mean" else value
-                  for key, value in line.items()} for line in lines]  # fmt: skip
+            lines.append(
+                line
+                | {"tokens": f"{sum(e.tokens) / len(e.tokens):.1f}", "cut off": f"{_figure(e.cut_off, 100)}\u00a0%"}
+            )
     frame = pandas.DataFrame(lines).set_index("stage")
-    return frame.drop(columns="scorer") if len(scorers) == 1 else frame
+    if len(scorers) > 1:
+        return frame.drop(columns="visible from")  # to keep lines whole
+    return frame.drop(columns="scorer").rename(columns={"mean": "mean, %" if scale == 100 else "mean"})
 
 
 def legend(scorers: Sequence[str], changes: Changes) -> str:
     """How to read the table."""
-    said = (
-        f"Scored by {', '.join(scorers)}. In brackets are 95 % intervals; they and p count prompts, not answers. "
-        "Change is to the stage before, in points. A change is found 8 times in 10 where it is as large as “visible "
-        "from”; a smaller one may be there and not show. Gained and lost are the rows whose answers became better or "
-        "worse; tokens the mean length of an answer, cut off the share of those that ended for want of room."
-    )
+    said = f"Scored by {', '.join(scorers)}. In brackets are 95 % intervals; they and p count prompts, not answers. "
+    said += "Change is to the stage before, in points where the mean is in per cent. "
+    if len(scorers) == 1:
+        said += "A change as large as “visible from” is found 8 times in 10; a smaller one may be there and not show. "
+    said += "Gained and lost are the rows whose answers became better or worse; tokens the mean length of an answer, "
+    said += "cut off the share of those that ended for want of room."
     if len(changes) > 1:
         expected = f"{len(changes) * 0.05:.2g}"
         said += f" Of {len(changes)} tests, {expected} come out below 0.05 on average where nothing changed."
     return said
+
+
+def scale_of(evaluations: Sequence[Evaluated], scorer: str) -> int:
+    """100 where all of a scorer's values are from 0 to 1, and shown in per cent, else 1."""
+    values = [one[scorer] for e in evaluations for one in e.scores if one[scorer] is not None]
+    return 100 if values and all(0 <= value <= 1 for value in values) else 1
 
 
 def skill_counts(evaluations: Sequence[Evaluated], scorer: str, changes: Changes) -> dict[tuple[str, str], tuple]:
@@ -158,8 +171,7 @@ def means_picture(evaluations: Sequence[Evaluated], scorers: Sequence[str], ax=N
 
     ax = plots.new_axes(ax, 6, 3)
     shown = {scorer: [mean_of(e, scorer) for e in evaluations] for scorer in scorers}
-    is_share = all(0 <= x[0] <= 1 for means in shown.values() for x in means)
-    scale = 100 if is_share else 1
+    scale = scale_of(evaluations, scorers[0])
     for i, (scorer, means) in enumerate(shown.items()):
         at = [x + 0.06 * (i - (len(scorers) - 1) / 2) for x in range(len(means))]
         reach = [[scale * (m - low) for m, low, _ in means], [scale * (high - m) for m, _, high in means]]
@@ -168,11 +180,11 @@ def means_picture(evaluations: Sequence[Evaluated], scorers: Sequence[str], ax=N
                     color=plots.PALETTE[i % len(plots.PALETTE)], label=scorer)  # fmt: skip
     ax.set_xticks(range(len(evaluations)), [e.name for e in evaluations])
     ax.margins(x=0.1)
-    if is_share:
+    if scale == 100:
         ax.set_ylim(0, 103)
     if len(scorers) > 1:
         ax.legend(fontsize=plots.FONT_SIZE, frameon=False)
-    return plots.finish(ax, "", "mean (%)" if is_share else "mean", "Means and their intervals")
+    return plots.finish(ax, "", "mean (%)" if scale == 100 else "mean", "Means and their intervals")
 
 
 def skills_picture(counts: Counts, axes=None):
@@ -185,6 +197,7 @@ def skills_picture(counts: Counts, axes=None):
     if axes is None:
         size = (1.5 + 2.4 * len(stages), max(2.8, 1.0 + 0.25 * len(skills)))
         axes = pyplot.subplots(1, len(stages), figsize=size, squeeze=False, layout="constrained")[1][0]
+    ends = [100 * max(v[i] / v[2] for v in counts.values()) for i in (0, 1)]
     for ax, stage in zip(axes, stages, strict=True):
         for i, (word, sign, color, hatch) in enumerate((("gained", 1, 2, ""), ("lost", -1, 3, "///"))):
             values = [counts[stage, skill] for skill in skills]
@@ -192,8 +205,9 @@ def skills_picture(counts: Counts, axes=None):
                            hatch=hatch, edgecolor="black", linewidth=0.8, label=word)  # fmt: skip
             ax.bar_label(bars, [str(v[i]) if v[i] else "" for v in values], padding=2, fontsize=plots.FONT_SIZE - 1)
         ax.axvline(0, color="black", linewidth=1)
-        ax.set_xlim(-70, 145)
-        ax.set_xticks([-50, 0, 50, 100], ["50", "0", "50", "100"])
+        ax.set_xlim(-ends[1] - 35, ends[0] + 45)  # room for the numbers at the bars
+        ax.set_xticks([x for x in (-100, -50, 0, 50, 100) if -ends[1] - 35 < x < ends[0] + 45])
+        ax.xaxis.set_major_formatter(lambda x, _: f"{abs(x):g}")
         ax.set_yticks(range(len(skills)), skills if ax is axes[0] else [""] * len(skills))
         ax.invert_yaxis()
         plots.finish(ax, "lost | gained (%)", "", stage)
@@ -269,9 +283,9 @@ def _win_section(rates: Mapping[str, WinRate], config: CompareConfig) -> list:
 
     if not rates:
         return []
-    lines = [{"pair": pair, "win rate": _number(r.rate), "95 % interval": _range(r.low, r.high), "won": r.wins,
-              "tied": r.ties, "lost": r.losses, "the order decided": f"{r.by_order:.0%}",
-              "first place": f"{r.first:.0%}", "unreadable": r.unread} for pair, r in rates.items()]  # fmt: skip
+    lines = [{"pair": pair, "win rate, %": f"{_figure(r.rate, 100)} ({_range(r.low, r.high, 100)})", "won": r.wins,
+              "tied": r.ties, "lost": r.losses, "the order decided": f"{100 * r.by_order:.0f}\u00a0%",
+              "first place": f"{100 * r.first:.0f}\u00a0%", "unreadable": r.unread} for pair, r in rates.items()]  # fmt: skip
     who = config.reward_model or config.judge.model
     rule = "A tie counts as lost." if config.ties_lose else "A tie counts half."
     name = Path(who).name if config.reward_model else who
@@ -281,19 +295,13 @@ def _win_section(rates: Mapping[str, WinRate], config: CompareConfig) -> list:
     return [Section("Win rates", text, pandas.DataFrame(lines).set_index("pair"))]
 
 
-def _number(value: float) -> str:
-    """A share in per cent, another number as it is."""
-    return "–" if value != value else f"{100 * value:.1f}\u00a0%" if -1 <= value <= 1 else f"{value:.3g}"
-
-
-def _signed(value: float) -> str:
-    found = f"{100 * value:+.1f}" if -1 <= value <= 1 else f"{value:+.3g}"
+def _figure(value: float, scale: int, sign: str = "-") -> str:
+    found = f"{100 * value:{sign}.1f}" if scale == 100 else f"{value:{sign}.3g}"
     return "–" if value != value else found.replace("-", "−")
 
 
-def _range(low: float, high: float) -> str:
-    ends = (f"{100 * end:.1f}" if -1 <= low <= high <= 1 else f"{end:.3g}" for end in (low, high))
-    return "–" if low != low else "\u00a0to\u00a0".join(ends).replace("-", "−")
+def _range(low: float, high: float, scale: int) -> str:
+    return "–" if low != low else f"{_figure(low, scale)}\u00a0to\u00a0{_figure(high, scale)}"
 
 
 def _p(value: float) -> str:

@@ -103,7 +103,7 @@ def test_scores_that_are_none_or_no_shares(tmp_path) -> None:
     assert change.gained == [1] and change.prompts == 1 and change.visible != change.visible
     assert mean_of(a, "right")[0] == -13.75
     table = stage_table([a, b], ["right"], {("right", "b"): change})
-    assert table.loc["a", "mean"].startswith("-13.8 (") or table.loc["a", "mean"].startswith("−13.8 (")
+    assert table.loc["a", "mean"].startswith("−13.8 (") and table.loc["b", "change"] == "+1 (–)"
     nothing = load_evaluation(evaluation(tmp_path / "c", [None] * 4))
     assert change_of(a, nothing, "right") is None
     assert stage_table([nothing], ["right"], {}).loc["c", "mean"] == "– (–)"
@@ -133,6 +133,22 @@ def test_settings_that_differ_besides_the_model_are_told(tmp_path) -> None:
     a, b = evaluation(tmp_path / "a", [0, 1]), evaluation(tmp_path / "b", [1, 1], sampling={"temperature": 1}, seed=1)
     page = compare(CompareConfig((str(a), str(b)), str(tmp_path / "page.html")))
     assert "differ in more than the model: seed" in page.read_text(encoding="utf-8")
+
+
+def test_scorers_of_different_units_are_not_mixed(tmp_path) -> None:
+    """A change of 0.5 characters is no change of 50 points, and lengths are not drawn beside shares."""
+    folders = three(tmp_path)
+    for folder in map(Path, folders):
+        lines = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+        for line in lines:
+            line |= {"length": 30.0 + line["right"] / 2, "also": line["right"]}
+        (folder / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    text = compare(CompareConfig(tuple(folders), str(tmp_path / "page.html"))).read_text(encoding="utf-8")
+    lines = re.findall(r"<tr><td>sft</td><td>([\w, %]+)</td><td>([\d.]+) .*?</td><td>(\S+) ", text)
+    assert lines == [("right, %", "62.5", "+37.5"), ("length", "30.3", "+0.188"), ("also, %", "62.5", "+37.5")]
+    [alt] = re.findall(r'alt="(right: [^"]*)"', text)
+    assert "also: initial 25.0" in alt and "length" not in alt
+    assert "Gained and lost by skill: length" in text and "points of right, by the stage" in text
 
 
 def refusal(capsys, *arguments: str) -> str:
@@ -235,8 +251,8 @@ def test_a_judge_with_a_planted_bias_over_http(tmp_path) -> None:
     for words in (
         "<td>sft against initial</td>",
         "68.8",
-        "<td>50%</td>",
-        "<td>75%</td>",
+        "<td>50\u00a0%</td>",
+        "<td>75\u00a0%</td>",
         "Judged by judge, each pair in",
     ):
         assert words in text

@@ -26,6 +26,7 @@ from qftlab.files import bundled
 from qftlab.model.export import ExportError, export_model
 from qftlab.model.loading import extend_model, load_model
 from qftlab.model.lora import add_adapters
+from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
 from qftlab.serve import ExportConfig
 from qftlab.serve.card import card_of, card_text, licence_of, run_of
@@ -213,6 +214,31 @@ def test_a_fresh_process_reads_what_was_in_memory(family: str, tmp_path, real_da
         assert near > 1e-5 or found["written"] == written
         assert found["ids"] == [tokenizer(text).input_ids for text in texts]
     assert len(texts) > 500
+
+
+@pytest.mark.long
+def test_what_sft_trained_writes_the_same_in_a_fresh_process(tmp_path, capsys) -> None:
+    """Two new tokens, LoRA, 30 steps on the bug set by command; merged and exported by command; then nothing but
+    transformers: the tokens that the run's own model writes greedily in a chat, `<|AGENT|>` and `<|EDIT|>` among them.
+    """
+    data, run = str(bundled("bugfix", "train.jsonl")), str(tmp_path / "runs")
+    assert cli.main(["sft", "--data", data, "--output", run, "--device", "cpu", "--lora.rank", "8", "--train.lr",
+                     "0.01", "--train.max_steps", "30", "--train.batch_size", "16"]) == 0  # fmt: skip
+    out = tmp_path / "out"
+    assert cli.main(["export", "--model", f"{run}/latest", "--output", str(out), "--gguf", "f32"]) == 0
+    assert "32 greedy tokens as before" in capsys.readouterr().out
+    (alone := tmp_path / "alone").mkdir()
+    (out / "model.gguf").rename(alone / "model.gguf")
+    model, tokenizer = load_model(f"{run}/latest/model"), load_tokenizer(f"{run}/latest/model")
+    chats = [[{"role": "user", "content": row["instruction"]}] for row in load_rows(bundled("bugfix", "heldout.jsonl"))]
+    asked = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats[:12]]
+    stop = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": -1}
+    with torch.no_grad():
+        wanted = [model.generate(input_ids=torch.tensor([ids]), **stop)[0].tolist() for ids in asked]
+    begun = {ids[len(prompt)] for ids, prompt in zip(wanted, asked, strict=True)}
+    assert begun <= set(NEW) and begun, "it has learned to begin with a mode"
+    for found in read_afresh([(str(out), ""), (str(alone), "model.gguf")], asked, ["<|AGENT|>"], tmp_path):
+        assert found["written"] == wanted and found["ids"] == [[NEW[0]]]
 
 
 def hard_texts(real_data: Path) -> list[str]:
