@@ -283,9 +283,12 @@ def _win_section(rates: Mapping[str, WinRate], config: CompareConfig) -> list:
 
     if not rates:
         return []
-    lines = [{"pair": pair, "win rate, %": f"{_figure(r.rate, 100)} ({_range(r.low, r.high, 100)})", "won": r.wins,
-              "tied": r.ties, "lost": r.losses, "the order decided": f"{100 * r.by_order:.0f}\u00a0%",
-              "first place": f"{100 * r.first:.0f}\u00a0%", "unreadable": r.unread} for pair, r in rates.items()]  # fmt: skip
+    lines = []
+    for pair, r in rates.items():
+        line = {"pair": pair, "win rate, %": f"{_figure(r.rate, 100)} ({_range(r.low, r.high, 100)})"}
+        line |= {"won": r.wins, "tied": r.ties, "lost": r.losses, "unreadable": r.unread}
+        shares = {"the order decided": r.by_order, "first place": r.first}
+        lines.append(line | {name: f"{100 * share:.0f}\u00a0%" for name, share in shares.items()})
     who = config.reward_model or config.judge.model
     rule = "A tie counts as lost." if config.ties_lose else "A tie counts half."
     name = Path(who).name if config.reward_model else who
