@@ -115,7 +115,7 @@ def export_model(
         report = ExportReport(folder, *found, rows, len(layers) == 1, check, time.monotonic() - began)
         also(place, report)
         bar.update()
-    log.info("exported to %s, %d greedy tokens checked", folder, report.positions)
+    log.info("exported to %s (check %s)", folder, check)
     return report
 
 
