@@ -163,7 +163,7 @@ class Batcher:
     def _join(self, new: list[Seat]) -> None:
         """Reads the newcomers' prompts into free rows, each prompt once, and chooses their first tokens."""
         count, prompts = len(self.seats), [seat.row.prompt_ids for seat in new]
-        self._make_room(count + len(new), max([*self.lengths, *map(len, prompts)]) + 1)
+        self._make_room([*self.seats, *new], max([*self.lengths, *map(len, prompts)]) + 1)
         unique = list({id(prompt): prompt for prompt in prompts}.values())
         cache = KVCache(self.store[:, :, count : count + len(new)], [0] * len(new))
         logits = self.decoder.prefill(unique, cache)
@@ -177,18 +177,18 @@ class Batcher:
     def _step(self) -> None:
         """One more token for every row."""
         count = len(self.seats)
-        self._make_room(count, max(self.lengths) + 1)
+        self._make_room(self.seats, max(self.lengths) + 1)
         tokens = torch.tensor([seat.row.token_ids[-1] for seat in self.seats], device=self.device)
         cache = KVCache(self.store[:, :, :count], self.lengths)
         self._choose(self.decoder.step(tokens, cache), 0)
         self.lengths = cache.lengths
 
-    def _make_room(self, rows: int, columns: int) -> None:
-        """A store of at least so many rows and columns, and no more of either than doubling and rounding need."""
-        old = self.store
+    def _make_room(self, seats: list[Seat], columns: int) -> None:
+        """A store of at least so many rows and columns, rounded up within what `_fits` allows."""
+        old, rows = self.store, len(seats)
         if old is not None and old.shape[2] >= rows and old.shape[4] >= columns:
             return
-        columns = -(-columns // COLUMNS) * COLUMNS
+        columns = min(-(-columns // COLUMNS) * COLUMNS, max(seat.size for seat in seats))
         most = max(rows, min(self.config.max_batch, self.config.cache_tokens // columns))
         self.store = self.decoder.new_cache(min(1 << (rows - 1).bit_length(), most), columns).store
         if self.lengths:

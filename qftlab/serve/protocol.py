@@ -6,11 +6,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
 
 from qftlab.maths.sampling import SamplingParams
+from qftlab.rows.chat import checked_text
 from qftlab.serve.batcher import Event
 
+Text = Annotated[str, AfterValidator(lambda text: checked_text(text, "it"))]
 Count = Annotated[int, Field(ge=1)]
 Top = Annotated[int, Field(ge=0, le=20)]
 Off = Annotated[float, Field(ge=0, le=0)]  # clients send it with its default
@@ -37,7 +39,7 @@ class Asked(BaseModel):
     presence_penalty: Off | None = None
     max_tokens: Count | None = Field(None, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
     stop_token_ids: list[int] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool | None = None
@@ -76,7 +78,7 @@ class CompletionRequest(Asked):
     """The body of /v1/completions."""
 
     names: ClassVar = ("cmpl", (Completion, "text_completion"), (Completion, "text_completion"))
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Text | list[Text] | list[int] | list[list[int]]
     logprobs: Top | None = None
 
     @property
