@@ -25,12 +25,10 @@ from contextlib import ExitStack, contextmanager
 from threading import local
 
 from qftlab.files import bundled
+from qftlab.rows.sources import load_rows
 
 BAR, CLIENTS, TOKENS = 3.0, 32, 16
 NEEDED = 15  # GB of free memory for the continuous mode
-QUESTIONS = [
-    f"Use the numbers {a}, {b}, {a + b} once each to make {a * b}." for a in range(2, 10) for b in range(3, 11)
-]
 
 
 def free_port() -> int:
@@ -63,7 +61,7 @@ class Server:
             try:
                 for _ in range(600):
                     try:
-                        self.ask(QUESTIONS[0])
+                        self.ask("Hello")
                         break
                     except (OSError, http.client.HTTPException):
                         time.sleep(0.5)
@@ -78,25 +76,25 @@ class Server:
             self.own.wire = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         body = {"model": self.model, "messages": [{"role": "user", "content": question}], "max_tokens": TOKENS,
                 "temperature": 0}  # fmt: skip
-        try:
-            self.own.wire.request(
-                "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"}
-            )
-            answer = json.loads(self.own.wire.getresponse().read())
-        except BaseException:
-            self.own.wire.close()
-            del self.own.wire
-            raise
+        data, kind = json.dumps(body), {"Content-Type": "application/json"}
+        for is_last in (False, True):  # a connection that was idle may have been closed
+            try:
+                self.own.wire.request("POST", "/v1/chat/completions", data, kind)
+                answer = json.loads(self.own.wire.getresponse().read())
+                break
+            except (OSError, http.client.HTTPException):
+                self.own.wire.close()
+                if is_last:
+                    raise
         return answer["choices"][0]["message"]["content"], answer["usage"]["completion_tokens"]
 
-    def rate(self, count: int) -> float:
-        """Answers a second to `count` questions of 32 clients."""
-        questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(count)]
+    def rate(self, questions: list[str]) -> float:
+        """Answers a second to the questions of 32 clients."""
         with ThreadPoolExecutor(CLIENTS) as pool:
             list(pool.map(self.ask, questions[:CLIENTS]))  # connections are made
             start = time.perf_counter()
             list(pool.map(self.ask, questions))
-            return count / (time.perf_counter() - start)
+            return len(questions) / (time.perf_counter() - start)
 
     def resident(self) -> int:
         """MiB of its process, children included."""
@@ -119,13 +117,20 @@ def servers() -> dict[str, Server]:
 
 
 def compare(ours: Server, other: Server, rounds: int, counts: tuple[int, int]) -> dict:
-    """Rounds in turns, after a check that both say the same."""
-    differing = [q for q in QUESTIONS[:16] if ours.ask(q) != other.ask(q)]
-    found = [(ours.rate(counts[0]), other.rate(counts[1])) for _ in range(rounds)]
+    """Rounds in turns, over questions whose answers are of full length, after a check that both say the same.
+
+    Blanks around an answer do not count: `transformers serve` drops the first one.
+    """
+    rows = load_rows(bundled("instructions", "heldout.jsonl")) + load_rows(bundled("bugfix", "heldout.jsonl"))
+    questions = [row["instruction"] for row in rows if ours.ask(row["instruction"])[1] == TOKENS]
+    asked = [(ours.ask(question)[0].strip(), other.ask(question)[0].strip()) for question in questions[:16]]
+    differing = sum(one != two for one, two in asked)
+    sets = [[questions[i % len(questions)] for i in range(count)] for count in counts]
+    found = [(ours.rate(sets[0]), other.rate(sets[1])) for _ in range(rounds)]
     ratios = [a / b for a, b in found]
     rates = {"ours_per_s": [round(a, 1) for a, _ in found], "other_per_s": [round(b, 1) for _, b in found]}
     memory = {"ours_mib": ours.resident(), "other_mib": other.resident()}
-    return {"other": other.name, "clients": CLIENTS, "tokens": TOKENS, "answers_that_differ_of_16": len(differing),
+    return {"other": other.name, "clients": CLIENTS, "tokens": TOKENS, "answers_that_differ_of_16": differing,
             **rates, "ratio": round(statistics.median(ratios), 2), **memory}  # fmt: skip
 
 

@@ -45,5 +45,5 @@ class ServeConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_at_least(0, port=self.port)
-        check_at_least(1, max_batch=self.max_batch, max_queue=self.max_queue, max_new_tokens=self.max_new_tokens,
-                       cache_tokens=self.cache_tokens)  # fmt: skip
+        counts = ("max_batch", "max_queue", "max_new_tokens", "cache_tokens")
+        check_at_least(1, **{name: getattr(self, name) for name in counts})

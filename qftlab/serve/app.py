@@ -40,8 +40,8 @@ log = logging.getLogger(__name__)
 KEY = "QFTLAB_API_KEY"
 LARGEST = 4 << 20  # bytes of a request
 LATER = {"Retry-After": "1"}
-PAGE = {"Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-                                   "connect-src 'self'; frame-ancestors 'none'"}  # fmt: skip
+INLINE = "script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+PAGE = {"Content-Security-Policy": f"default-src 'none'; connect-src 'self'; frame-ancestors 'none'; {INLINE}"}
 CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
 
 
@@ -92,20 +92,21 @@ class Service:
         """
         if asked.model != self.name:
             raise HTTPException(404, f"model must be {self.name!r}, which is served here, got {asked.model!r:.60}")
-        stop, most = [asked.stop] if isinstance(asked.stop, str) else asked.stop or [], self.config.max_queue
+        stop, n = [asked.stop] if isinstance(asked.stop, str) else asked.stop or [], asked.n or 1
         ends = [*default_stop_ids(self.model, self.tokenizer), *(asked.stop_token_ids or [])]
         ends += [self.special[text] for text in stop if text in self.special]  # found though it may not be shown
-        tokenizer = self.tokenizer if asked.skip_special_tokens is False else self.plain
-        seed = secrets.randbits(63) if asked.seed is None else asked.seed
+        shown = self.tokenizer if asked.skip_special_tokens is False else self.plain
+        seed, most = secrets.randbits(63) if asked.seed is None else asked.seed, self.config.max_queue
         try:
             if asked.stream_options and not asked.stream:
                 raise ValueError("stream_options needs stream to be true, got it without")
             prompts, context = encode_prompts(self.tokenizer, asked.prompts), context_length(self.model) or 2**31
-            if not 0 < len(prompts) * (asked.n or 1) <= most:
-                raise ValueError(f"prompts times n must be from 1 to {most}, got {len(prompts)} times {asked.n or 1}")
+            if not 0 < len(prompts) * n <= most:
+                raise ValueError(f"prompts times n must be from 1 to {most}, got {len(prompts)} times {n}")
             rest = [max(1, min(self.config.max_new_tokens, context - len(ids))) for ids in prompts]
-            return plan_rows(self.model, tokenizer, prompts, asked.max_tokens or rest, asked.params, stop, ends, seed,
-                             1, asked.n or 1, None, asked.top is not None, bool(asked.stream))  # fmt: skip
+            params, limits, told = asked.params, asked.max_tokens or rest, asked.top is not None
+            options = (seed, 1, n, None, told, bool(asked.stream))
+            return plan_rows(self.model, shown, prompts, limits, params, stop, ends, *options)
         except (ValueError, TypeError, RecursionError) as error:
             folder = str(self.tokenizer.name_or_path)  # is nobody's business
             raise HTTPException(400, str(error).replace(folder, self.name) if folder else str(error)) from None

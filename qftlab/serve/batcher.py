@@ -231,13 +231,8 @@ def _attempt(act: Callable[..., None], *given) -> Failed | None:
         return None
     except Exception as error:
         log.warning("a step failed", exc_info=True)
-        is_memory = isinstance(error, torch.OutOfMemoryError)
-        what = (
-            "memory ran out, ask for fewer tokens or later"
-            if is_memory
-            else f"the model failed, {type(error).__name__}"
-        )
-        return Failed(f"{what}: {error}")
+        what = "memory ran out, ask for less" if isinstance(error, torch.OutOfMemoryError) else "the model failed"
+        return Failed(f"{what} ({type(error).__name__}: {error})")
 
 
 def _tokens(logits: Tensor, chosen: Tensor, seats: Sequence[Seat]) -> list[Token]:

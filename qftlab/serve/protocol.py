@@ -113,9 +113,9 @@ def choice(tokenizer, asked: ChatRequest | CompletionRequest, event: Event) -> d
         entries = [{**spelled(*token[:2]), "top_logprobs": [spelled(*one) for one in token[2]]} for token in tokens]
         told = {"content": entries}
         if isinstance(asked, CompletionRequest):
+            texts, logprobs = [entry["token"] for entry in entries], [entry["logprob"] for entry in entries]
             best = [{one["token"]: one["logprob"] for one in reversed(entry["top_logprobs"])} for entry in entries]
-            told = {"tokens": [entry["token"] for entry in entries], "top_logprobs": best,
-                    "token_logprobs": [entry["logprob"] for entry in entries]}  # fmt: skip
+            told = {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": best}
     said = {"text": text}
     if isinstance(asked, ChatRequest):
         said = {"delta" if asked.stream else "message": {"role": "assistant", "content": text}}
