@@ -54,7 +54,8 @@ class Server:
     @contextmanager
     def running(self) -> Iterator[Server]:
         """The server as a process, once it has answered a request."""
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        kept = {name: value for name, value in os.environ.items() if name != "QFTLAB_LAYOUT"}  # as a user has it
+        environment = kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         with subprocess.Popen(
             self.command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as process:

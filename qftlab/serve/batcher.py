@@ -129,11 +129,17 @@ class Batcher:
     def _run(self) -> None:
         with module_mode(self.model, False), torch.no_grad():
             while not self.is_closed:
-                self._admit(self._newcomers())
-                self._settle()
-                if self.seats and (failure := _attempt(self._step)):
-                    self.seats[-1].fail(failure)  # the others try again without it
-                self._settle()
+                if failure := _attempt(self._round):
+                    for seat in self.seats:
+                        seat.fail(failure)
+
+    def _round(self) -> None:
+        """Newcomers join, all rows take a step, and those that are over leave."""
+        self._settle()
+        self._admit(self._newcomers())
+        self._settle()
+        if self.seats and (failure := _attempt(self._step)):
+            self.seats[-1].fail(failure)  # the others try again without it
 
     def _newcomers(self) -> list[Seat]:
         """Those in the queue that the batch has room for, in their order; waits while there is nothing to do."""
