@@ -13,27 +13,27 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 try:
     import uvicorn
-    from fastapi import FastAPI, HTTPException, Request
-    from fastapi.concurrency import run_in_threadpool
+    from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
-    from starlette.exceptions import HTTPException as AnyHTTPException
+    from starlette.exceptions import HTTPException
 except ImportError as error:
     raise ImportError('the server needs fastapi and uvicorn: pip install "qftlab[serve]"') from error
 from openai.types import Model
 
 from qftlab.decoding.engine import Row, default_stop_ids, encode_prompts, plan_rows
+from qftlab.maths.sampling import SamplingParams
 from qftlab.model.head import context_length
 from qftlab.rows.tokenizer import set_thinking_
 from qftlab.serve import ServeConfig
 from qftlab.serve.batcher import Batcher, Event, Failed
-from qftlab.serve.protocol import REASONS, Asked, ChatRequest, CompletionRequest, choice, written
+from qftlab.serve.protocol import REASONS, SETTINGS, Asked, ChatRequest, CompletionRequest, choice, written
 from qftlab.settings import ENABLE_THINKING
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceed
 
 
 class Service:
-    """A model and what is served of it.
+    """A model and what is served of it: an ASGI application.
 
     Args:
         model, tokenizer: as in `generate`.
@@ -64,11 +64,11 @@ class Service:
         self.special = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.batcher = Batcher(model, tokenizer, config)
         self.counts, self.created, self.is_draining = Counter(), int(time.time()), False
+        self.app = build(self)
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing is being answered."""
-        return not (self.batcher.seats or self.batcher.waiting)
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        refused = self.refusal(Request(scope)) if scope["type"] == "http" else None
+        await (refused or self.app)(scope, receive, send)
 
     def refusal(self, request: Request) -> JSONResponse | None:
         """Why a request is not even read, if it is not."""
@@ -104,7 +104,8 @@ class Service:
             if not 0 < len(prompts) * n <= most:
                 raise ValueError(f"prompts times n must be from 1 to {most}, got {len(prompts)} times {n}")
             rest = [max(1, min(self.config.max_new_tokens, context - len(ids))) for ids in prompts]
-            params, limits, told = asked.params, asked.max_tokens or rest, asked.top is not None
+            params = SamplingParams(**asked.model_dump(include=SETTINGS, exclude_none=True))
+            limits, told = asked.max_tokens or rest, asked.top is not None
             options = (seed, 1, n, None, told, bool(asked.stream))
             return plan_rows(self.model, shown, prompts, limits, params, stop, ends, *options)
         except (ValueError, TypeError, RecursionError) as error:
@@ -118,7 +119,7 @@ class Service:
             HTTPException: as `plan`.
             Failed: 429 for a full queue, 503 where the model fails.
         """
-        start, rows = time.perf_counter(), await run_in_threadpool(self.plan, asked)
+        start, rows = time.perf_counter(), await asyncio.to_thread(self.plan, asked)
         head = {"id": f"{asked.names[0]}-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.name}
         read = sum(len(row.prompt_ids) for row in rows[:: asked.n or 1])
         events = self._events(request, rows, asked.top or 0, start)
@@ -206,22 +207,10 @@ def _invalid(error: RequestValidationError) -> JSONResponse:
     return _error(400, f"{name}: {first['msg']}{given}", name)
 
 
-class _Door:
-    """Refuses requests before they are read."""
-
-    def __init__(self, app, service: Service) -> None:
-        self.app, self.service = app, service
-
-    async def __call__(self, scope, receive, send) -> None:
-        refused = self.service.refusal(Request(scope)) if scope["type"] == "http" else None
-        await (refused or self.app)(scope, receive, send)
-
-
 def build(service: Service) -> FastAPI:
     """The application of a service."""
     app = FastAPI(title="qftlab", docs_url=None, redoc_url=None)
-    app.add_middleware(_Door, service=service)
-    app.add_exception_handler(AnyHTTPException, lambda _, problem: _error(problem.status_code, problem.detail))
+    app.add_exception_handler(HTTPException, lambda _, problem: _error(problem.status_code, problem.detail))
     app.add_exception_handler(RequestValidationError, lambda _, problem: _invalid(problem))
     app.add_exception_handler(Failed, lambda _, problem: _error(problem.status, str(problem)))
     app.add_exception_handler(
@@ -263,14 +252,15 @@ class _Server(uvicorn.Server):
     def __init__(self, service: Service) -> None:
         self.service = service
         options = {"log_config": None, "log_level": "warning", "access_log": False, "lifespan": "off"}
-        super().__init__(uvicorn.Config(build(service), timeout_keep_alive=75, **options))
+        super().__init__(uvicorn.Config(service, timeout_keep_alive=75, **options))
 
     def handle_exit(self, sig, frame) -> None:
         self.should_exit = self.force_exit = self.service.is_draining  # a second signal does not wait
         self.service.is_draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        return await super().on_tick(counter) or (self.service.is_draining and self.service.is_idle)
+        is_idle = not (self.service.batcher.seats or self.service.batcher.waiting)
+        return await super().on_tick(counter) or (self.service.is_draining and is_idle)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
 
-from qftlab.maths.sampling import SamplingParams
 from qftlab.rows.chat import checked_text
 from qftlab.serve.batcher import Event
 
@@ -16,7 +15,7 @@ Text = Annotated[str, AfterValidator(lambda text: checked_text(text, "it"))]
 Count = Annotated[int, Field(ge=1)]
 Top = Annotated[int, Field(ge=0, le=20)]
 Off = Annotated[float, Field(ge=0, le=0)]  # clients send it with its default
-SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+SETTINGS = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}  # those of `SamplingParams`
 REASONS = {  # for fields that clients know
     "echo": "the prompt is not sent back: put its text before the answer's",
     "tool_choice": "the model chooses by itself, and its calls come back as text",
@@ -26,7 +25,7 @@ REASONS = {  # for fields that clients know
 
 
 class Asked(BaseModel):
-    """What both kinds of request may say; null is the same as nothing. `SamplingParams` checks the settings."""
+    """What both kinds of request may say; null is the same as nothing, and temperature is 1 by default."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     model: str
@@ -45,11 +44,6 @@ class Asked(BaseModel):
     stream: bool | None = None
     stream_options: dict[Literal["include_usage"], bool] | None = None
     skip_special_tokens: bool | None = None
-
-    @property
-    def params(self) -> SamplingParams:
-        """How tokens are chosen; what is not said is the protocol's default, temperature 1."""
-        return SamplingParams(**{k: v for k in SETTINGS if (v := getattr(self, k)) is not None})
 
 
 class ChatRequest(Asked):
