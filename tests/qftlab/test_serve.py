@@ -214,6 +214,47 @@ def test_answers_are_what_openai_declares(url) -> None:
     assert {chunk.id for chunk in chunks} == {chunks[0].id} and chunks[-2].choices[0].finish_reason == "length"
 
 
+@pytest.fixture(scope="module")
+def qwen(real_data: Path):
+    """A random model with the tokenizer of Qwen3, whose tokens may be half a character; its template has tools."""
+    return random_model("qwen3", vocab_size=151_936), load_tokenizer(real_data / "qwen3-0.6b")
+
+
+def test_half_characters_wait_for_their_other_bytes(qwen) -> None:
+    """A random model writes many; streamed pieces joined are the whole, and a token that is no text has no bytes."""
+    params = SamplingParams(1.0)
+    expected = generate(*qwen, ["Hello"], max_new_tokens=80, params=params, seed=1, num_generations=6)
+    with serving(*qwen) as url:
+        asked = {"model": "tiny", "prompt": "Hello", "max_tokens": 80, "seed": 1, "n": 6, **SHOWN}
+        whole = client(url).completions.create(**asked)
+        assert [choice.text for choice in whole.choices] == [row.text for row in expected]
+        pieces = [""] * 6
+        for chunk in client(url).completions.create(**asked, stream=True):
+            pieces[chunk.choices[0].index] += chunk.choices[0].text
+        assert pieces == [row.text for row in expected] and "\N{REPLACEMENT CHARACTER}" in "".join(pieces)
+        chat = {"model": "tiny", "messages": turn("hi"), "max_tokens": 200, "seed": 1, "logprobs": True}
+        told = client(url).chat.completions.create(**chat).choices[0].logprobs.content
+        halves = [entry for entry in told if entry.bytes is None]
+        assert halves and all("\N{REPLACEMENT CHARACTER}" in entry.token for entry in halves)
+
+
+def test_tools_and_turns_go_through_the_chat_template(qwen) -> None:
+    """As transformers renders them; a call that was made before, and what it gave, are turns as well."""
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+    messages = [{"role": "system", "content": "Be brief."}, *turn("2 + 3?"),
+                {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "content": "5", "tool_call_id": "1"}]  # fmt: skip
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    with serving(*qwen) as url:
+        for said, given in ((messages, tools), (messages, None), (parts, None)):
+            options = {"tools": given} if given else {}
+            answer = client(url).chat.completions.create(model="tiny", messages=said, max_tokens=1, **options)
+            plain = turn("ab") if said is parts else json.loads(json.dumps(said).replace(r'"{\"a\": 2}"', '{"a": 2}'))
+            ids = qwen[1].apply_chat_template(plain, tools=given, add_generation_prompt=True, return_dict=True)
+            assert answer.usage.prompt_tokens == len(ids["input_ids"])
+
+
 # Rows together
 
 
