@@ -234,6 +234,9 @@ def test_half_characters_wait_for_their_other_bytes(qwen) -> None:
         assert pieces == [row.text for row in expected] and "\N{REPLACEMENT CHARACTER}" in "".join(pieces)
         chat = {"model": "tiny", "messages": turn("hi"), "max_tokens": 200, "seed": 1, "logprobs": True}
         told = client(url).chat.completions.create(**chat).choices[0].logprobs.content
+        chunks = list(client(url).chat.completions.create(**chat, stream=True))
+        one_each = [entry for chunk in chunks for [entry] in [chunk.choices[0].logprobs.content]]
+        assert one_each == told and joined(chunks).count("\N{REPLACEMENT CHARACTER}") < len(chunks)
         halves = [entry for entry in told if entry.bytes is None]
         assert halves and all("\N{REPLACEMENT CHARACTER}" in entry.token for entry in halves)
 
@@ -259,7 +262,10 @@ def test_tools_and_turns_go_through_the_chat_template(qwen) -> None:
 
 
 def test_texts_under_load_are_those_alone(course, url) -> None:
-    """48 requests of 16 clients, no two with the same prompt, settings, seed and stop: no text differs in fp32."""
+    """48 requests of 16 clients, no two with the same prompt, settings, seed and stop: no text differs in fp32.
+
+    Every third tells its log-probabilities, which are those of `generate` to 1e-5.
+    """
 
     def case(i: int) -> dict:
         settings = {"temperature": (0.0, 0.7, 1.0, 1.3)[i % 4], "top_p": (1.0, 0.9, 0.5)[i % 3],
@@ -267,18 +273,20 @@ def test_texts_under_load_are_those_alone(course, url) -> None:
                     "repetition_penalty": (1.0, 1.2)[i // 2 % 2]}  # fmt: skip
         return {"params": settings, "seed": i, "stop": [] if i % 5 else [" the", "("], "max_tokens": 8 + i}
 
-    def ask(i: int) -> str:
+    def ask(i: int) -> tuple[str, list | None]:
         extra = {k: case(i)["params"][k] for k in ("top_k", "min_p", "repetition_penalty")}
         answer = client(url).chat.completions.create(
             model="sft", messages=turn(BUGS[i]), seed=i, stop=case(i)["stop"], max_tokens=case(i)["max_tokens"],
-            temperature=case(i)["params"]["temperature"], top_p=case(i)["params"]["top_p"],
+            temperature=case(i)["params"]["temperature"], top_p=case(i)["params"]["top_p"], logprobs=i % 3 == 0,
             extra_body={**extra, "skip_special_tokens": False})  # fmt: skip
-        return answer.choices[0].message.content
+        told = answer.choices[0].logprobs
+        return answer.choices[0].message.content, told and [entry.logprob for entry in told.content]
 
-    def alone(i: int) -> str:
+    def alone(i: int) -> tuple[str, list | None]:
         params = SamplingParams(**case(i)["params"])
-        return generate(*course, [turn(BUGS[i])], max_new_tokens=case(i)["max_tokens"], params=params, seed=i,
-                        stop=case(i)["stop"])[0].text  # fmt: skip
+        [row] = generate(*course, [turn(BUGS[i])], max_new_tokens=case(i)["max_tokens"], params=params, seed=i,
+                         stop=case(i)["stop"], return_logprobs=i % 3 == 0)  # fmt: skip
+        return row.text, row.logprobs and pytest.approx(row.logprobs, abs=1e-5)
 
     with ThreadPoolExecutor(16) as pool:
         served = list(pool.map(ask, range(48)))
