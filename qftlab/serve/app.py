@@ -57,7 +57,8 @@ class Service:
     """
 
     def __init__(self, model, tokenizer, config: ServeConfig) -> None:
-        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.model, self.tokenizer, self.config = model, copy.copy(tokenizer), config
+        set_thinking_(self.tokenizer, ENABLE_THINKING[config.thinking])
         self.name, self.key = config.name or Path(config.model).name, os.environ.get(KEY, "").strip()
         self.plain = copy.copy(tokenizer)  # leaves special tokens out of what it decodes
         self.plain.decode = lambda ids, **options: tokenizer.decode(ids, **options | {"skip_special_tokens": True})
@@ -77,9 +78,7 @@ class Service:
             return _error(401, f"the key must be the server's {KEY}: send it as Authorization: Bearer KEY")
         length = request.headers.get("content-length", "")
         if request.method == "POST" and not (length.isdecimal() and int(length[:20]) <= LARGEST):
-            return _error(
-                413, f"Content-Length must be at most {LARGEST}, got {length[:20] or 'none'}: send less at once"
-            )
+            return _error(413, f"Content-Length must be at most {LARGEST}, got {length[:20] or 'none'}: send less")
         if request.method == "POST" and self.is_draining:
             return _error(503, "the server is stopping: ask again when it is back")
         return None
@@ -213,9 +212,7 @@ def build(service: Service) -> FastAPI:
     app.add_exception_handler(HTTPException, lambda _, problem: _error(problem.status_code, problem.detail))
     app.add_exception_handler(RequestValidationError, lambda _, problem: _invalid(problem))
     app.add_exception_handler(Failed, lambda _, problem: _error(problem.status, str(problem)))
-    app.add_exception_handler(
-        Exception, lambda _, problem: _error(500, f"{type(problem).__name__}: see the server's log")
-    )
+    app.add_exception_handler(Exception, lambda _, problem: _error(500, f"{type(problem).__name__}: see the log"))
 
     @app.get("/", include_in_schema=False)
     def page() -> FileResponse:
@@ -266,15 +263,12 @@ class _Server(uvicorn.Server):
 @contextmanager
 def _opened(model, tokenizer, config: ServeConfig) -> Iterator[tuple[_Server, socket.socket, str]]:
     """A server, the socket it is to hear on, and its address."""
-    is_six = ":" in config.host
-    family = socket.AF_INET6 if is_six else socket.AF_INET
-    with socket.create_server((config.host, config.port), family=family, backlog=2048) as listener:
+    with socket.create_server((config.host, config.port), backlog=2048) as listener:
         service = Service(model, tokenizer, config)
-        if not (config.host in ("localhost", "::1") or config.host.startswith("127.") or service.key):
+        if not (config.host == "localhost" or config.host.startswith("127.") or service.key):
             log.warning("%s is heard by other machines, and no key is asked for: set %s", config.host, KEY)
         try:
-            host = f"[{config.host}]" if is_six else config.host
-            yield _Server(service), listener, f"http://{host}:{listener.getsockname()[1]}"
+            yield _Server(service), listener, f"http://{config.host}:{listener.getsockname()[1]}"
         finally:
             service.batcher.close()
 
@@ -283,14 +277,13 @@ def serve(model, tokenizer, config: ServeConfig) -> None:
     """Answers until SIGTERM or Ctrl-C; then no new requests, and the running ones are finished.
 
     Args:
-        model, tokenizer: as in `generate`; the tokenizer's chat template gets the thinking that `config` says.
+        model, tokenizer: as in `generate`.
         config: name, address and limits.
 
     Raises:
         OSError: if the address is taken.
         ValueError: for a model that `Decoder` refuses.
     """
-    set_thinking_(tokenizer, ENABLE_THINKING[config.thinking])
     with _opened(model, tokenizer, config) as (server, listener, url):
         log.info("%s answers at %s/v1, with a chat page at %s (Ctrl-C stops)", server.service.name, url, url)
         server.run([listener])
@@ -304,14 +297,17 @@ def serving(model, tokenizer, *, name: str = "tiny", port: int = 0, **options) -
         model, tokenizer: as in `generate`.
         name: what clients call the model.
         port: 0 takes a free one.
-        options: the other fields of `ServeConfig`.
+        options: the other fields of `ServeConfig`, but those that load a model.
 
     Yields:
         The address for clients, which ends in /v1.
 
     Raises:
+        TypeError: for an option that would change nothing, because the model is there.
         What `serve` raises.
     """
+    if unfit := options.keys() & {"model", "base", "dtype", "device"}:
+        raise TypeError(f"options of a model that is loaded already must not be given, got {sorted(unfit)}")
     with _opened(model, tokenizer, ServeConfig(name=name, port=port, **options)) as (server, listener, url):
         thread = threading.Thread(target=server.run, args=([listener],), name="server", daemon=True)
         thread.start()

@@ -220,19 +220,20 @@ def qwen(real_data: Path):
     return random_model("qwen3", vocab_size=151_936), load_tokenizer(real_data / "qwen3-0.6b")
 
 
+@pytest.mark.long
 def test_half_characters_wait_for_their_other_bytes(qwen) -> None:
     """A random model writes many; streamed pieces joined are the whole, and a token that is no text has no bytes."""
     params = SamplingParams(1.0)
-    expected = generate(*qwen, ["Hello"], max_new_tokens=80, params=params, seed=1, num_generations=6)
+    expected = generate(*qwen, ["Hello"], max_new_tokens=40, params=params, seed=1, num_generations=3)
     with serving(*qwen) as url:
-        asked = {"model": "tiny", "prompt": "Hello", "max_tokens": 80, "seed": 1, "n": 6, **SHOWN}
+        asked = {"model": "tiny", "prompt": "Hello", "max_tokens": 40, "seed": 1, "n": 3, **SHOWN}
         whole = client(url).completions.create(**asked)
         assert [choice.text for choice in whole.choices] == [row.text for row in expected]
-        pieces = [""] * 6
+        pieces = [""] * 3
         for chunk in client(url).completions.create(**asked, stream=True):
             pieces[chunk.choices[0].index] += chunk.choices[0].text
         assert pieces == [row.text for row in expected] and "\N{REPLACEMENT CHARACTER}" in "".join(pieces)
-        chat = {"model": "tiny", "messages": turn("hi"), "max_tokens": 200, "seed": 1, "logprobs": True}
+        chat = {"model": "tiny", "messages": turn("hi"), "max_tokens": 60, "seed": 1, "logprobs": True}
         told = client(url).chat.completions.create(**chat).choices[0].logprobs.content
         chunks = list(client(url).chat.completions.create(**chat, stream=True))
         one_each = [entry for chunk in chunks for [entry] in [chunk.choices[0].logprobs.content]]
@@ -241,6 +242,7 @@ def test_half_characters_wait_for_their_other_bytes(qwen) -> None:
         assert halves and all("\N{REPLACEMENT CHARACTER}" in entry.token for entry in halves)
 
 
+@pytest.mark.long
 def test_tools_and_turns_go_through_the_chat_template(qwen) -> None:
     """As transformers renders them; a call that was made before, and what it gave, are turns as well."""
     tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
@@ -256,6 +258,13 @@ def test_tools_and_turns_go_through_the_chat_template(qwen) -> None:
             plain = turn("ab") if said is parts else json.loads(json.dumps(said).replace(r'"{\"a\": 2}"', '{"a": 2}'))
             ids = qwen[1].apply_chat_template(plain, tools=given, add_generation_prompt=True, return_dict=True)
             assert answer.usage.prompt_tokens == len(ids["input_ids"])
+    asked = {"add_generation_prompt": True, "return_dict": True}
+    for thinking in (True, False):  # as the server is told; the tokenizer that was handed in stays as it is
+        with serving(*qwen, thinking="on" if thinking else "off") as url:
+            answer = client(url).chat.completions.create(model="tiny", messages=turn("hi"), max_tokens=1)
+            ids = qwen[1].apply_chat_template(turn("hi"), enable_thinking=thinking, **asked)["input_ids"]
+            assert answer.usage.prompt_tokens == len(ids)
+    assert len(ids) > len(qwen[1].apply_chat_template(turn("hi"), **asked)["input_ids"])
 
 
 # Rows together
@@ -600,6 +609,12 @@ def test_health_metrics_and_the_page(course) -> None:
         assert "innerHTML" not in text and "insertAdjacent" not in text, "what a model says is never markup"
 
 
+def test_an_option_that_would_change_nothing_is_refused(course) -> None:
+    with pytest.raises(TypeError, match=r"loaded already.*\['dtype'\]"):
+        with serving(*course, dtype="bfloat16"):
+            raise AssertionError("not reached")
+
+
 def test_fastapi_is_asked_for_by_the_name_of_the_extra() -> None:
     code = "import sys; sys.modules['fastapi'] = None\nfrom qftlab.cli import main\nsys.exit(main(['serve']))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -636,8 +651,8 @@ def test_a_signal_lets_running_answers_finish(course, name: str) -> None:
     """New requests are told 503 and when to come back; the streamed text is whole; then the process ends with 0."""
     with process("--max_batch", "2") as (server, url):
         body = {"model": "sft", "prompt": "a", "max_tokens": 505, "seed": 5, "temperature": 1.2}
-        stream = client(url).completions.create(**body, stream=True, n=12)
-        texts = [""] * 12
+        stream = client(url).completions.create(**body, stream=True, n=6)
+        texts = [""] * 6
         first = next(stream)
         texts[first.choices[0].index] += first.choices[0].text
         server.send_signal(getattr(signal, name))
@@ -649,7 +664,7 @@ def test_a_signal_lets_running_answers_finish(course, name: str) -> None:
         for chunk in stream:
             texts[chunk.choices[0].index] += chunk.choices[0].text
         assert server.wait(20) == 0
-        expected = generate(*course, ["a"], max_new_tokens=505, seed=5, params=SamplingParams(1.2), num_generations=12)
+        expected = generate(*course, ["a"], max_new_tokens=505, seed=5, params=SamplingParams(1.2), num_generations=6)
         plain = [course[1].decode(row.token_ids, skip_special_tokens=True) for row in expected]
         assert texts == plain
 
