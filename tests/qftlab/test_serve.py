@@ -224,16 +224,16 @@ def qwen(real_data: Path):
 def test_half_characters_wait_for_their_other_bytes(qwen) -> None:
     """A random model writes many; streamed pieces joined are the whole, and a token that is no text has no bytes."""
     params = SamplingParams(1.0)
-    expected = generate(*qwen, ["Hello"], max_new_tokens=40, params=params, seed=1, num_generations=3)
+    expected = generate(*qwen, ["Hello"], max_new_tokens=40, params=params, seed=4, num_generations=3)
     with serving(*qwen) as url:
-        asked = {"model": "tiny", "prompt": "Hello", "max_tokens": 40, "seed": 1, "n": 3, **SHOWN}
+        asked = {"model": "tiny", "prompt": "Hello", "max_tokens": 40, "seed": 4, "n": 3, **SHOWN}
         whole = client(url).completions.create(**asked)
         assert [choice.text for choice in whole.choices] == [row.text for row in expected]
         pieces = [""] * 3
         for chunk in client(url).completions.create(**asked, stream=True):
             pieces[chunk.choices[0].index] += chunk.choices[0].text
         assert pieces == [row.text for row in expected] and "\N{REPLACEMENT CHARACTER}" in "".join(pieces)
-        chat = {"model": "tiny", "messages": turn("hi"), "max_tokens": 60, "seed": 1, "logprobs": True}
+        chat = {"model": "tiny", "messages": turn("hi"), "max_tokens": 150, "seed": 1, "logprobs": True}
         told = client(url).chat.completions.create(**chat).choices[0].logprobs.content
         chunks = list(client(url).chat.completions.create(**chat, stream=True))
         one_each = [entry for chunk in chunks for [entry] in [chunk.choices[0].logprobs.content]]
