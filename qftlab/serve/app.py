@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 try:
@@ -183,8 +184,7 @@ def _usage(read: int, count: int) -> dict:
 
 
 def _problem(status: int, message: str, param: str | None = None) -> dict:
-    """An error in the protocol's form; half a surrogate pair, which a client can send, is spelled out."""
-    message = message.encode("utf-8", "backslashreplace").decode()
+    """An error in the protocol's form."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": CODES.get(status)}}
 
@@ -196,12 +196,13 @@ def _error(status: int, message: str, param: str | None = None) -> JSONResponse:
 def _invalid(error: RequestValidationError) -> JSONResponse:
     """What a request says that it may not, the first of it."""
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"] if part != "body").encode("utf-8", "backslashreplace").decode()
-    if not name or first["type"] == "json_invalid":
+    where = [str(part) for part in first["loc"][1:]]
+    name = ".".join(takewhile(lambda part: part.isidentifier() or part.isdigit(), where))
+    if not where or first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])
         return _error(400, f"the body must be a JSON object, sent as Content-Type: application/json: {reason}")
     if first["type"] == "extra_forbidden":
-        return _error(400, f"unknown field {name!r}: {REASONS.get(name, 'it would be left out in silence')}", name)
+        return _error(400, f"unknown field {where[-1]!r}: {REASONS.get(name, 'it would be left out in silence')}", name)
     given = "" if first["type"] == "missing" else f", got {reprlib.repr(first['input'])}"
     return _error(400, f"{name}: {first['msg']}{given}", name)
 
