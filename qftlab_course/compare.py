@@ -16,7 +16,7 @@ from qftlab.settings import Names, ServerConfig, check_at_least, check_fields
 
 if TYPE_CHECKING:
     from qftlab.evaluate.statistics import PairedTest
-    from qftlab.evaluate.winrate import WinRate
+    from qftlab_course.winrate import WinRate
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def win_rates(evaluations: Sequence[Evaluated], config: CompareConfig) -> dict[s
 
 def _judged(pairs: Sequence, judge, config: CompareConfig, run=map) -> dict[str, WinRate]:
     from qftlab.evaluate.split import prompt_key
-    from qftlab.evaluate.winrate import win_rate
+    from qftlab_course.winrate import win_rate
 
     found = {}
     for before, after in pairs:

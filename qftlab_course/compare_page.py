@@ -23,7 +23,7 @@ from qftlab_course.compare import (
 if TYPE_CHECKING:
     import pandas
 
-    from qftlab.evaluate.winrate import WinRate
+    from qftlab_course.winrate import WinRate
 
 Changes = Mapping[tuple[str, str], Change]  # by scorer and the later evaluation's name
 Counts = Mapping[tuple[str, str], tuple[int, int, int]]  # rows gained, lost and all, by stage and skill

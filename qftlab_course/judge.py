@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from qftlab.evaluate.answers import answer_of
-from qftlab.evaluate.winrate import Judge, by_score
 from qftlab.remote.client import Client
+from qftlab_course.winrate import Judge, by_score
 
 ASKED = """Two assistants were asked the same. Judge which answer is better: whether it is right, and does what was \
 asked. Longer is not better, and the order in which they stand means nothing.

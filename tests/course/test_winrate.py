@@ -8,7 +8,7 @@ import random
 import pytest
 
 from qftlab.evaluate.statistics import clustered_interval
-from qftlab.evaluate.winrate import by_score, win_rate
+from qftlab_course.winrate import by_score, win_rate
 
 PROMPTS = ["p", "q", "r", "s"]
 A, B = ["aa", "a", "aa", "aaa"], ["bbb", "bb", "bb", "b"]
