@@ -232,7 +232,9 @@ def examples(evaluations: Sequence[Evaluated], scorer: str, changes: Changes, mo
                     if item[1] != "the same" else len(queues))  # fmt: skip
     if not picked:
         return []
-    text = f"The first answer to each of {len(picked)} rows, those that changed first; ✓ and ✗ as {scorer} says."
+    several = len(evaluations[0].responses) > len(evaluations[0].rows)
+    marks = "1/4 before it: one of four answers is right," if several else "✓ and ✗"
+    text = f"The first answer to each of {len(picked)} rows, those that changed first; {marks} as {scorer} says."
     return [Section("Answers side by side", text, answer_table(evaluations, scorer, picked))]
 
 
@@ -252,9 +254,9 @@ def answer_table(evaluations: Sequence[Evaluated], scorer: str, picked: Sequence
             "reference": _short(_reference(content)),
         }
         for e, places in zip(evaluations, first, strict=True):
-            value, response = e.scores[places[row]][scorer], e.responses[places[row]]
+            values, response = [one[scorer] for one in e.scores if one["row"] == row], e.responses[places[row]]
             end = "" if response["finish_reason"] != "length" else " …(cut off)"
-            line[e.name] = f"{_mark(value)} {_short(response['response'])}{end}"
+            line[e.name] = f"{_mark(values)} {_short(response['response'])}{end}"
         lines.append(line)
     return pandas.DataFrame(lines).set_index("row")
 
@@ -263,11 +265,14 @@ def _reference(row: Mapping) -> str:
     return str(row.get("output") or (f"{row['numbers']} → {row['target']}" if "target" in row else "–"))
 
 
-def _mark(value: object) -> str:
-    """✓ for 1, ✗ for 0, the number for another, – for none."""
-    if value is None:
+def _mark(values: Sequence) -> str:
+    """✓ for 1, ✗ for 0, 1/4 where one of four is right, else the mean; – for none."""
+    numbers = [float(value) for value in values if value is not None]
+    if not numbers:
         return "–"
-    return {1.0: "✓", 0.0: "✗"}.get(float(value), f"{float(value):.3g}")
+    if set(numbers) <= {0.0, 1.0}:
+        return f"{sum(numbers):g}/{len(numbers)}" if len(values) > 1 else "✓" if numbers[0] else "✗"
+    return f"{sum(numbers) / len(numbers):.3g}"
 
 
 def _short(text: str, most: int = 240) -> str:

@@ -27,7 +27,7 @@ from qftlab_course.compare import (
     mean_of,
     win_rates,
 )
-from qftlab_course.compare_page import compare, stage_table
+from qftlab_course.compare_page import _mark, compare, stage_table
 from qftlab_course.flaky import Flaky
 
 SKILLS = ("add", "sort")
@@ -127,6 +127,12 @@ def test_the_page_shows_what_changed_first_and_runs_nothing(tmp_path) -> None:
     assert "Win rates" not in text and "differ in more" not in text
     markdown = compare(CompareConfig(tuple(folders), str(tmp_path / "page.md")))
     assert "&lt;script" in markdown.read_text(encoding="utf-8") and list(tmp_path.glob("page-*.png"))
+
+
+def test_a_row_with_several_answers_says_how_many_are_right() -> None:
+    assert [_mark(values) for values in ([1.0], [False], [True, False, None, 0.0], [0.1, 1.0], [None])] == [
+        "✓", "✗", "1/3", "0.55", "–",
+    ]  # fmt: skip
 
 
 def test_settings_that_differ_besides_the_model_are_told(tmp_path) -> None:
