@@ -131,13 +131,16 @@ def train(
             another run, or there are checkpoints and `resume` is false.
         OSError: if a checkpoint cannot be written.
     """
+    from tqdm.auto import tqdm
+
     with module_mode(step, True), torch.random.fork_rng(), prepared(step, config), _Signals() as signals:
         run = _Run(step, source, config, count, held_out, on_log, checkpoints, signals)
         run.unit, run.take, run.headline, run.rate = unit, take, headline, rate
         try:
             run.restore(resume)
-            with _bar(run.total, run.result.steps, progress and run.world.is_main) as advance:
-                run.all_steps(advance)
+            is_shown = progress and run.world.is_main
+            with tqdm(total=run.total, initial=run.result.steps, unit="step", disable=not is_shown) as bar:
+                run.all_steps(bar)
         except KeyboardInterrupt:
             run.interrupt()
         except (NonFiniteLoss, *saves_on) as error:
@@ -195,7 +198,7 @@ class _Run:
             self.master.write_()
         self.result = TrainResult(**{**state, "held_out": [tuple(pair) for pair in state["held_out"]]})
 
-    def all_steps(self, advance: Callable[[str], None]) -> None:
+    def all_steps(self, bar) -> None:
         """Every optimizer step, with held-out losses and checkpoints before, between and after."""
         r = self.result
         while True:
@@ -206,7 +209,8 @@ class _Run:
                 break
             if self.world.sum([bool(self.signals.asked)])[0]:
                 raise KeyboardInterrupt
-            advance(self.one_step(r.steps))
+            bar.set_postfix_str(self.one_step(r.steps), refresh=False)
+            bar.update()
         if r.steps < self.total:
             self.stop_early()
 
@@ -364,19 +368,3 @@ class _Signals:
             yield
         finally:
             self.waits -= 1
-
-
-@contextmanager
-def _bar(total: int, start: int, is_shown: bool) -> Iterator[Callable[[str], None]]:
-    if not is_shown:
-        yield lambda said: None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, initial=start, unit="step") as bar:
-
-        def advance(said: str) -> None:
-            bar.set_postfix_str(said, refresh=False)
-            bar.update()
-
-        yield advance
