@@ -306,7 +306,7 @@ class Client:
             try:
                 if gate.flying:
                     log.warning("stopping: %d requests are under way (Ctrl-C again stops at once)", len(gate.flying))
-                while gate.flying and gate.changed.wait_for(lambda n=len(gate.flying): len(gate.flying) < n, SILENCE):
+                while gate.flying and gate.changed.wait_for(lambda n=len(gate.flying): len(gate.flying) < n, SILENCE):  # noqa: B008
                     pass  # one more has come
             finally:
                 end = time.monotonic() + 0.4
