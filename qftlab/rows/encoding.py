@@ -96,11 +96,15 @@ class Outlines:
         for mark in MARKS:
             marks = [mark.format(f"n{i}n", f"n{i}n") for i in range(len(roles))]
             said = [{"role": role, "content": text} for role, text in zip(roles, marks, strict=True)]
-            pattern = re.compile(f"({'|'.join(map(re.escape, marks))})")
             documents = self._renderer(said).documents(train_on)
-            found.append([[([marks.index(p) if p in marks else p for p in pattern.split(text) if p], kept)
-                           for text, kept in document] for document in documents])  # fmt: skip
+            found.append([[(_split(text, marks), kept) for text, kept in document] for document in documents])
         return found[0] if found[0] == found[1] else None
+
+
+def _split(text: str, marks: Sequence[str]) -> list[str | int]:
+    """A text as what stands between marks, and their numbers."""
+    parts = re.split(f"({'|'.join(map(re.escape, marks))})", text)
+    return [marks.index(part) if part in marks else part for part in parts if part]
 
 
 class Chunks(Dataset):
@@ -247,12 +251,12 @@ def encode(
 
 def _encode(chunks: Chunks, usage, num_proc: int) -> list[tuple[int, list[Example]]]:
     found = []
-    if num_proc > 1:
+    workers = num_proc if num_proc > 1 else 0
+    if workers:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's own threads would be as many again
     # A generator of its own: a loader draws a seed, by default from the one that everything else is drawn from.
-    loader = DataLoader(chunks, batch_size=None, num_workers=num_proc if num_proc > 1 else 0, collate_fn=_as_it_is,
-                        generator=torch.Generator())  # fmt: skip
-    for part in loader:
+    chance = torch.Generator()
+    for part in DataLoader(chunks, batch_size=None, num_workers=workers, collate_fn=_as_it_is, generator=chance):
         if isinstance(part, Exception):
             raise part
         usage.merge(part[0])

@@ -138,18 +138,12 @@ class Checkpoints:
             raise not_written(self.folder, error) from error
 
     def _prune(self) -> None:
-        for left in self.folder.glob(".step-*"):
-            remove(left)
         kept = {*self.all()[-self.keep :], self.best()}
         for old in self.all():
-            if old not in kept:
-                self._remove(old)
-
-    def _remove(self, path: Path) -> None:
-        """Takes the name away first: a folder that is half removed must not look like a checkpoint."""
-        trash = path.with_name(f".{path.name}-old")
-        os.rename(path, trash)
-        remove(trash)
+            if old not in kept:  # the name goes first: a folder that is half removed must not look like a checkpoint
+                os.rename(old, old.with_name(f".{old.name}-old"))
+        for left in self.folder.glob(".step-*"):
+            remove(left)
 
     def check(self, path: Path) -> dict:
         """The state of a checkpoint of this run.

@@ -7,8 +7,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
@@ -18,7 +17,7 @@ from torch import nn
 from qftlab.model.head import module_mode
 from qftlab.settings import TrainConfig
 from qftlab.train.checkpoint import Checkpoints
-from qftlab.train.distributed import Ranks, RankShare, autocast, prepared, reshard_
+from qftlab.train.distributed import Ranks, autocast, prepared, rank_share, reshard_
 from qftlab.train.meter import Meter
 from qftlab.train.optimizer import (
     Batch,
@@ -161,8 +160,7 @@ class _Run:
     def __init__(self, step, source, config, count, held_out, on_log, checkpoints, signals) -> None:
         self.signals = signals
         self.step, self.config, self.count, self.world = step, config, count, Ranks.current()
-        self.source = RankShare(source, self.world)
-        self.held_out, self.checkpoints = held_out, checkpoints
+        self.source, self.held_out, self.checkpoints = source, held_out, checkpoints
         self.on_log = on_log if self.world.is_main else None
         self.weights, self.master = named_trainable(step), None
         if config.precision == "master" and any(w.dtype != torch.float32 for w in self.weights.values()):
@@ -218,7 +216,7 @@ class _Run:
         """Optimizer step `number`, counted from 0; returns what there is to say of it."""
         epoch, within = divmod(number, self.source.steps_per_epoch)
         lr = self.rate(self.config, number, self.total)
-        micro_batches = self.source(epoch, within)
+        micro_batches = rank_share(self.source(epoch, within), self.world)
         device = next(self.step.parameters()).device
         torch.manual_seed(_step_seed(self.config.seed, number, self.world.rank))
         self.meter.start()
@@ -265,8 +263,11 @@ class _Run:
 
     def save(self) -> None:
         """Writes a checkpoint; what is asked meanwhile waits until it is written."""
-        with self.signals.waiting():
+        self.signals.saving = True
+        try:
             path = self.checkpoints.save(self.weights, self.optimizer, asdict(self.result), self.world)
+        finally:
+            self.signals.saving = False
         self.saved = self.result.steps
         log.info("saved %s", path)
 
@@ -278,8 +279,8 @@ class _Run:
     def stop_early(self) -> None:
         """Notes the stop, and puts the best weights back where they were saved."""
         r = self.result
-        log.info("step %d/%d: stopped, %d held-out losses without a new lowest", r.steps, self.total,
-                 self.config.patience)  # fmt: skip
+        patience = self.config.patience
+        log.info("step %d/%d: stopped, %d held-out losses without a new lowest", r.steps, self.total, patience)
         best = self.checkpoints.best() if self.checkpoints else None
         if best:
             self.load(best)
@@ -297,8 +298,8 @@ class _Run:
         """Saves the steps that are whole, unless a second Ctrl-C came while the weights were moving."""
         r, is_whole = self.result, self.save_whole()
         r.interrupted = True
-        kept = "the weights so far are kept" if is_whole else (
-            f"stopped while the weights moved: resume goes on from step {max(self.saved, 0)}")  # fmt: skip
+        lost = f"stopped while the weights moved: resume goes on from step {max(self.saved, 0)}"
+        kept = "the weights so far are kept" if is_whole else lost
         log.warning("interrupted after %d of %d steps; %s", r.steps, self.total, kept)
 
     def has_sound_weights(self) -> bool:
@@ -338,7 +339,7 @@ class _Signals:
     """
 
     def __init__(self) -> None:
-        self.asked, self.waits = 0, 0  # the number of the first signal; how many writes are under way
+        self.asked, self.saving = 0, False  # the number of the first signal; a write must not be lost
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> _Signals:
@@ -354,17 +355,8 @@ class _Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
-        if self.asked and number == signal.SIGINT and not self.waits:
+        if self.asked and number == signal.SIGINT and not self.saving:
             raise KeyboardInterrupt
         self.asked = self.asked or number
-        what = "a checkpoint is being written" if self.waits else "finishing this step (Ctrl-C again stops at once)"
+        what = "a checkpoint is being written" if self.saving else "finishing this step (Ctrl-C again stops at once)"
         log.warning("interrupted: %s", what)
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Inside, every signal is only noted: it must not lose what is being written."""
-        self.waits += 1
-        try:
-            yield
-        finally:
-            self.waits -= 1
