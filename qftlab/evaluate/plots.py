@@ -103,10 +103,7 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def draw_curves(
-    path: Path,
-    losses: Sequence[float],
-    held_out: Sequence[tuple[int, float]] = (),
-    records: Sequence[dict] = (),
+    path: Path, losses: Sequence[float], held_out: Sequence[tuple[int, float]] = (), records: Sequence[dict] = ()
 ) -> None:
     """Writes what a run is judged by as a PNG: its rewards, both log-probabilities of pairs, or else its losses."""
     from matplotlib.figure import Figure

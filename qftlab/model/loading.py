@@ -61,8 +61,7 @@ def extend_model(
 
     Source: Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models".
     """
-    if init not in ("mean", "description"):
-        raise ValueError(f'init must be "mean" or "description", got {init!r}')
+    check_choice(("mean", "description"), init=init)
     if hasattr(model, "peft_config"):
         raise ValueError("model must be extended before it gets adapters, got one with adapters")
     lacking = [t.text for t in report.new if init == "description" and not (descriptions or {}).get(t.text)]
@@ -120,7 +119,7 @@ def load_model(
     Raises:
         ValueError: for an unknown dtype, attention, quant or adapters, a reward model, tensors that are missing, too
             many, or of another shape or kind, quantised weights without a GPU, or adapters that do not fit.
-        ImportError: if bitsandbytes or peft is needed and missing.
+        ImportError: if bitsandbytes is needed and missing.
         FileNotFoundError: if the folder is not there or lacks config.json or whole safetensors weights, or the hub
             does not give the name.
     """

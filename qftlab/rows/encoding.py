@@ -163,22 +163,15 @@ class Chunks(Dataset):
         fast.no_truncation()
         fast.no_padding()
         encodings = fast.encode_batch_fast(texts, add_special_tokens=False)
-        self.check([(place, texts[i], encodings[i].ids) for place, i in trained])
+        spelled = fast.decode_batch([encodings[i].ids for _, i in trained], skip_special_tokens=False)
+        for (place, i), decoded in zip(trained, spelled, strict=True):
+            check_spelling(self.tokenizer, texts[i], decoded, f"{place}: ")
         ids = iter(encodings)
         return [(number, [d if isinstance(d, Example) else _joined(d, ids) for d in found]) for number, found in made]
 
-    def check(self, trained: Sequence[tuple[str, str, list[int]]]) -> None:
-        """Refuses the place of a text that its ids do not spell, of (place, text, ids) each."""
-        spelled = self.tokenizer.backend_tokenizer.decode_batch([ids for *_, ids in trained], skip_special_tokens=False)
-        for (place, text, _), decoded in zip(trained, spelled, strict=True):
-            try:
-                check_spelling(self.tokenizer, text, decoded)
-            except ValueError as error:
-                raise ValueError(f"{place}: {error}") from error
 
-
-def check_spelling(tokenizer, text: str, decoded: str) -> None:
-    """Refuses a text that the tokenizer cannot spell; blanks, and what it normalises, aside.
+def check_spelling(tokenizer, text: str, decoded: str, place: str = "") -> None:
+    """Refuses a text that the tokenizer cannot spell, at a place; blanks, and what it normalises, aside.
 
     Raises:
         ValueError: showing where they part.
@@ -191,8 +184,8 @@ def check_spelling(tokenizer, text: str, decoded: str) -> None:
     if wanted != got:
         at = len(os.path.commonprefix([wanted, got]))
         raise ValueError(
-            f"the tokenizer must spell what is trained, but makes {got[at : at + 20]!r} of {wanted[at : at + 20]!r}: "
-            "take another tokenizer, or leave the row out"
+            f"{place}the tokenizer must spell what is trained, but makes {got[at : at + 20]!r} of "
+            f"{wanted[at : at + 20]!r}: take another tokenizer, or leave the row out"
         )
 
 

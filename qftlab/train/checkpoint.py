@@ -89,21 +89,20 @@ class Checkpoints:
                 remove(Path(self.lock.lock_file))
         self.lock.release()
 
-    def save(self, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, result: Mapping[str, object],
-             world: Ranks | None = None) -> Path:  # fmt: skip
-        """Writes a checkpoint and then removes the ones that are no longer kept.
+    def save(
+        self, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, result: Mapping[str, object]
+    ) -> Path:
+        """Writes a checkpoint and then removes the ones that are no longer kept; all processes call, the first writes.
 
         Args:
             weights: by name, what the optimizer moves.
             optimizer: its state is kept by the same names.
             result: plain values, among them `steps` and `held_out` as in `TrainResult`.
-            world: the processes; the first writes, all must call.
 
         Raises:
             OSError: if it cannot be written (a full disk, a read-only folder); the checkpoints before it are intact.
         """
-        world = world or Ranks.current()
-        path, problem = self._path(result["steps"]), None
+        world, path, problem = Ranks.current(), self._path(result["steps"]), None
         tensors = gathered(weights, world.is_main)
         moments = gathered(optimizer_state(weights, optimizer), world.is_main)
         if world.is_main:

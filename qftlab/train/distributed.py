@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -123,6 +124,11 @@ class Ranks:
         total = torch.tensor(values, dtype=torch.float64, device=device)
         distributed.all_reduce(total)
         return total.tolist()
+
+
+def step_seed(what: str, seed: int, number: int, rank: int = 0) -> int:
+    """What is drawn from in a process's step, such as dropout: the same in a resumed run, and for nothing else."""
+    return int.from_bytes(hashlib.sha256(f"{what} {seed} {number} {rank}".encode()).digest()[:7], "big")
 
 
 def per_process(config: TrainConfig) -> TrainConfig:

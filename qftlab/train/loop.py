@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import signal
 import threading
@@ -17,8 +16,8 @@ from torch import nn
 from qftlab.model.head import module_mode
 from qftlab.settings import TrainConfig
 from qftlab.train.checkpoint import Checkpoints
-from qftlab.train.distributed import Ranks, autocast, prepared, rank_share, reshard_
-from qftlab.train.meter import Meter
+from qftlab.train.distributed import Ranks, autocast, prepared, rank_share, reshard_, step_seed
+from qftlab.train.meter import speed_line, speed_of
 from qftlab.train.optimizer import (
     Batch,
     MasterWeights,
@@ -170,7 +169,6 @@ class _Run:
             self.weights = self.master.named
         self.optimizer = make_optimizer(step, config, self.weights)
         self.total = total_steps(config, source.steps_per_epoch)
-        self.meter = Meter(step)
         self.result, self.clock = TrainResult(), time.process_time()
         self.saved, self.is_between_steps = -1, True
 
@@ -218,9 +216,8 @@ class _Run:
         lr = self.rate(self.config, number, self.total)
         micro_batches = rank_share(self.source(epoch, within), self.world)
         device = next(self.step.parameters()).device
-        torch.manual_seed(_step_seed(self.config.seed, number, self.world.rank))
-        self.meter.start()
-        self.is_between_steps = False
+        torch.manual_seed(step_seed("step", self.config.seed, number, self.world.rank))
+        start, self.is_between_steps = time.perf_counter(), False
         report = optimizer_step(self.step, self.optimizer, micro_batches, lr, self.config.max_grad_norm,
                                 count=self.count, number=number + 1, context=autocast(self.config, device))  # fmt: skip
         if self.master:
@@ -231,12 +228,13 @@ class _Run:
         r.tokens += report.tokens
         r.trained_tokens += report.trained_tokens
         self.is_between_steps = True
-        speed = self.meter.stop(report.tokens, report.trained_tokens, [m.tensors for m in micro_batches])
+        seconds, read = time.perf_counter() - start, [m.tensors for m in micro_batches]
+        speed = speed_of(self.step, seconds, report.tokens, report.trained_tokens, read)
         record = {"step": r.steps, "epoch": epoch, "loss": report.loss, "lr": lr, "grad_norm": report.grad_norm,
                   "tokens": r.tokens, self.unit: r.trained_tokens, "seconds": round(r.seconds, 3), **speed}  # fmt: skip
         said = self.note(record | self.take())
         if r.steps % self.config.log_every == 0 or r.steps == self.total:
-            log.info("step %d/%d: %s, lr %.2e, %s", r.steps, self.total, said, lr, Meter.line(speed))
+            log.info("step %d/%d: %s, lr %.2e, %s", r.steps, self.total, said, lr, speed_line(speed))
         return said
 
     def measure(self) -> None:
@@ -265,7 +263,7 @@ class _Run:
         """Writes a checkpoint; what is asked meanwhile waits until it is written."""
         self.signals.saving = True
         try:
-            path = self.checkpoints.save(self.weights, self.optimizer, asdict(self.result), self.world)
+            path = self.checkpoints.save(self.weights, self.optimizer, asdict(self.result))
         finally:
             self.signals.saving = False
         self.saved = self.result.steps
@@ -325,11 +323,6 @@ class _Run:
             self.checkpoints.release()
         if self.master:
             self.master.remove()
-
-
-def _step_seed(seed: int, number: int, rank: int) -> int:
-    """What dropout is drawn from: a function of (seed, step, rank), so that a resumed run draws the same."""
-    return int.from_bytes(hashlib.sha256(f"step {seed} {number} {rank}".encode()).digest()[:7], "big")
 
 
 class _Signals:
