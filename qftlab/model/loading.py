@@ -89,8 +89,6 @@ def extend_model(
 log = logging.getLogger(__name__)
 STRICT = dict(use_safetensors=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
-ATTENTIONS = (PACKED, "sdpa", "eager")
-QUANTS = ("none", "8bit", "4bit")
 
 
 def load_model(
@@ -124,8 +122,8 @@ def load_model(
             does not give the name.
     """
     check_choice(tuple(DTYPES), dtype=dtype)
-    check_choice(ATTENTIONS, attention=attention)
-    check_choice(QUANTS, quant=quant)
+    check_choice((PACKED, "sdpa", "eager"), attention=attention)
+    check_choice(("none", "8bit", "4bit"), quant=quant)
     check_choice(("keep", "continue", "merge"), adapters=adapters)
     source = resolve(name_or_path)
     if base := adapter_base(source) if lora is None else source:

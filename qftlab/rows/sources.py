@@ -219,8 +219,7 @@ def read_hub(name: str, split: str | None = None) -> Iterator[tuple[str, object]
     known = HUB.get(name)
     wanted = split or (known.split if known else "train")
     is_folder = Path(name).is_dir()
-    options = {"streaming": is_folder or known is None or known.is_large}
-    path, options = name, options | ({"name": config} if config else {})
+    path, options = name, {"name": config or None, "streaming": is_folder or known is None or known.is_large}
     if known and known.file and not is_folder:
         path, options["data_files"] = "json", {wanted: f"hf://datasets/{name}/{known.file}"}
     number = 0
@@ -393,10 +392,9 @@ def stream(
             except (DataError, RecursionError) as error:
                 refuse(error if isinstance(error, DataError) else DataError(f"{where} is nested too deep"))
                 continue
-            if left_out.intersection(report.note(row, source, where)):
-                continue
-            yield row
-            given += 1
+            if not left_out.intersection(report.note(row, source, where)):
+                given += 1
+                yield row
             if given == limit:
                 return
 
