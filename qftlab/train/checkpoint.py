@@ -108,7 +108,12 @@ class Checkpoints:
         if world.is_main:
             try:
                 with aside(path) as place:
-                    self._write(place, tensors, moments, result)
+                    place.mkdir()
+                    save_file(tensors, place / WEIGHTS)
+                    save_file(moments, place / OPTIMIZER)
+                    digests = {name: sha256(place / name) for name in (WEIGHTS, OPTIMIZER)}
+                    record = {"identity": self.identity, "result": dict(result), "sha256": digests}
+                    (place / STATE).write_text(json.dumps(record | {"digest": _digest(record)}), encoding="utf-8")
                 self.prune()
             except OSError as error:
                 problem = error
@@ -116,14 +121,6 @@ class Checkpoints:
         if problems:
             raise problems[0]
         return path
-
-    def _write(self, place: Path, tensors: dict, moments: dict, result: Mapping[str, object]) -> None:
-        place.mkdir()
-        save_file(tensors, place / WEIGHTS)
-        save_file(moments, place / OPTIMIZER)
-        digests = {name: sha256(place / name) for name in (WEIGHTS, OPTIMIZER)}
-        record = {"identity": self.identity, "result": dict(result), "sha256": digests}
-        (place / STATE).write_text(json.dumps(record | {"digest": _digest(record)}), encoding="utf-8")
 
     def prune(self) -> None:
         """Removes what is no longer kept, and what processes that were killed have left half done.

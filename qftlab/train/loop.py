@@ -230,9 +230,9 @@ class _Run:
         self.is_between_steps = True
         seconds, read = time.perf_counter() - start, [m.tensors for m in micro_batches]
         speed = speed_of(self.step, seconds, report.tokens, report.trained_tokens, read)
-        record = {"step": r.steps, "epoch": epoch, "loss": report.loss, "lr": lr, "grad_norm": report.grad_norm,
-                  "tokens": r.tokens, self.unit: r.trained_tokens, "seconds": round(r.seconds, 3), **speed}  # fmt: skip
-        said = self.note(record | self.take())
+        of_step = {"step": r.steps, "epoch": epoch, "loss": report.loss, "lr": lr, "grad_norm": report.grad_norm}
+        so_far = {"tokens": r.tokens, self.unit: r.trained_tokens, "seconds": round(r.seconds, 3)}
+        said = self.note(of_step | so_far | speed | self.take())
         if r.steps % self.config.log_every == 0 or r.steps == self.total:
             log.info("step %d/%d: %s, lr %.2e, %s", r.steps, self.total, said, lr, speed_line(speed))
         return said

@@ -122,10 +122,11 @@ def samples_of(rollouts: Sequence, prompts: Sequence, size: int, count: int = 4)
     kept = []
     for i, prompt in enumerate(prompts[:count]):
         group = sorted(rollouts[i * size : (i + 1) * size], key=lambda r: -r.reward)
-        for rollout in (group[0], group[-1]):
-            answer = rollout.completion
-            kept.append({"row": prompt.number, "prompt": prompt.messages[-1]["content"], "text": answer.text,
-                         "reward": rollout.reward, "finish_reason": answer.finish_reason})  # fmt: skip
+        shown = {"row": prompt.number, "prompt": prompt.messages[-1]["content"]}
+        kept += [
+            {**shown, "text": r.completion.text, "reward": r.reward, "finish_reason": r.completion.finish_reason}
+            for r in (group[0], group[-1])
+        ]
     return kept
 
 
