@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from tqdm.auto import tqdm
 
 from qftlab.decoding.batch import Batch, BatchSettings
 from qftlab.decoding.decoder import Decoder, decoder_for
@@ -309,8 +310,6 @@ def generate(
         ValueError: for an empty prompt, ids or numbers out of range, a prompt that with its new tokens is longer than
             the model's context, logits that are no numbers, or a model or decoder that `Decoder` refuses.
     """
-    from tqdm.auto import tqdm
-
     rows = plan_rows(model, tokenizer, prompts, max_new_tokens, params, stop, stop_token_ids, seed, batch_size,
                       num_generations, thinking, return_logprobs, on_text is not None)  # fmt: skip
     with tqdm(total=len(rows), unit="completion", disable=not progress) as bar:

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from typing import Literal
 
 from qftlab.evaluate.data import ReadConfig
@@ -170,21 +170,20 @@ def measure(config: LengthsConfig) -> str:
     from qftlab.rows.tokenizer import load_tokenizer
 
     tokenizer, report, stats = load_tokenizer(config.model), LoadReport(), LengthStats()
-    done, affected, truncated, named = 0, 0, 0, []
-    for batch in row_documents(tokenizer, config.read(report), thinking=ENABLE_THINKING[config.thinking],
-                               batch_size=config.batch_size):  # fmt: skip
-        stats.add(len(document) for documents in batch for document in documents)
-        for number, documents in enumerate(batch, done + 1):
-            longest = max(map(len, documents), default=0)
-            if documents and longest <= (config.max_length or longest):
-                continue
-            affected += 1
-            done_to = [what for e in documents if (what := limited(e, config.max_length, config.policy)[1])]
-            truncated += "truncated" in done_to
-            if len(named) < FIRST:
-                reason = done_to[0] if done_to else "nothing to train in it"
-                named.append(f" row {number}: {longest:,} tokens, {reason}")
-        done += len(batch)
+    affected, truncated, named = 0, 0, []
+    options = {"thinking": ENABLE_THINKING[config.thinking], "batch_size": config.batch_size}
+    of_rows = chain.from_iterable(row_documents(tokenizer, config.read(report), **options))
+    for number, documents in enumerate(of_rows, 1):
+        stats.add(map(len, documents))
+        longest = max(map(len, documents), default=0)
+        if documents and longest <= (config.max_length or longest):
+            continue
+        affected += 1
+        done_to = [what for e in documents if (what := limited(e, config.max_length, config.policy)[1])]
+        truncated += "truncated" in done_to
+        if len(named) < FIRST:
+            reason = done_to[0] if done_to else "nothing to train in it"
+            named.append(f" row {number}: {longest:,} tokens, {reason}")
     lines = [report.summary(), stats.summary()]
     if affected:
         limit = f"max_length {config.max_length}, {config.policy}" if config.max_length else "no max_length"

@@ -68,19 +68,20 @@ class Checkpoints:
     def prepare(self) -> None:
         """Makes the folder, takes it for this process and tidies it: a run fails before its first step.
 
+        Whoever calls it calls `release` in the end, though it fails.
+
         Raises:
             OSError: if nothing can be written there, or another process writes there.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
-            self._prune()
         except Timeout:
             raise OSError(f"{self.folder} must be written by one run, got another process that has it: wait for that "
                           "run to end, or start a new one") from None  # fmt: skip
         except OSError as error:
-            self.release()
             raise not_written(self.folder, error) from error
+        self.prune()
 
     def release(self) -> None:
         """Gives the folder back that `prepare` took; once for each time."""
@@ -128,18 +129,15 @@ class Checkpoints:
         Raises:
             OSError: in one sentence, if it cannot be removed.
         """
+        kept = {*self.all()[-self.keep :], self.best()}
         try:
-            self._prune()
+            for old in self.all():
+                if old not in kept:  # the name goes first: one that is half removed must not look like a checkpoint
+                    os.rename(old, old.with_name(f".{old.name}-old"))
+            for left in self.folder.glob(".step-*"):
+                remove(left)
         except OSError as error:
             raise not_written(self.folder, error) from error
-
-    def _prune(self) -> None:
-        kept = {*self.all()[-self.keep :], self.best()}
-        for old in self.all():
-            if old not in kept:  # the name goes first: a folder that is half removed must not look like a checkpoint
-                os.rename(old, old.with_name(f".{old.name}-old"))
-        for left in self.folder.glob(".step-*"):
-            remove(left)
 
     def check(self, path: Path) -> dict:
         """The state of a checkpoint of this run.

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from qftlab.model.head import module_mode
 from qftlab.settings import TrainConfig
@@ -129,8 +130,6 @@ def train(
             another run, or there are checkpoints and `resume` is false.
         OSError: if a checkpoint cannot be written.
     """
-    from tqdm.auto import tqdm
-
     with module_mode(step, True), torch.random.fork_rng(), prepared(step, config), _Signals() as signals:
         run = _Run(step, source, config, count, held_out, on_log, checkpoints, signals)
         run.unit, run.take, run.headline, run.rate = unit, take, headline, rate
