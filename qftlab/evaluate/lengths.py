@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate, chain, islice
+from itertools import accumulate, islice
 from typing import Literal
 
 from qftlab.evaluate.data import ReadConfig
@@ -85,8 +85,8 @@ class LengthStats:
 
 def row_documents(
     tokenizer, rows: Iterable[dict], *, thinking: bool | None = None, batch_size: int = 1000
-) -> Iterator[list[list[Example]]]:
-    """Documents of rows by the loss-mask contract, a batch at a time.
+) -> Iterator[list[Example]]:
+    """Documents of rows by the loss-mask contract, tokenised a batch at a time.
 
     Args:
         tokenizer: a fast one with a chat template.
@@ -95,7 +95,7 @@ def row_documents(
         batch_size: rows tokenised at once; changes speed, not results.
 
     Yields:
-        For each batch, for each row its documents: mostly one; a pair's two; a problem's prompt; none where there is
+        For each row its documents: mostly one; a pair's two; a problem's prompt; none where there is
         nothing to train on; several where the template rewrites earlier turns.
 
     Raises:
@@ -108,7 +108,7 @@ def row_documents(
     chunks, rows, done = Chunks(tokenizer, (), "", None, "all", thinking), iter(rows), 0
     while batch := list(islice(rows, batch_size)):
         kept = dict(chunks.encoded(list(Usage().fit(batch, "", done))))
-        yield [kept.get(number, []) for number in range(done + 1, done + len(batch) + 1)]
+        yield from (kept.get(number, []) for number in range(done + 1, done + len(batch) + 1))
         done += len(batch)
 
 
@@ -172,8 +172,7 @@ def measure(config: LengthsConfig) -> str:
     tokenizer, report, stats = load_tokenizer(config.model), LoadReport(), LengthStats()
     affected, truncated, named = 0, 0, []
     options = {"thinking": ENABLE_THINKING[config.thinking], "batch_size": config.batch_size}
-    of_rows = chain.from_iterable(row_documents(tokenizer, config.read(report), **options))
-    for number, documents in enumerate(of_rows, 1):
+    for number, documents in enumerate(row_documents(tokenizer, config.read(report), **options), 1):
         stats.add(map(len, documents))
         longest = max(map(len, documents), default=0)
         if documents and longest <= (config.max_length or longest):

@@ -35,11 +35,6 @@ class ParameterCount:
     trained: int
     total: int
 
-    @property
-    def share(self) -> float:
-        """The trained share, from 0 to 1."""
-        return self.trained / self.total
-
 
 def add_adapters(model: PreTrainedModel, config: LoRAConfig, *, token_ids: Sequence[int] = (), seed: int = 0):
     """Wraps a model with fresh adapters, which change nothing yet; they and the rows of `token_ids` train.
