@@ -673,6 +673,23 @@ def test_a_signal_lets_running_answers_finish(course, name: str) -> None:
         assert texts == plain
 
 
+@pytest.mark.slow
+def test_a_client_that_does_not_fetch_its_answer_holds_the_stop_up_for_half_a_minute() -> None:
+    with process() as (server, url), socket.socket() as wire:
+        asked = {"model": "sft", "prompt": "a", "max_tokens": 505, "temperature": 1.9, "n": 100, "logprobs": 20}
+        body = json.dumps(asked | {"stream": True}).encode()
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        wire.connect(("127.0.0.1", int(re.search(r":(\d+)", url)[1])))
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+        wire.sendall(f"{head}{len(body)}\r\n\r\n".encode() + body)
+        until(lambda: figure(url, "running") > 0)
+        until(lambda: figure(url, "running") == 0, 100)
+        server.terminate()
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.wait(10)
+        assert server.wait(40) == 0
+
+
 @pytest.mark.long
 def test_two_hundred_clients_that_leave_leave_nothing_behind(endless) -> None:
     with serving(*endless) as url, client(url) as own:
