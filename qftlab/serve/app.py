@@ -250,7 +250,8 @@ class _Server(uvicorn.Server):
     def __init__(self, service: Service) -> None:
         self.service = service
         options = {"log_config": None, "log_level": "warning", "access_log": False, "lifespan": "off"}
-        super().__init__(uvicorn.Config(service, timeout_keep_alive=75, **options))
+        options |= {"timeout_keep_alive": 75, "timeout_graceful_shutdown": 30}  # the latter for who does not fetch
+        super().__init__(uvicorn.Config(service, **options))
 
     def handle_exit(self, sig, frame) -> None:
         self.should_exit = self.force_exit = self.service.is_draining  # a second signal does not wait

@@ -50,7 +50,7 @@ class ChatRequest(Asked):
     """The body of /v1/chat/completions; `turns` of the rows checks its messages."""
 
     names: ClassVar = ("chatcmpl", (ChatCompletion, "chat.completion"), (ChatCompletionChunk, "chat.completion.chunk"))
-    messages: list[dict[str, Any]]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     tools: list[dict[str, Any]] | None = None
     logprobs: bool | None = None
     top_logprobs: Top | None = None
