@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Thread
 
 import numpy as np
+import openai
 import pytest
 import torch
 import yaml
@@ -29,6 +30,7 @@ from qftlab.model.lora import add_adapters
 from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
 from qftlab.serve import ExportConfig
+from qftlab.serve.app import serving
 from qftlab.serve.card import card_of, card_text, licence_of, run_of
 from qftlab.serve.handover import hand_over, push
 from qftlab.settings import DPOConfig, LoRAConfig, SFTConfig, TrainConfig
@@ -220,6 +222,7 @@ def test_a_fresh_process_reads_what_was_in_memory(family: str, tmp_path, real_da
 def test_what_sft_trained_writes_the_same_in_a_fresh_process(tmp_path, capsys) -> None:
     """Two new tokens, LoRA, 30 steps on the bug set by command; merged and exported by command; then nothing but
     transformers: the tokens that the run's own model writes greedily in a chat, `<|AGENT|>` and `<|EDIT|>` among them.
+    Served, the folder gives the same text to the openai client, whole and streamed.
     """
     data, run = str(bundled("bugfix", "train.jsonl")), str(tmp_path / "runs")
     assert cli.main(["sft", "--data", data, "--output", run, "--device", "cpu", "--lora.rank", "8", "--train.lr",
@@ -239,6 +242,17 @@ def test_what_sft_trained_writes_the_same_in_a_fresh_process(tmp_path, capsys) -
     assert begun <= set(NEW) and begun, "it has learned to begin with a mode"
     for found in read_afresh([(str(out), ""), (str(alone), "model.gguf")], asked, ["<|AGENT|>"], tmp_path):
         assert found["written"] == wanted and found["ids"] == [[NEW[0]]]
+    said = [
+        tokenizer.decode(ids[len(prompt) :]).split("<|im_end|>")[0] for ids, prompt in zip(wanted, asked, strict=True)
+    ]
+    with serving(load_model(out), load_tokenizer(out), name="merged") as url:
+        client = openai.OpenAI(base_url=url, api_key="none")
+        for chat, text in zip(chats[:12], said, strict=True):
+            request = {"model": "merged", "messages": chat, "temperature": 0, "max_tokens": 24,
+                       "extra_body": {"skip_special_tokens": False}}  # fmt: skip
+            assert client.chat.completions.create(**request).choices[0].message.content == text
+            parts = client.chat.completions.create(**request, stream=True)
+            assert "".join(part.choices[0].delta.content or "" for part in parts) == text
 
 
 def hard_texts(real_data: Path) -> list[str]:
