@@ -13,7 +13,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import socket
 import statistics
 import subprocess
@@ -22,6 +21,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from threading import local
 
 from qftlab.files import bundled
@@ -107,7 +107,7 @@ class Server:
 
 def servers() -> dict[str, Server]:
     """Ours, and both modes of the other."""
-    folder, theirs = str(bundled("tiny")), [shutil.which("transformers") or "transformers", "serve"]
+    folder, theirs = str(bundled("tiny")), [str(Path(sys.executable).with_name("transformers")), "serve"]
     options = ["--dtype", "float32", "--device", "cpu"]
     ours = [sys.executable, "-m", "qftlab", "serve", "--model", folder, "--name", "tiny"]
     return {
