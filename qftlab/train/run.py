@@ -16,11 +16,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qftlab.decoding.engine import known_id
-from qftlab.files import aside, not_written, resolve, sha256, versions
+from qftlab.files import aside, not_written, read_json, resolve, sha256, versions
 from qftlab.model.head import context_length
 from qftlab.model.loading import extend_model, load_model, save_model
 from qftlab.model.lora import add_adapters, check_continued, is_adapted
 from qftlab.rows.chat import knows_thinking
+from qftlab.rows.examples import load_wanted
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer, set_thinking_
 from qftlab.settings import ENABLE_THINKING, RunConfig
 from qftlab.train.checkpoint import Checkpoints, step_of
@@ -167,14 +168,11 @@ def own_settings(run: Path) -> dict:
     """
     file = run / "config.json"
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{file} must be whole JSON, got: {error}; give the settings once more, as they were"
-        ) from None
-    if not isinstance(settings, dict) or not isinstance(settings.get("config"), dict):
-        raise ValueError(f"{file} must hold the settings of the run, got none: give them once more, as they were")
-    return {name: value for name, value in settings["config"].items() if name not in ("device", "resume")}
+        settings = dict(read_json(file).get("config"))
+    except (ValueError, TypeError) as error:
+        said = f"{file} must hold the settings of the run, got: {error}; give them once more, as they were"
+        raise ValueError(said) from None
+    return {name: value for name, value in settings.items() if name not in ("device", "resume")}
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict]]:
@@ -356,17 +354,32 @@ def load_extended(config: RunConfig) -> tuple:
     return model, tokenizer
 
 
-def row_options(config: RunConfig, model) -> dict:
-    """What `encode_rows` and `encode_pairs` are told by a configuration."""
-    return {"max_length": config.max_length or context_length(model), "thinking": ENABLE_THINKING[config.thinking],
-            "num_proc": config.num_proc, "cache": Path(config.output) / "encoded"}  # fmt: skip
+def read_examples(
+    config: RunConfig, wanted: str, encode: Callable, wrap: Callable = lambda model, tokenizer: model, **more
+) -> tuple:
+    """Model, tokenizer, what is trained on, what is held out, and the usage of the first.
 
+    If no answer that is trained thinks, the template that is saved asks with thinking off.
 
-def ask_as_trained_(tokenizer: PreTrainedTokenizerBase, config: RunConfig, usage) -> None:
-    """Has the template that is saved ask with thinking off, if no answer that is trained thinks."""
+    Args:
+        config: of a stage that trains on rows.
+        wanted: what the rows must be: "sft" or "preference".
+        encode: `encode_rows` or `encode_pairs`.
+        wrap: makes what is trained of the model and its tokenizer.
+        more: options of `encode`.
+    """
+    rows, sources = load_wanted(config.data, wanted, config.columns)
+    held_out_rows, held_out_sources = load_wanted(config.held_out, wanted, config.columns)
+    model, tokenizer = load_extended(config)
+    model = wrap(model, tokenizer)
+    more |= {"max_length": config.max_length or context_length(model), "thinking": ENABLE_THINKING[config.thinking],
+             "num_proc": config.num_proc, "cache": Path(config.output) / "encoded"}  # fmt: skip
+    examples, usage = encode(tokenizer, rows, sources=sources, **more)
+    held_out = encode(tokenizer, held_out_rows, sources=held_out_sources, **more)[0] if held_out_rows else ()
     if config.thinking == "auto" and knows_thinking(tokenizer) and not usage.thinking:
         set_thinking_(tokenizer, False)
         log.info("no answer thinks: the chat template that is saved asks with thinking off unless it is told otherwise")
+    return model, tokenizer, examples, held_out, usage
 
 
 def best_device(name: str = "auto") -> str:
