@@ -90,7 +90,7 @@ class RunFolder:
         if not self.is_writer:
             return
         self._metrics.close()
-        kept = [line for line, record in _records(self.path / METRICS) if record["step"] <= step]
+        kept = [line for line, record in records_of(self.path / METRICS) if record["step"] <= step]
         with aside(self.path / METRICS) as place:
             place.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._metrics = (self.path / METRICS).open("a", encoding="utf-8", buffering=1)
@@ -124,7 +124,7 @@ class RunFolder:
         if losses:
             from qftlab.evaluate.plots import draw_curves
 
-            records = [record for _, record in _records(self.path / METRICS)]
+            records = [record for _, record in records_of(self.path / METRICS)]
             draw_curves(self.path / "curves.png", losses, held_out, records)
         if not is_whole:
             return
@@ -175,7 +175,7 @@ def own_settings(run: Path) -> dict:
     return {name: value for name, value in settings.items() if name not in ("device", "resume")}
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict]]:
+def records_of(path: Path) -> Iterator[tuple[str, dict]]:
     """The lines of a metrics.jsonl and what they hold, without one that a killed process left half written.
 
     Raises:
