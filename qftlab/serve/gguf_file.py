@@ -44,27 +44,18 @@ def write_gguf(folder: Path, kind: str, name: str) -> None:
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     _check_sayable(config, tokens)
     with aside(folder / GGUF) as place:
-        _write(place, folder, config, tokens, kind, name)
-
-
-def _write(path: Path, folder: Path, config: dict, tokens: dict, kind: str, name: str) -> None:
-    """Names, numbers, tokens and tensors."""
-    writer = gguf.GGUFWriter(path, config["model_type"], use_temp_file=True)
-    writer.add_name(name)
-    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
-    for theirs, ours in zip(SHAPE[::2], SHAPE[1::2], strict=True):
-        getattr(writer, f"add_{theirs}")(config[ours])
-    _add_tokens(writer, folder, tokens, config["vocab_size"])
-    for name, tensor, stored in tensors_of(folder, config, kind):
-        if config["model_type"] == "llama" and ("attn_q." in name or "attn_k." in name):
-            heads = config["num_attention_heads" if "attn_q." in name else "num_key_value_heads"]
-            # The two rows that turn together stand side by side in GGUF, and half a head apart in transformers.
-            tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
-        writer.add_tensor(name, quantize(tensor.numpy(), stored), raw_dtype=stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        writer = gguf.GGUFWriter(place, config["model_type"], use_temp_file=True)
+        writer.add_name(name)
+        writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
+        for theirs, ours in zip(SHAPE[::2], SHAPE[1::2], strict=True):
+            getattr(writer, f"add_{theirs}")(config[ours])
+        _add_tokens(writer, folder, tokens, config["vocab_size"])
+        for key, tensor, stored in tensors_of(folder, config, kind):
+            writer.add_tensor(key, quantize(tensor.numpy(), stored), raw_dtype=stored)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def _check_sayable(config: dict, tokens: dict) -> None:
@@ -118,4 +109,8 @@ def tensors_of(folder: Path, config: dict, kind: str) -> Iterator[tuple[str, Ten
                 stored = types.F16 if stored == types.Q8_0 and tensor.shape[-1] % 32 else stored
                 if name is None or (stored == types.F16 and tensor.abs().max() > 65504):
                     raise ValueError(f"weights must have a name in GGUF, and fit f16, got {key}: --gguf bf16 or none")
+                if config["model_type"] == "llama" and ("attn_q." in name or "attn_k." in name):
+                    heads = config["num_attention_heads" if "attn_q." in name else "num_key_value_heads"]
+                    # The two rows that turn together stand side by side in GGUF, half a head apart in transformers.
+                    tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
                 yield name, tensor, stored

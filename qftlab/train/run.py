@@ -36,6 +36,8 @@ LATEST, FINAL = "latest", "final"  # pointers: to the last run that ended, and t
 class RunFolder:
     """The folder `<parent>/<date>-<time>` holding config.json, and in time metrics.jsonl, model/ and more.
 
+    All processes make it together and get the same; what would write does nothing but in the first.
+
     Args:
         parent: the folder of runs, made if missing.
         config: a dataclass or dict, kept in config.json.
@@ -51,21 +53,18 @@ class RunFolder:
     def __init__(
         self, parent: str | Path, config: object, data: Sequence = (), facts: Mapping = {}, resume: str | None = None
     ) -> None:
-        self.is_writer = True
-        self.path = find_run(resume, Path(parent)) if resume else _new_folder(Path(parent))
-        if not resume:
-            settings = asdict(config) if is_dataclass(config) else dict(config)
-            hashes = {str(path): sha256(path) if Path(path).is_file() else "no file" for path in data}
-            self.write_json("config.json", {"config": settings, **facts, "data_sha256": hashes, "versions": versions()})
-        log.info("run folder %s", self.path)
-        self._metrics = (self.path / METRICS).open("a", encoding="utf-8", buffering=1)
-
-    @classmethod
-    def reader(cls, path: str | Path) -> RunFolder:
-        """The folder of a run that another process writes: everything that would write does nothing."""
-        run = cls.__new__(cls)
-        run.path, run.is_writer = Path(path), False
-        return run
+        world = Ranks.current()
+        self.is_writer = world.is_main
+        if self.is_writer:
+            self.path = find_run(resume, Path(parent)) if resume else _new_folder(Path(parent))
+            if not resume:
+                settings = asdict(config) if is_dataclass(config) else dict(config)
+                hashes = {str(path): sha256(path) if Path(path).is_file() else "no file" for path in data}
+                record = {"config": settings, **facts, "data_sha256": hashes, "versions": versions()}
+                self.write_json("config.json", record)
+            log.info("run folder %s", self.path)
+            self._metrics = (self.path / METRICS).open("a", encoding="utf-8", buffering=1)
+        self.path = world.gather(self.path if self.is_writer else None)[0]
 
     @property
     def model_path(self) -> Path:
@@ -270,7 +269,8 @@ def run_stage(name: str, config: RunConfig, prepare: Callable[[RunConfig], Stage
     with processes(best_device(config.device)) as device:
         config = replace(config, device=device)
         found = replace(config, model=resolve(resolve_model(config.model)))  # once: `latest` may move meanwhile
-        stage, run = prepare(found), open_run(config, {"stage": name, "start": found.model})
+        stage, sources = prepare(found), [*config.data, *config.held_out]
+        run = RunFolder(config.output, config, sources, {"stage": name, "start": found.model}, config.resume)
         checkpoints = Checkpoints(run.checkpoints / name, run_identity(config) | stage.identity, config.train.keep)
         stage.begin(checkpoints)
         try:
@@ -288,15 +288,6 @@ def run_stage(name: str, config: RunConfig, prepare: Callable[[RunConfig], Stage
         if result.interrupted:
             raise Interrupted(f"stopped after {result.steps} steps; to go on: --resume {run.path}")
         return run.path
-
-
-def open_run(config: RunConfig, facts: Mapping = {}) -> RunFolder:
-    """The folder of a new run, or of the one to resume; all processes get the same, and the first writes."""
-    world, run = Ranks.current(), None
-    if world.is_main:
-        run = RunFolder(config.output, config, [*config.data, *config.held_out], facts, config.resume)
-    path = world.gather(run.path if run else None)[0]
-    return run or RunFolder.reader(path)
 
 
 def begin(run: RunFolder, checkpoints: Checkpoints, config: RunConfig, model, tokenizer) -> None:
