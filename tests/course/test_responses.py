@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qftlab.evaluate import responses
-from qftlab.evaluate.responses import collect, response_folder, score, summarise
 from qftlab.evaluate.statistics import clustered_interval, detectable_difference, smallest_difference
+from qftlab_course import responses
+from qftlab_course.responses import collect, response_folder, score, summarise
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,7 +116,7 @@ PROGRAM = """
 import sys, time
 from itertools import combinations
 from pathlib import Path
-from qftlab.evaluate import responses
+from qftlab_course import responses
 responses.BATCH = 8
 
 def ask(prompts, numbers):
@@ -192,7 +192,7 @@ def test_a_setting_that_is_gone_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_has_one_writer(tmp_path: Path) -> None:
-    program = "import sys; from qftlab.evaluate.responses import response_folder as f\n"
+    program = "import sys; from qftlab_course.responses import response_folder as f\n"
     program += f"with f(sys.argv[1], {SETTINGS!r}, {ROWS!r}): print('in')"
     with response_folder(tmp_path, SETTINGS, ROWS):
         done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True)
