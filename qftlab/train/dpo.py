@@ -200,12 +200,8 @@ class PairSource:
 
     def split(self, numbers: Sequence[int]) -> list[MicroBatch]:
         """Pairs by index, as micro-batches within `micro_batch_size` pairs or `tokens_per_micro_batch` tokens."""
-        config, pairs = self.config, [self.pairs[i] for i in numbers]
-        lengths, budget = [p.length for p in pairs], config.tokens_per_micro_batch
-        if not config.packing:  # a rectangle has two rows for each pair
-            lengths = [max(len(p.chosen), len(p.rejected)) for p in pairs]
-            budget = budget and budget // 2
-        groups = split_step(lengths, packing=config.packing, budget=budget, rows=config.micro_batch_size)
+        pairs, joined = [self.pairs[i] for i in numbers], sum if self.config.packing else max
+        groups = split_step([joined((len(p.chosen), len(p.rejected))) for p in pairs], self.config, 2)
         mean = torch.tensor(sum(sum(p.chosen.loss_mask[1:]) for p in pairs) / len(pairs))
         return [self._micro_batch([numbers[i] for i in group], mean) for group in groups]
 

@@ -43,9 +43,7 @@ class ExampleSource:
 
     def split(self, numbers: Sequence[int]) -> list[MicroBatch]:
         """Examples by number, as micro-batches within `micro_batch_size` rows or `tokens_per_micro_batch` tokens."""
-        config, lengths = self.config, [len(self.examples[i]) for i in numbers]
-        groups = split_step(lengths, packing=config.packing, budget=config.tokens_per_micro_batch,
-                            rows=config.micro_batch_size)  # fmt: skip
+        groups = split_step([len(self.examples[i]) for i in numbers], self.config)
         parts = [[numbers[i] for i in group] for group in groups]
         return [MicroBatch(self._collate([self.examples[i] for i in part]), tuple(part)) for part in parts]
 
