@@ -13,7 +13,7 @@ from .maths.losses import (
     masked_cross_entropy as masked_cross_entropy,
     preference_accuracy as preference_accuracy,
 )
-from .maths.sampling import SamplingParams as SamplingParams, filter_logits as filter_logits, uniform as uniform
+from .maths.sampling import filter_logits as filter_logits, uniform as uniform
 from .maths.verify import (
     countdown_reward as countdown_reward,
     extract_answer as extract_answer,
@@ -51,6 +51,7 @@ from .settings import (
     RLOOConfig as RLOOConfig,
     RewardConfig as RewardConfig,
     SFTConfig as SFTConfig,
+    SamplingParams as SamplingParams,
     TrainConfig as TrainConfig,
 )
 from .train.dpo import Reference as Reference, dpo as dpo, fit_pairs as fit_pairs

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import json
 import logging
 import os
+import pkgutil
 import re
 import sys
 import typing
@@ -98,9 +98,8 @@ def parse(name: str, arguments: Sequence[str]) -> object:
         SystemExit: after `--help` and `--print_config`.
     """
     command = all_commands()[name]
-    module, _, kind = command.config.partition(":")
     about = f"{command.summary[0].upper()}{command.summary[1:]}. Example: {PROGRAM} {command.example}"
-    config_class = getattr(importlib.import_module(module), kind)
+    config_class = pkgutil.resolve_name(command.config)
     return parse_config(config_class, with_own_settings(config_class, arguments), f"{PROGRAM} {name}", about)
 
 

@@ -6,11 +6,10 @@ a command needs is imported when it runs, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import json
 import logging
 import os
+import pkgutil
 import sys
 import typing
 from collections.abc import Callable
@@ -41,9 +40,8 @@ def trains(function: str, chats: bool = True) -> Callable[[typing.Any], None]:
     """A command that trains by a library function ("module:function") and says where the model is."""
 
     def run(config) -> None:
-        module, _, name = function.partition(":")
         hide_loading_bars()
-        folder = getattr(importlib.import_module(module), name)(config, progress=sys.stderr.isatty())
+        folder = pkgutil.resolve_name(function)(config, progress=sys.stderr.isatty())
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
             print(f"model, metrics and curves: {folder}")
             if chats:
@@ -156,23 +154,17 @@ def hide_loading_bars() -> None:
 
 def load_for(config) -> tuple:
     """Model, tokenizer and the options of `generate`."""
-    from qftlab.maths.sampling import SamplingParams
     from qftlab.rows.tokenizer import set_thinking_
 
-    params = SamplingParams(**dataclasses.asdict(config.sampling))
     model, tokenizer = load_named(config.model, config.dtype, config.device, config.base)
     set_thinking_(tokenizer, ENABLE_THINKING[config.thinking])
-    return model, tokenizer, {"max_new_tokens": config.max_new_tokens, "params": params, "seed": config.seed}
+    return model, tokenizer, {"max_new_tokens": config.max_new_tokens, "params": config.sampling, "seed": config.seed}
 
 
 def text_of(function: str) -> Callable[[typing.Any], None]:
     """A command that prints the text a library function ("module:function") makes of its configuration."""
 
-    def run(config) -> None:
-        module, _, name = function.partition(":")
-        print(getattr(importlib.import_module(module), name)(config))
-
-    return run
+    return lambda config: print(pkgutil.resolve_name(function)(config))
 
 
 COMMANDS = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
 AGENT, EDIT = "<|AGENT|>", "<|EDIT|>"
@@ -499,22 +500,38 @@ class RewardConfig(RunConfig):
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    """How tokens are chosen: as `qftlab.maths.sampling.SamplingParams`, which checks the values; greedy by default.
+class SamplingParams:
+    """How the next token is chosen.
 
     Args:
-        temperature: 0 always takes the likeliest token, 1 samples from the model as it is.
-        top_k: sample among so many likeliest tokens only; 0 is off.
-        top_p: sample among the likeliest tokens that make up this probability; 1 is off.
-        min_p: drop tokens less likely than this share of the likeliest; 0 is off.
-        repetition_penalty: above 1, tokens that already stand there become less likely.
+        temperature: logits are divided by it; 0 is greedy; between 0 and 1e-6 fp32 could overflow.
+        top_k: keep the k most likely tokens, ties with the last kept; 0, and k at or over the vocabulary, keep all.
+        top_p: keep the smallest set of likely tokens whose mass reaches p, higher ids of a tie first; 1 keeps all.
+        min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all, 1 the likeliest and its ties.
+        repetition_penalty: divides positive and multiplies negative logits of tokens already seen; 1 does nothing.
+
+    Raises:
+        ValueError: if a value is out of its range.
     """
 
-    temperature: float = 0.0
+    temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        rules = {
+            "temperature": (lambda x: x == 0 or 1e-6 <= x < math.inf, "0, or finite and 1e-6 or more", Real),
+            "top_k": (lambda x: x >= 0, "a whole number, 0 or more", Integral),
+            "top_p": (lambda x: 0 < x <= 1, "in (0, 1]", Real),
+            "min_p": (lambda x: 0 <= x <= 1, "in [0, 1]", Real),
+            "repetition_penalty": (lambda x: 0 < x < math.inf, "finite and above 0", Real),
+        }
+        for name, (holds, rule, kind) in rules.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool) or not holds(value):
+                raise ValueError(f"{name} must be {rule}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -529,7 +546,7 @@ class AnswerConfig:
         dtype: of the weights; `auto` is the checkpoint's own.
         device: `auto` is the GPU where there is one.
         base: of a model that is a folder of adapters: where their base is now, if it has moved.
-        sampling: how tokens are chosen.
+        sampling: how tokens are chosen; greedily by default.
 
     Raises:
         ValueError: for a value out of range.
@@ -542,7 +559,7 @@ class AnswerConfig:
     dtype: Dtype = "float32"
     device: str = "auto"
     base: str = ""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.0))
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -7,10 +7,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import cache
 
-from qftlab.evaluate.responses import Prompt
 from qftlab.rows.examples import place_of
 from qftlab.rows.schemas import row_to_prompt
 from qftlab.settings import ENABLE_THINKING
+from qftlab_course.responses import Prompt
 
 log = logging.getLogger(__name__)
 REFUSED = (400, 413, 422)  # of HTTP: this request cannot be answered, the next may be

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,20 +11,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qftlab.decoding.engine import Completion
-from qftlab.evaluate.answers import answered_row
-from qftlab.evaluate.responses import RESPONSES, SCORES, collect, response_folder, score, summarise
+from qftlab.evaluate.answers import answer_of
 from qftlab.evaluate.scorers import SCORERS as PLAIN
-from qftlab.evaluate.scorers import Scorer, named_scorers
+from qftlab.evaluate.scorers import Scorer
 from qftlab.evaluate.split import prompt_key
 from qftlab.files import bundled, read_json, versions
 from qftlab.rows.examples import load_wanted, place_of
 from qftlab.rows.schemas import kind_of, unrendered
+from qftlab.rows.sources import DataError
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab_course import results
 from qftlab_course.asking import LocalModel, ServerModel
 from qftlab_course.measure import Evaluation, scored
 from qftlab_course.references import measure_references
 from qftlab_course.report import write_json
+from qftlab_course.responses import RESPONSES, SCORES, collect, response_folder, score, summarise
 from qftlab_course.scores import SCORERS, lenient_scorer, skill_of
 
 log = logging.getLogger(__name__)
@@ -96,6 +98,45 @@ def asked_rows(config) -> tuple[list[dict], dict[str, int]]:
     if unseen:
         log.info("fields that no template shows: %s", ", ".join(f"{name} ({n})" for name, n in sorted(unseen.items())))
     return rows, sources
+
+
+def answered_row(row: dict, where: str) -> dict:
+    """A converted row whose "output" is the answer that a model is measured by, without its thinking.
+
+    Raises:
+        DataError: naming its place, if it does not end with one.
+    """
+    last = row["messages"][-1] if "messages" in row else {"role": "assistant", "content": row.get("output")}
+    answer = answer_of(last["content"] or "") if last["role"] == "assistant" else ""
+    if not answer:
+        raise DataError(f"{where} must end with an answer to be measured by, got {last!r:.100}: leave it out, or name "
+                        "the field as in --columns '{output: NAME}'")  # fmt: skip
+    return {**row, "output": answer}
+
+
+def named_scorers(names: Sequence[str], others: Mapping[str, Scorer] | None = None) -> dict[str, Scorer]:
+    """The scorers of these names.
+
+    Args:
+        names: of `qftlab.evaluate.scorers.SCORERS`, of `others`, or "module:function" for one of your own.
+        others: further scorers by name.
+
+    Raises:
+        ValueError: for a name that is none, or a module or function that is not there.
+    """
+    known, found = {**PLAIN, **(others or {})}, {}
+    for name in names:
+        module, is_own, function = name.partition(":")
+        if name not in known and not is_own:
+            raise ValueError(f"scorers must be of {', '.join(known)}, or module:function, got {name!r}")
+        try:
+            found[name] = known[name] if name in known else getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"scorers must name a function as module:function, got {name!r}: {error} (a file of this "
+                             "folder is found by `python -m qftlab`)") from error  # fmt: skip
+        if not callable(found[name]):
+            raise ValueError(f"scorers must name a function, got {name!r}, which is a {type(found[name]).__name__}")
+    return found
 
 
 def scorers_for(config, rows: Sequence[Mapping]) -> dict[str, Scorer]:

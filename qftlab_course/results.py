@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qftlab.evaluate.responses import to_lines
 from qftlab.evaluate.scorers import SCORERS
 from qftlab.evaluate.split import prompt_text
 from qftlab.files import aside
 from qftlab.maths.verify import CLOSE, OPEN
+from qftlab_course.responses import to_lines
 
 if TYPE_CHECKING:
     import pandas

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qftlab.decoding.cache import KVCache, Prefix
 from qftlab.decoding.decoder import Decoder
-from qftlab.maths.sampling import RowParams, SamplingParams, sample, sample_rows, uniform
+from qftlab.maths.sampling import RowParams, SamplingParams, apply_temperature, sample, sample_rows, uniform
 
 # A graph has a fixed number of rows and columns; these are rounded up to, so that few graphs serve all.
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -119,11 +119,10 @@ class Batch:
         if not settings.is_greedy:
             row_ids, steps = torch.tensor(settings.row_ids, device=device), torch.arange(settings.max_new_tokens)
             buffers.u[:n, : settings.max_new_tokens] = uniform(settings.seed, row_ids, steps.to(device))
-        if self.recorder is not None:
-            values = {k: v for k, v in vars(RowParams.of(self.params, n, device)).items() if v is not None}
-            self.used = tuple(values)
-            for name, value in values.items():
-                buffers.params[name][:n] = value
+        values = {k: v for k, v in vars(RowParams.of(self.params, n, device)).items() if v is not None}
+        self.used = tuple(values)
+        for name, value in values.items():
+            buffers.params[name][:n] = value
         if settings.is_penalised:
             vocabulary = self.decoder.vocabulary
             if buffers.seen is None:
@@ -229,18 +228,11 @@ class Batch:
         """Keeps the chosen tokens, in place."""
         buffers.tokens[:n] = tokens
         if self.settings.with_logprobs:
-            buffers.logprobs[:n] = _logprobs(logits, tokens.clamp(min=0), self._temperatures(n))
+            scores = apply_temperature(logits.float(), RowParams(buffers.params["temperature"][:n]))  # (B, V)
+            picked = scores.gather(1, tokens.clamp(min=0).unsqueeze(1)).squeeze(1)
+            buffers.logprobs[:n] = picked - scores.logsumexp(-1)
         if self.settings.is_penalised:
             buffers.seen[:n].scatter_(1, tokens.clamp(min=0).unsqueeze(1), True)
-
-    def _temperatures(self, n: int) -> float | Tensor:
-        if self.recorder is None:
-            if isinstance(self.params, SamplingParams):
-                return self.params.temperature or 1.0
-            values = [p.temperature or 1.0 for p in self.params]
-            return torch.tensor(values, device=self.buffers.tokens.device)
-        temperature = self.buffers.params["temperature"][:n]
-        return torch.where(temperature == 0, 1.0, temperature)
 
     def _recorded(self, rows: int, width: int) -> Callable[[], None]:
         """The step of this many rows and columns, recorded when it is first needed."""
@@ -268,9 +260,3 @@ class Batch:
 def _joined(params: Sequence[SamplingParams]) -> SamplingParams | list[SamplingParams]:
     """One setting where all rows have the same, seen once and not at every token."""
     return params[0] if all(p == params[0] for p in params) else list(params)
-
-
-def _logprobs(logits: Tensor, tokens: Tensor, temperature: float | Tensor) -> Tensor:
-    scale = temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature
-    scores = logits.float() / scale  # (B, V)
-    return scores.gather(1, tokens.unsqueeze(1)).squeeze(1) - scores.logsumexp(-1)

@@ -8,7 +8,6 @@ import unicodedata
 from collections.abc import Sequence
 
 from qftlab.rows.chat import THINKING
-from qftlab.rows.sources import DataError
 
 # Characters of Chinese, Japanese, Thai, Lao, Khmer and Burmese, which set no blanks between words.
 UNSPACED = (
@@ -62,20 +61,6 @@ def answer_of(said: str) -> str:
     """What an assistant says without its thinking; "" where the thinking was cut off before there was an answer."""
     found = THINKING.fullmatch(said)
     return found[3].strip() if found else "" if said.lstrip().startswith("<think>") else said.strip()
-
-
-def answered_row(row: dict, where: str) -> dict:
-    """A converted row whose "output" is the answer that a model is measured by, without its thinking.
-
-    Raises:
-        DataError: naming its place, if it does not end with one.
-    """
-    last = row["messages"][-1] if "messages" in row else {"role": "assistant", "content": row.get("output")}
-    answer = answer_of(last["content"] or "") if last["role"] == "assistant" else ""
-    if not answer:
-        raise DataError(f"{where} must end with an answer to be measured by, got {last!r:.100}: leave it out, or name "
-                        "the field as in --columns '{output: NAME}'")  # fmt: skip
-    return {**row, "output": answer}
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

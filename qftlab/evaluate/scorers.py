@@ -13,7 +13,6 @@ By "numbers" and "target", 0, 0.1 or 1: countdown and reasoned (`qftlab.maths.ve
 from __future__ import annotations
 
 import ast
-import importlib
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -109,28 +108,3 @@ SCORERS: dict[str, Scorer] = {
     "countdown_course": by_problem(countdown_course),
     "tinyzero": by_problem(tinyzero),
 }
-
-
-def named_scorers(names: Sequence[str], others: Mapping[str, Scorer] | None = None) -> dict[str, Scorer]:
-    """The scorers of these names.
-
-    Args:
-        names: of `SCORERS`, of `others`, or "module:function" for one of your own.
-        others: further scorers by name.
-
-    Raises:
-        ValueError: for a name that is none, or a module or function that is not there.
-    """
-    known, found = {**SCORERS, **(others or {})}, {}
-    for name in names:
-        module, is_own, function = name.partition(":")
-        if name not in known and not is_own:
-            raise ValueError(f"scorers must be of {', '.join(known)}, or module:function, got {name!r}")
-        try:
-            found[name] = known[name] if name in known else getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"scorers must name a function as module:function, got {name!r}: {error} (a file of this "
-                             "folder is found by `python -m qftlab`)") from error  # fmt: skip
-        if not callable(found[name]):
-            raise ValueError(f"scorers must name a function, got {name!r}, which is a {type(found[name]).__name__}")
-    return found

@@ -7,10 +7,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from qftlab.evaluate.answers import WORDS
 from qftlab.evaluate.data import ReadConfig, write_rows
+from qftlab.rows.schemas import messages_of
 from qftlab.rows.sources import LoadReport, load
 from qftlab.settings import Names, check_at_least
 
@@ -47,20 +49,12 @@ def prompt_text(row: dict) -> str:
     Raises:
         ValueError: if the row has no prompt.
     """
-    messages = row.get("messages", row.get("prompt"))
-    if isinstance(messages, str):
-        return messages
-    if messages:
-        asked = []
-        for message in messages:
-            if message["role"] == "assistant":
-                break
-            if message["role"] != "system":
-                asked.append(message.get("content") or "")
-        return "\n".join(asked)
-    if "instruction" not in row:
+    if isinstance(said := row.get("messages", row.get("prompt")), str):
+        return said
+    if not said and "instruction" not in row:
         raise ValueError(f"row must have instruction, messages or prompt, got {', '.join(row) or 'nothing'}")
-    return f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
+    asked = takewhile(lambda turn: turn["role"] != "assistant", messages_of(row))
+    return "\n".join(turn.get("content") or "" for turn in asked if turn["role"] != "system")
 
 
 def prompt_key(row: dict) -> str:

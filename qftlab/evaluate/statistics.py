@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qftlab.evaluate.answers import mcnemar, pass_at_k, wilson_interval
+from qftlab.evaluate.answers import mcnemar, wilson_interval
 from qftlab.settings import check_at_least, check_choice
 
 Numbers = Sequence[float]
@@ -58,24 +58,6 @@ def clustered_interval(
         options = {"confidence_level": level, "paired": True, "method": "percentile", "rng": seed}
         return mean, *map(float, stats.bootstrap((totals, sizes), _ratio, **options).confidence_interval)
     return mean, mean - t * error, mean + t * error
-
-
-def pass_at_k_interval(marks: Numbers, prompts: Sequence, k: int, level: float = 0.95) -> tuple[float, float, float]:
-    """The mean over prompts of the unbiased `pass_at_k`, with its `clustered_interval` (low, high) by "wilson".
-
-    Args:
-        marks: whether each answer is right.
-        prompts: which prompt each answers.
-        k: samples of which one must be right.
-        level: how often such intervals hold the true mean.
-
-    Raises:
-        ValueError: if a prompt has fewer than k answers, or a mark is neither 0 nor 1.
-    """
-    if wrong := set(marks) - {0, 1}:
-        raise ValueError(f"marks must be 0 or 1, got {wrong.pop()!r}")
-    passes = [pass_at_k(int(n), int(right), k) for right, n in _by_prompt(marks, prompts, [1] * len(prompts)).T]
-    return clustered_interval(passes, range(len(passes)), level, method="wilson")
 
 
 @dataclass(frozen=True)

@@ -141,8 +141,7 @@ class ChunkedHead:
 
     def entropies(self, rows: slice) -> Tensor:
         """(n,) at the temperature."""
-        logits = self.logits(rows).to(self.precise) / self.plan.temperature
-        return torch.special.entr(logits.softmax(-1)).sum(-1)
+        return entropy(self.logits(rows).to(self.precise) / self.plan.temperature)
 
     def add(self, rows: slice, logit_grads: Tensor) -> None:
         """Takes in d loss / d logits of a chunk, (n, V)."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+
+from qftlab.settings import SamplingParams
 
 ONE = 2**42  # the weight of a row's likeliest token; 2**21 such weights still fit into int64
 CHUNK = 128
@@ -105,43 +106,6 @@ def _target(u: Tensor, total: Tensor) -> Tensor:
 
 
 Seen = Sequence[Tensor] | Tensor
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is chosen.
-
-    Args:
-        temperature: logits are divided by it; 0 is greedy; between 0 and 1e-6 fp32 could overflow.
-        top_k: keep the k most likely tokens, ties with the last kept; 0, and k at or over the vocabulary, keep all.
-        top_p: keep the smallest set of likely tokens whose mass reaches p, higher ids of a tie first; 1 keeps all.
-        min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all, 1 the likeliest and its ties.
-        repetition_penalty: divides positive and multiplies negative logits of tokens already seen; 1 does nothing.
-
-    Raises:
-        ValueError: if a value is out of its range.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        rules = {
-            "temperature": (lambda x: x == 0 or 1e-6 <= x < math.inf, "0, or finite and 1e-6 or more", Real),
-            "top_k": (lambda x: x >= 0, "a whole number, 0 or more", Integral),
-            "top_p": (lambda x: 0 < x <= 1, "in (0, 1]", Real),
-            "min_p": (lambda x: 0 <= x <= 1, "in [0, 1]", Real),
-            "repetition_penalty": (lambda x: 0 < x < math.inf, "finite and above 0", Real),
-        }
-        for name, (holds, rule, kind) in rules.items():
-            value = getattr(self, name)
-            if not isinstance(value, kind) or isinstance(value, bool) or not holds(value):
-                raise ValueError(f"{name} must be {rule}, got {value!r}")
-
-
 Params = SamplingParams | Sequence[SamplingParams]
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qftlab.settings import TrainConfig
+
 if TYPE_CHECKING:  # what reads rows alone starts at once
     import torch
     from torch import Tensor
@@ -188,22 +190,20 @@ def _longest_first(lengths: Sequence[int], budget: int | None) -> list[int]:
     return order
 
 
-def split_step(
-    lengths: Sequence[int], *, packing: bool, budget: int | None = None, rows: int | None = None
-) -> list[list[int]]:
-    """The documents of one optimizer step by number, split into micro-batches.
+def split_step(lengths: Sequence[int], config: TrainConfig, each: int = 1) -> list[list[int]]:
+    """What an optimizer step is made of by number, split into micro-batches: packed rows, or rectangles of like length.
 
     Args:
-        lengths: in tokens, of documents or of whole groups of them.
-        packing: whether a micro-batch is one packed row; otherwise it is a rectangle of documents of about one length.
-        budget: the most tokens of a micro-batch, padding counted; None is no limit.
-        rows: the most documents of one; None is no limit.
+        lengths: in tokens, of documents; or of groups that stay together: packed, of all in one, else of its longest.
+        config: packing, `tokens_per_micro_batch` (padding counted) and `micro_batch_size` (in groups).
+        each: documents of a group, which are as many rows of a rectangle.
 
     Raises:
         ValueError: if a document is longer than the budget.
     """
-    if not packing:
-        return group_by_length(lengths, budget=budget, rows=rows)
+    budget, rows = config.tokens_per_micro_batch, config.micro_batch_size
+    if not config.packing:
+        return group_by_length(lengths, budget=budget and budget // each, rows=rows)
     if budget is not None:
         return first_fit_decreasing(lengths, budget)
     size = rows or len(lengths)

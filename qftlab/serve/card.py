@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from qftlab.model.export import ExportReport
 from qftlab.model.loading import END_OF_TURN
 from qftlab.model.lora import adapter_base
 from qftlab.serve import ExportConfig
-from qftlab.train.run import METRICS, resolve_model
+from qftlab.train.run import METRICS, records_of, resolve_model
 
 GGUF = "model.gguf"
 RESULTS = "evaluation_results.json"  # of `evaluate`
@@ -95,8 +94,7 @@ def _stage(run: Path, record: Mapping) -> dict[str, str]:
         value = settings.get(first, {}).get(second) if second else settings.get(first)
         if value not in (None, 0, "", "none", []) and not (first == "lora" and not settings["lora"]["rank"]):
             found[second or first] = ", ".join(value) if isinstance(value, list) else value
-    lines = (run / METRICS).read_text(encoding="utf-8").splitlines()
-    held = [json.loads(line) for line in lines if "held_out_" in line and line.endswith("}")]
+    held = [record for _, record in records_of(run / METRICS) if any("held_out_" in key for key in record)]
     first, last = (held[0], held[-1]) if held else ({}, {})
     told = [f"{key[9:]} {first[key]:.4g} → {value:.4g}" for key, value in last.items() if key != "step"]
     where = ", ".join(map(named, settings["held_out"]))

@@ -48,7 +48,7 @@ def hand_over(model, tokenizer: PreTrainedTokenizerBase, config: ExportConfig, *
 
     def also(place: Path, report: ExportReport) -> None:
         if write_gguf:
-            write_gguf(place, config.gguf, name, check=config.check != "none")
+            write_gguf(place, config.gguf, name)
         text = card_text(name, card, report, tokenizer, GGUF if write_gguf else "")
         (place / "README.md").write_text(text, encoding="utf-8")
 

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -262,6 +262,15 @@ def training_identity(
     settings = {name: value for name, value in asdict(config).items() if name not in NEUTRAL}
     return {"train": settings, "documents": fingerprint(examples), "held_out": fingerprint(held_out),
             "frozen weights": frozen_fingerprint(model)}  # fmt: skip
+
+
+def weights_digest(named: Iterable[tuple[str, Tensor]], start: str = "") -> str:
+    """The start of a sha256 of weights by name, behind a text."""
+    digest = hashlib.sha256(start.encode())
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def frozen_fingerprint(model: nn.Module) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,14 +16,14 @@ from torch import Tensor, nn
 from qftlab.files import aside
 from qftlab.maths.losses import dpo_loss, preference_accuracy, sum_by_document
 from qftlab.model.head import context_length, module_mode
-from qftlab.rows.batches import batches, pack, pad, split_step
-from qftlab.rows.examples import Pair, documents, encode_pairs, load_wanted
-from qftlab.settings import DPOConfig, PreferenceLoss, RunConfig, TrainConfig
-from qftlab.train.checkpoint import Checkpoints, fingerprint, training_identity
+from qftlab.rows.batches import batches, group_by_length, pack, pad, split_step
+from qftlab.rows.examples import Pair, documents, encode_pairs
+from qftlab.settings import DPOConfig, PreferenceLoss, TrainConfig
+from qftlab.train.checkpoint import Checkpoints, fingerprint, training_identity, weights_digest
 from qftlab.train.distributed import Ranks, autocast, per_process, wrap
-from qftlab.train.loop import TrainResult, train
+from qftlab.train.loop import TrainResult, checkpoints_at, train
 from qftlab.train.optimizer import MicroBatch, NonFiniteLoss
-from qftlab.train.run import RunFolder, Stage, ask_as_trained_, load_extended, row_options, run_stage
+from qftlab.train.run import RunFolder, Stage, read_examples, run_stage
 from qftlab.train.step import IGNORED, Frozen, Step, to_device
 
 REFERENCE = "reference.safetensors"
@@ -49,12 +48,8 @@ class Reference:
     @cached_property
     def digest(self) -> str:
         """The start of a sha256 of its weights (with adapters, where it has some) and of what it computes in."""
-        digest = hashlib.sha256(f"{self.which} {self.config.precision == 'autocast'}".encode())
-        if self.which != "none":
-            for name, tensor in self.model.state_dict().items():
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+        weights = {} if self.which == "none" else self.model.state_dict()
+        return weights_digest(weights.items(), f"{self.which} {self.config.precision == 'autocast'}")
 
     def logprobs(self, pairs: Sequence[Pair], cache: Path | None = None) -> Tensor:
         """Of the chosen and rejected answers, (N, 2) fp32 in nats on the CPU; zeros for "none".
@@ -81,9 +76,7 @@ class Reference:
         """This process's part: every `size`-th group of pairs of like length."""
         device = next(self.model.parameters()).device
         size = self.config.micro_batch_size or self.config.batch_size
-        order = sorted(range(len(pairs)), key=lambda i: pairs[i].length)
-        groups = [order[i : i + size] for i in range(0, len(order), size)][world.rank :: world.size]
-        share = []
+        groups, share = group_by_length([pair.length for pair in pairs], rows=size)[world.rank :: world.size], []
         with autocast(self.config, device):
             for group in groups:
                 examples = documents([pairs[i] for i in group])
@@ -165,13 +158,7 @@ class PairStep(nn.Module):
             margin (β times the gain of chosen over rejected against the reference, nats), preference_accuracy (ties
             ½), chosen_logprob and rejected_logprob (nats an answer).
         """
-        if not self.seen:
-            return {}
-        _, margins, chosen, rejected = torch.cat([values for _, values in self.seen], 1)
-        self.seen.clear()
-        means = torch.stack([margins.mean(), preference_accuracy(margins), chosen.mean(), rejected.mean()]).tolist()
-        names = ("margin", "preference_accuracy", "chosen_logprob", "rejected_logprob")
-        return {name: round(value, 6) for name, value in zip(names, means, strict=True)}
+        return take_means_(self.seen, ("margin", "preference_accuracy", "chosen_logprob", "rejected_logprob"))
 
     def suspects(self) -> str:
         """The pairs seen since the last `take` whose loss is no number, with their log-probabilities; for messages."""
@@ -183,6 +170,16 @@ class PairStep(nn.Module):
         return "; ".join(lines[:5]) or "no pair by itself"
 
 
+def take_means_(seen: deque[tuple[Tensor, Tensor]], names: Sequence[str]) -> dict[str, float]:
+    """Empties what a step has seen of its pairs: means of margin, accuracy (ties ½), chosen and rejected as `names`."""
+    if not seen:
+        return {}
+    margins, chosen, rejected = torch.cat([values for _, values in seen], 1)[-3:]
+    seen.clear()
+    means = torch.stack([margins.mean(), preference_accuracy(margins), chosen.mean(), rejected.mean()]).tolist()
+    return {name: round(value, 6) for name, value in zip(names, means, strict=True)}
+
+
 class PairSource:
     """Micro-batches of fixed pairs: a pure function of (seed, epoch, step).
 
@@ -190,11 +187,10 @@ class PairSource:
         pairs: what is trained on.
         reference: (N, 2) the reference's log-probabilities of chosen and rejected.
         config: batch sizes (in pairs), packing and seed.
-        pad_id: fills padded batches; masked by length, so any id will do.
     """
 
-    def __init__(self, pairs: Sequence[Pair], reference: Tensor, config: TrainConfig, pad_id: int = 0) -> None:
-        self.pairs, self.reference, self.config, self.pad_id = pairs, reference, config, pad_id
+    def __init__(self, pairs: Sequence[Pair], reference: Tensor, config: TrainConfig) -> None:
+        self.pairs, self.reference, self.config = pairs, reference, config
         self.steps_per_epoch = -(-len(pairs) // config.batch_size)
 
     def __call__(self, epoch: int, step: int) -> list[MicroBatch]:
@@ -204,19 +200,15 @@ class PairSource:
 
     def split(self, numbers: Sequence[int]) -> list[MicroBatch]:
         """Pairs by index, as micro-batches within `micro_batch_size` pairs or `tokens_per_micro_batch` tokens."""
-        config, pairs = self.config, [self.pairs[i] for i in numbers]
-        lengths, budget = [p.length for p in pairs], config.tokens_per_micro_batch
-        if not config.packing:  # a rectangle has two rows for each pair
-            lengths = [max(len(p.chosen), len(p.rejected)) for p in pairs]
-            budget = budget and budget // 2
-        groups = split_step(lengths, packing=config.packing, budget=budget, rows=config.micro_batch_size)
+        pairs, joined = [self.pairs[i] for i in numbers], sum if self.config.packing else max
+        groups = split_step([joined((len(p.chosen), len(p.rejected))) for p in pairs], self.config, 2)
         mean = torch.tensor(sum(sum(p.chosen.loss_mask[1:]) for p in pairs) / len(pairs))
         return [self._micro_batch([numbers[i] for i in group], mean) for group in groups]
 
     def _micro_batch(self, indices: list[int], mean_chosen_tokens: Tensor) -> MicroBatch:
         pairs = [self.pairs[i] for i in indices]
         examples, numbers = documents(pairs), [p.number for p in pairs]
-        tensors = pack(examples) if self.config.packing else pad(examples, self.pad_id)
+        tensors = pack(examples) if self.config.packing else pad(examples, 0)
         extra = {"reference": self.reference[indices], "numbers": torch.tensor(numbers),
                  "mean_chosen_tokens": mean_chosen_tokens}  # fmt: skip
         return MicroBatch(tensors | extra, tuple(numbers))
@@ -237,10 +229,8 @@ def fit_encoded_pairs(
     reference: Reference | None = None,
     reference_model=None,
     cache: str | Path | None = None,
-    on_log: Callable[[dict], None] | None = None,
-    progress: bool = False,
     checkpoints: Checkpoints | str | Path | None = None,
-    resume: bool = False,
+    **options,
 ) -> TrainResult:
     """Trains `model` in place on pairs that are tokens already. Arguments as in `fit_pairs`; raises what it raises.
 
@@ -249,9 +239,8 @@ def fit_encoded_pairs(
     loss = loss or PreferenceLoss()
     if reference is None:
         reference = Reference(model if reference_model is None else reference_model, loss.reference, config)
-    if isinstance(checkpoints, str | Path):
-        identity = pair_identity(model, config, loss, pairs, held_out, reference)
-        checkpoints = Checkpoints(checkpoints, identity, config.keep)
+    facts = model, config, loss, pairs, held_out, reference
+    checkpoints = checkpoints_at(checkpoints, config, pair_identity, *facts)
     bare = PairStep(model, loss)
     known = reference.logprobs(pairs, Path(cache) if cache else None)
     # In groups of their own, as they are measured: the same sums, so that before the first step all are exact ties.
@@ -261,8 +250,7 @@ def fit_encoded_pairs(
     measure = partial(held_out_pairs, step, bare, PairSource(held_out, known_held_out, config)) if held_out else None
     try:
         return train(step, PairSource(pairs, known, per_process(config)), config, count=count_pairs, unit="pairs",
-                     take=bare.take, held_out=measure, on_log=on_log, progress=progress, checkpoints=checkpoints,
-                     resume=resume)  # fmt: skip
+                     take=bare.take, held_out=measure, checkpoints=checkpoints, **options)  # fmt: skip
     except NonFiniteLoss as error:
         raise NonFiniteLoss(f"{error}; not finite: {bare.suspects()}") from error
 
@@ -270,12 +258,12 @@ def fit_encoded_pairs(
 def held_out_pairs(step: nn.Module, bare: PairStep, source: PairSource) -> tuple[float, dict[str, float]]:
     """Loss (nats a pair) and the figures of `PairStep.take` on all pairs of a source, without gradients or dropout."""
     size, device = source.config.micro_batch_size or source.config.batch_size, next(step.parameters()).device
-    order = sorted(range(len(source.pairs)), key=lambda i: source.pairs[i].length)
-    parts = [m for i in range(0, len(order), size) for m in source.split(order[i : i + size])]
+    groups = group_by_length([pair.length for pair in source.pairs], rows=size)
+    parts = [m for group in groups for m in source.split(group)]
     bare.take()
     with module_mode(step, False), torch.no_grad():
         total = sum(step(**to_device(m.tensors, device), num_tokens=1) for m in parts)
-    return (total / len(order)).item(), {f"held_out_{name}": value for name, value in bare.take().items()}
+    return (total / len(source.pairs)).item(), {f"held_out_{name}": value for name, value in bare.take().items()}
 
 
 def pair_identity(
@@ -348,7 +336,7 @@ def dpo(config: DPOConfig, *, progress: bool = False) -> Path:
 
 def prepare(config: DPOConfig) -> Stage:
     """Reads pairs and model, and has the reference look at the model as it is."""
-    model, tokenizer, pairs, held_out, usage = read_pairs(config)
+    model, tokenizer, pairs, held_out, usage = read_examples(config, "preference", encode_pairs)
     reference = Reference(model, config.loss.reference, config.train)
 
     def fit(run: RunFolder, **options) -> TrainResult:
@@ -357,16 +345,3 @@ def prepare(config: DPOConfig) -> Stage:
                                  cache=run.path / REFERENCE, **options)  # fmt: skip
 
     return Stage(model, tokenizer, pair_identity(model, config.train, config.loss, pairs, held_out, reference), fit)
-
-
-def read_pairs(config: RunConfig, wrap: Callable = lambda model, tokenizer: model) -> tuple:
-    """Model (as `wrap` makes it), tokenizer, pairs, held-out pairs and the usage of the pairs."""
-    rows, sources = load_wanted(config.data, "preference", config.columns)
-    held_out_rows, held_out_sources = load_wanted(config.held_out, "preference", config.columns)
-    model, tokenizer = load_extended(config)
-    model = wrap(model, tokenizer)
-    options = row_options(config, model)
-    pairs, usage = encode_pairs(tokenizer, rows, sources=sources, **options)
-    held_out = encode_pairs(tokenizer, held_out_rows, sources=held_out_sources, **options)[0] if held_out_rows else []
-    ask_as_trained_(tokenizer, config, usage)
-    return model, tokenizer, pairs, held_out, usage

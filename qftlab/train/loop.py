@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -32,7 +33,7 @@ from qftlab.train.optimizer import (
 )
 from qftlab.train.step import count_trained_tokens
 
-__all__ = ["Source", "TrainResult", "says_loss", "train"]
+__all__ = ["Source", "TrainResult", "checkpoints_at", "says_loss", "train"]
 log = logging.getLogger(__name__)
 
 
@@ -75,6 +76,13 @@ def says_loss(record: dict) -> str:
     """What the log says of a record: its loss."""
     is_held_out = "held_out_loss" in record
     return f"held-out loss {record['held_out_loss']:.3f}" if is_held_out else f"loss {record['loss']:.3f}"
+
+
+def checkpoints_at(
+    place: Checkpoints | str | Path | None, config: TrainConfig, identity: Callable[..., dict], *facts
+) -> Checkpoints | None:
+    """The checkpoints given, or those in the folder given, whose identity is then `identity(*facts)`."""
+    return Checkpoints(place, identity(*facts), config.keep) if isinstance(place, str | Path) else place
 
 
 def train(

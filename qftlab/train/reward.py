@@ -20,22 +20,22 @@ from transformers import AutoModelForSequenceClassification
 
 from qftlab.decoding.engine import known_id
 from qftlab.files import resolve
-from qftlab.maths.losses import preference_accuracy, sum_by_document
+from qftlab.maths.losses import sum_by_document
 from qftlab.maths.verify import answer_reward, countdown_reward, exact_reward, first_token_reward, reasoned_reward
 from qftlab.model.attention import check_rows, register_packed_attention
 from qftlab.model.head import context_length, module_mode
 from qftlab.model.loading import model_of_files
-from qftlab.rows.batches import Example, pack, pad
+from qftlab.rows.batches import Example, group_by_length, pack, pad
 from qftlab.rows.chat import render_chat, render_prompt
 from qftlab.rows.examples import Pair, documents, encode_pairs, place_of
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.settings import AGENT, EDIT, RewardConfig, TrainConfig
-from qftlab.train.checkpoint import Checkpoints, training_identity
+from qftlab.train.checkpoint import training_identity
 from qftlab.train.distributed import per_process, wrap
-from qftlab.train.dpo import PairSource, count_pairs, held_out_pairs, read_pairs
-from qftlab.train.loop import TrainResult, train
+from qftlab.train.dpo import PairSource, count_pairs, held_out_pairs, take_means_
+from qftlab.train.loop import TrainResult, checkpoints_at, train
 from qftlab.train.rollouts import Reward
-from qftlab.train.run import RunFolder, Stage, resolve_model, run_stage
+from qftlab.train.run import RunFolder, Stage, read_examples, resolve_model, run_stage
 from qftlab.train.step import Step, to_device
 
 
@@ -92,7 +92,8 @@ class RewardStep(nn.Module):
         model: a sequence classifier with one label.
 
     Attributes:
-        seen: of each forward pass since the last `take`, detached: rows of margin, chosen and rejected score (3, N).
+        seen: of each forward pass since the last `take`, detached: pair numbers (N,) and rows of margin, chosen
+            and rejected score (3, N).
 
     Source: Bradley and Terry 1952; Ouyang et al. 2022, eq. 1.
     """
@@ -100,23 +101,17 @@ class RewardStep(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.seen: deque[Tensor] = deque(maxlen=4096)
+        self.seen: deque[tuple[Tensor, Tensor]] = deque(maxlen=4096)
 
     def forward(self, num_tokens, **batch) -> Tensor:
         """The sum of the pairs' losses ÷ `num_tokens`, the pairs of the whole optimizer step; a scalar in nats."""
         chosen, rejected = scores_of(self.model, batch).view(-1, 2).unbind(1)
-        self.seen.append(torch.stack([chosen - rejected, chosen, rejected]).detach())
+        self.seen.append((batch["numbers"], torch.stack([chosen - rejected, chosen, rejected]).detach()))
         return -F.logsigmoid(chosen - rejected).sum() / num_tokens
 
     def take(self) -> dict[str, float]:
         """Means over the pairs seen since the last call: margin, accuracy (ties ½), chosen_score and rejected_score."""
-        if not self.seen:
-            return {}
-        margins, chosen, rejected = torch.cat(list(self.seen), 1)
-        self.seen.clear()
-        means = torch.stack([margins.mean(), preference_accuracy(margins), chosen.mean(), rejected.mean()]).tolist()
-        names = ("margin", "accuracy", "chosen_score", "rejected_score")
-        return {name: round(value, 6) for name, value in zip(names, means, strict=True)}
+        return take_means_(self.seen, ("margin", "accuracy", "chosen_score", "rejected_score"))
 
 
 def ended(example: Example, markers: Collection[int] = ()) -> Example:
@@ -166,9 +161,8 @@ def fit_reward_pairs(
     """Trains a reward model in place on pairs that are tokens already. Arguments as in `fit_reward`."""
     pairs, held_out = ([replace(p, chosen=ended(p.chosen), rejected=ended(p.rejected)) for p in part]
                        for part in (pairs, held_out))  # fmt: skip
-    if isinstance(folder := options.get("checkpoints"), str | Path):
-        identity = training_identity(model, config, documents(pairs), documents(held_out))
-        options["checkpoints"] = Checkpoints(folder, identity, config.keep)
+    facts = model, config, documents(pairs), documents(held_out)
+    options["checkpoints"] = checkpoints_at(options.get("checkpoints"), config, training_identity, *facts)
     bare = RewardStep(model)
     step = wrap(bare, config.sharding, config.precision)
     sources = [PairSource(part, torch.zeros(len(part), 2), per_process(config)) for part in (pairs, held_out)]
@@ -213,10 +207,8 @@ class ModelReward:
     def many(self, answers: Sequence[tuple]) -> list[float]:
         """The scores of answers, each (prompt, completion_ids, text, row)."""
         examples = [self._example(prompt, text) for prompt, _, text, _ in answers]
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
         device, found = next(self.model.parameters()).device, [0.0] * len(examples)
-        for start in range(0, len(order), self.batch_size):
-            part = order[start : start + self.batch_size]
+        for part in group_by_length([len(example) for example in examples], rows=self.batch_size):
             batch = pad([examples[i] for i in part], self.tokenizer.pad_token_id or 0)
             for i, value in zip(part, scores_of(self.model, to_device(batch, device)).tolist(), strict=True):
                 found[i] = value
@@ -337,7 +329,7 @@ def reward(config: RewardConfig, *, progress: bool = False) -> Path:
 
 def prepare(config: RewardConfig) -> Stage:
     """Reads pairs and model, and gives the model its head."""
-    model, tokenizer, pairs, held_out, usage = read_pairs(config, reward_model)
+    model, tokenizer, pairs, held_out, usage = read_examples(config, "preference", encode_pairs, reward_model)
 
     def fit(run: RunFolder, **options) -> TrainResult:
         run.write_json("pair_usage.json", asdict(usage))

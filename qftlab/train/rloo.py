@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +19,9 @@ from qftlab.model.head import context_length
 from qftlab.rows.batches import Example
 from qftlab.rows.examples import load_wanted
 from qftlab.settings import PolicyConfig, RLOOConfig, TrainConfig
-from qftlab.train.checkpoint import Checkpoints, read_state, training_identity
+from qftlab.train.checkpoint import Checkpoints, read_state, training_identity, weights_digest
 from qftlab.train.distributed import Ranks, per_process, wrap
-from qftlab.train.loop import TrainResult, train
+from qftlab.train.loop import TrainResult, checkpoints_at, train
 from qftlab.train.meter import samples_of, table_of
 from qftlab.train.rollouts import (
     STOPS,
@@ -201,17 +200,15 @@ def fit_prompts(
     held_out: Sequence[Prompt] = (),
     sampler: Sampler | None = None,
     on_log: Callable[[dict], None] | None = None,
-    progress: bool = False,
     checkpoints: Checkpoints | str | Path | None = None,
-    resume: bool = False,
+    **options,
 ) -> TrainResult:
     """Trains `model` in place on prompts that are tokens already. Arguments as in `fit_policy`; raises what it does."""
     _check(config, policy, rewards, checkpoints is not None, bool(held_out))
     bare = PolicyStep(model, policy)
     reference = Frozen(bare.step, policy.reference) if policy.beta else None
-    if isinstance(checkpoints, str | Path):
-        identity = policy_identity(model, config, policy, prompts, held_out, rewards)
-        checkpoints = Checkpoints(checkpoints, identity, config.keep)
+    facts = model, config, policy, prompts, held_out, rewards
+    checkpoints = checkpoints_at(checkpoints, config, policy_identity, *facts)
     if sampler is None:
         layout = keep_layout_(checkpoints, model) if checkpoints else None
         sampler = ModelSampler(model, tokenizer, policy, layout)
@@ -220,7 +217,7 @@ def fit_prompts(
     measure = partial(held_out_rewards, held_out, source) if held_out else None
     return train(step, source, config, count=count_answers, unit="answers", take=lambda: source.found | bare.take(),
                  held_out=measure, on_log=partial(_note, source, on_log) if on_log else None, headline=headline,
-                 progress=progress, checkpoints=checkpoints, resume=resume, saves_on=STOPS)  # fmt: skip
+                 checkpoints=checkpoints, saves_on=STOPS, **options)  # fmt: skip
 
 
 def _note(source: RolloutSource, on_log: Callable[[dict], None], record: dict) -> None:
@@ -272,7 +269,8 @@ def policy_identity(
     sets = ([Example(p.ids, [False] * len(p.ids)) for p in part] for part in (prompts, held_out))
     neutral = ("rollout_batch_size", "sample_every")
     settings = {name: value for name, value in asdict(policy).items() if name not in neutral}
-    start = trained_digest(model) if policy.beta and policy.reference == "start" else "none"
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    start = weights_digest(trained) if policy.beta and policy.reference == "start" else "none"
     return training_identity(model, config, *sets) | {"policy": settings, "rewards": list(rewards), "reference": start}
 
 
@@ -288,16 +286,6 @@ def keep_layout_(checkpoints: Checkpoints, model) -> str:
         layouts = Ranks.current().gather(recorded or best_layout(model))
         checkpoints.identity["layout"] = layouts[0]
     return checkpoints.identity["layout"]
-
-
-def trained_digest(model) -> str:
-    """The start of a sha256 of the weights that are trained, as they are."""
-    digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
-            digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def rloo(config: RLOOConfig, *, progress: bool = False) -> Path:

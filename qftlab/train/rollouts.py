@@ -356,8 +356,7 @@ class RolloutSource:
         if self.config.packing and budget is not None and max(map(sum, groups)) > budget:
             return first_fit_decreasing(lengths, budget), False
         sizes = list(map(sum if self.config.packing else max, groups))
-        budget = budget if self.config.packing else budget and budget // size  # a rectangle has a row for each answer
-        parts = split_step(sizes, packing=self.config.packing, budget=budget, rows=self.config.micro_batch_size)
+        parts = split_step(sizes, self.config, size)
         return [[g * size + i for g in part for i in range(size)] for part in parts], True
 
     def _batch(self, rollouts: list[Rollout], extra: int) -> dict[str, Tensor]:

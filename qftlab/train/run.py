@@ -16,11 +16,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qftlab.decoding.engine import known_id
-from qftlab.files import aside, not_written, resolve, sha256, versions
+from qftlab.files import aside, not_written, read_json, resolve, sha256, versions
 from qftlab.model.head import context_length
 from qftlab.model.loading import extend_model, load_model, save_model
 from qftlab.model.lora import add_adapters, check_continued, is_adapted
 from qftlab.rows.chat import knows_thinking
+from qftlab.rows.examples import load_wanted
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer, set_thinking_
 from qftlab.settings import ENABLE_THINKING, RunConfig
 from qftlab.train.checkpoint import Checkpoints, step_of
@@ -34,6 +35,8 @@ LATEST, FINAL = "latest", "final"  # pointers: to the last run that ended, and t
 
 class RunFolder:
     """The folder `<parent>/<date>-<time>` holding config.json, and in time metrics.jsonl, model/ and more.
+
+    All processes make it together and get the same; what would write does nothing but in the first.
 
     Args:
         parent: the folder of runs, made if missing.
@@ -50,21 +53,18 @@ class RunFolder:
     def __init__(
         self, parent: str | Path, config: object, data: Sequence = (), facts: Mapping = {}, resume: str | None = None
     ) -> None:
-        self.is_writer = True
-        self.path = find_run(resume, Path(parent)) if resume else _new_folder(Path(parent))
-        if not resume:
-            settings = asdict(config) if is_dataclass(config) else dict(config)
-            hashes = {str(path): sha256(path) if Path(path).is_file() else "no file" for path in data}
-            self.write_json("config.json", {"config": settings, **facts, "data_sha256": hashes, "versions": versions()})
-        log.info("run folder %s", self.path)
-        self._metrics = (self.path / METRICS).open("a", encoding="utf-8", buffering=1)
-
-    @classmethod
-    def reader(cls, path: str | Path) -> RunFolder:
-        """The folder of a run that another process writes: everything that would write does nothing."""
-        run = cls.__new__(cls)
-        run.path, run.is_writer = Path(path), False
-        return run
+        world = Ranks.current()
+        self.is_writer = world.is_main
+        if self.is_writer:
+            self.path = find_run(resume, Path(parent)) if resume else _new_folder(Path(parent))
+            if not resume:
+                settings = asdict(config) if is_dataclass(config) else dict(config)
+                hashes = {str(path): sha256(path) if Path(path).is_file() else "no file" for path in data}
+                record = {"config": settings, **facts, "data_sha256": hashes, "versions": versions()}
+                self.write_json("config.json", record)
+            log.info("run folder %s", self.path)
+            self._metrics = (self.path / METRICS).open("a", encoding="utf-8", buffering=1)
+        self.path = world.gather(self.path if self.is_writer else None)[0]
 
     @property
     def model_path(self) -> Path:
@@ -89,7 +89,7 @@ class RunFolder:
         if not self.is_writer:
             return
         self._metrics.close()
-        kept = [line for line, record in _records(self.path / METRICS) if record["step"] <= step]
+        kept = [line for line, record in records_of(self.path / METRICS) if record["step"] <= step]
         with aside(self.path / METRICS) as place:
             place.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._metrics = (self.path / METRICS).open("a", encoding="utf-8", buffering=1)
@@ -123,7 +123,7 @@ class RunFolder:
         if losses:
             from qftlab.evaluate.plots import draw_curves
 
-            records = [record for _, record in _records(self.path / METRICS)]
+            records = [record for _, record in records_of(self.path / METRICS)]
             draw_curves(self.path / "curves.png", losses, held_out, records)
         if not is_whole:
             return
@@ -167,17 +167,14 @@ def own_settings(run: Path) -> dict:
     """
     file = run / "config.json"
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{file} must be whole JSON, got: {error}; give the settings once more, as they were"
-        ) from None
-    if not isinstance(settings, dict) or not isinstance(settings.get("config"), dict):
-        raise ValueError(f"{file} must hold the settings of the run, got none: give them once more, as they were")
-    return {name: value for name, value in settings["config"].items() if name not in ("device", "resume")}
+        settings = dict(read_json(file).get("config"))
+    except (ValueError, TypeError) as error:
+        said = f"{file} must hold the settings of the run, got: {error}; give them once more, as they were"
+        raise ValueError(said) from None
+    return {name: value for name, value in settings.items() if name not in ("device", "resume")}
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict]]:
+def records_of(path: Path) -> Iterator[tuple[str, dict]]:
     """The lines of a metrics.jsonl and what they hold, without one that a killed process left half written.
 
     Raises:
@@ -272,7 +269,8 @@ def run_stage(name: str, config: RunConfig, prepare: Callable[[RunConfig], Stage
     with processes(best_device(config.device)) as device:
         config = replace(config, device=device)
         found = replace(config, model=resolve(resolve_model(config.model)))  # once: `latest` may move meanwhile
-        stage, run = prepare(found), open_run(config, {"stage": name, "start": found.model})
+        stage, sources = prepare(found), [*config.data, *config.held_out]
+        run = RunFolder(config.output, config, sources, {"stage": name, "start": found.model}, config.resume)
         checkpoints = Checkpoints(run.checkpoints / name, run_identity(config) | stage.identity, config.train.keep)
         stage.begin(checkpoints)
         try:
@@ -290,15 +288,6 @@ def run_stage(name: str, config: RunConfig, prepare: Callable[[RunConfig], Stage
         if result.interrupted:
             raise Interrupted(f"stopped after {result.steps} steps; to go on: --resume {run.path}")
         return run.path
-
-
-def open_run(config: RunConfig, facts: Mapping = {}) -> RunFolder:
-    """The folder of a new run, or of the one to resume; all processes get the same, and the first writes."""
-    world, run = Ranks.current(), None
-    if world.is_main:
-        run = RunFolder(config.output, config, [*config.data, *config.held_out], facts, config.resume)
-    path = world.gather(run.path if run else None)[0]
-    return run or RunFolder.reader(path)
 
 
 def begin(run: RunFolder, checkpoints: Checkpoints, config: RunConfig, model, tokenizer) -> None:
@@ -356,17 +345,32 @@ def load_extended(config: RunConfig) -> tuple:
     return model, tokenizer
 
 
-def row_options(config: RunConfig, model) -> dict:
-    """What `encode_rows` and `encode_pairs` are told by a configuration."""
-    return {"max_length": config.max_length or context_length(model), "thinking": ENABLE_THINKING[config.thinking],
-            "num_proc": config.num_proc, "cache": Path(config.output) / "encoded"}  # fmt: skip
+def read_examples(
+    config: RunConfig, wanted: str, encode: Callable, wrap: Callable = lambda model, tokenizer: model, **more
+) -> tuple:
+    """Model, tokenizer, what is trained on, what is held out, and the usage of the first.
 
+    If no answer that is trained thinks, the template that is saved asks with thinking off.
 
-def ask_as_trained_(tokenizer: PreTrainedTokenizerBase, config: RunConfig, usage) -> None:
-    """Has the template that is saved ask with thinking off, if no answer that is trained thinks."""
+    Args:
+        config: of a stage that trains on rows.
+        wanted: what the rows must be: "sft" or "preference".
+        encode: `encode_rows` or `encode_pairs`.
+        wrap: makes what is trained of the model and its tokenizer.
+        more: options of `encode`.
+    """
+    rows, sources = load_wanted(config.data, wanted, config.columns)
+    held_out_rows, held_out_sources = load_wanted(config.held_out, wanted, config.columns)
+    model, tokenizer = load_extended(config)
+    model = wrap(model, tokenizer)
+    more |= {"max_length": config.max_length or context_length(model), "thinking": ENABLE_THINKING[config.thinking],
+             "num_proc": config.num_proc, "cache": Path(config.output) / "encoded"}  # fmt: skip
+    examples, usage = encode(tokenizer, rows, sources=sources, **more)
+    held_out = encode(tokenizer, held_out_rows, sources=held_out_sources, **more)[0] if held_out_rows else ()
     if config.thinking == "auto" and knows_thinking(tokenizer) and not usage.thinking:
         set_thinking_(tokenizer, False)
         log.info("no answer thinks: the chat template that is saved asks with thinking off unless it is told otherwise")
+    return model, tokenizer, examples, held_out, usage
 
 
 def best_device(name: str = "auto") -> str:

@@ -10,20 +10,14 @@ import torch
 from torch import Tensor
 
 from qftlab.model.head import context_length
-from qftlab.rows.batches import (
-    Example,
-    batches,
-    pack,
-    pad,
-    split_step,
-)
-from qftlab.rows.examples import encode_rows, load_wanted
+from qftlab.rows.batches import Example, batches, group_by_length, pack, pad, split_step
+from qftlab.rows.examples import encode_rows
 from qftlab.settings import SFTConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints, training_identity
 from qftlab.train.distributed import per_process, wrap
-from qftlab.train.loop import TrainResult, train
+from qftlab.train.loop import TrainResult, checkpoints_at, train
 from qftlab.train.optimizer import MicroBatch
-from qftlab.train.run import RunFolder, Stage, ask_as_trained_, load_extended, row_options, run_stage
+from qftlab.train.run import RunFolder, Stage, read_examples, run_stage
 from qftlab.train.step import Step, no_grad_loss
 
 
@@ -33,11 +27,10 @@ class ExampleSource:
     Args:
         examples: what is trained on.
         config: batch sizes, packing and seed.
-        pad_id: fills padded batches; masked by length, so any id will do.
     """
 
-    def __init__(self, examples: Sequence[Example], config: TrainConfig, pad_id: int = 0) -> None:
-        self.examples, self.config, self.pad_id = examples, config, pad_id
+    def __init__(self, examples: Sequence[Example], config: TrainConfig) -> None:
+        self.examples, self.config = examples, config
         self.steps_per_epoch = -(-len(examples) // config.batch_size)
         self._order: tuple[int, list[list[int]]] = (-1, [])  # the last epoch asked for, to shuffle once an epoch
 
@@ -50,22 +43,19 @@ class ExampleSource:
 
     def split(self, numbers: Sequence[int]) -> list[MicroBatch]:
         """Examples by number, as micro-batches within `micro_batch_size` rows or `tokens_per_micro_batch` tokens."""
-        config, lengths = self.config, [len(self.examples[i]) for i in numbers]
-        groups = split_step(lengths, packing=config.packing, budget=config.tokens_per_micro_batch,
-                            rows=config.micro_batch_size)  # fmt: skip
+        groups = split_step([len(self.examples[i]) for i in numbers], self.config)
         parts = [[numbers[i] for i in group] for group in groups]
         return [MicroBatch(self._collate([self.examples[i] for i in part]), tuple(part)) for part in parts]
 
     def _collate(self, examples: list[Example]) -> dict[str, Tensor]:
-        return pack(examples) if self.config.packing else pad(examples, self.pad_id)
+        return pack(examples) if self.config.packing else pad(examples, 0)
 
 
 def held_out_loss(step: torch.nn.Module, examples: Sequence[Example], config: TrainConfig) -> Callable[[], float]:
     """A function that measures the loss (nats a trained token) on these examples, a step's rows at a time."""
     source = ExampleSource(examples, config)
     size = config.micro_batch_size or config.batch_size
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    parts = [order[i : i + size] for i in range(0, len(order), size)]
+    parts = group_by_length([len(example) for example in examples], rows=size)
     return lambda: no_grad_loss(step, [m.tensors for part in parts for m in source.split(part)])
 
 
@@ -75,19 +65,15 @@ def fit_examples(
     config: TrainConfig,
     *,
     held_out: Sequence[Example] = (),
-    on_log: Callable[[dict], None] | None = None,
-    progress: bool = False,
     checkpoints: Checkpoints | str | Path | None = None,
-    resume: bool = False,
+    **options,
 ) -> TrainResult:
     """Fine-tunes `model` in place on examples. Arguments as in `fit_rows`; raises what `train` raises."""
-    if isinstance(checkpoints, str | Path):
-        identity = training_identity(model, config, examples, held_out)
-        checkpoints = Checkpoints(checkpoints, identity, config.keep)
+    checkpoints = checkpoints_at(checkpoints, config, training_identity, model, config, examples, held_out)
     step = wrap(Step(model), config.sharding, config.precision)
     measure = held_out_loss(step, held_out, config) if held_out else None
-    return train(step, ExampleSource(examples, per_process(config)), config, held_out=measure, on_log=on_log,
-                 progress=progress, checkpoints=checkpoints, resume=resume)  # fmt: skip
+    source = ExampleSource(examples, per_process(config))
+    return train(step, source, config, held_out=measure, checkpoints=checkpoints, **options)
 
 
 def fit_rows(
@@ -151,13 +137,7 @@ def sft(config: SFTConfig, *, progress: bool = False) -> Path:
 
 def prepare(config: SFTConfig) -> Stage:
     """Reads rows and model, and makes examples of them."""
-    rows, sources = load_wanted(config.data, "sft", config.columns)
-    held_out_rows, held_out_sources = load_wanted(config.held_out, "sft", config.columns)
-    model, tokenizer = load_extended(config)
-    options = row_options(config, model) | {"train_on": config.train_on}
-    examples, usage = encode_rows(tokenizer, rows, sources=sources, **options)
-    held_out = encode_rows(tokenizer, held_out_rows, sources=held_out_sources, **options)[0] if held_out_rows else ()
-    ask_as_trained_(tokenizer, config, usage)
+    model, tokenizer, examples, held_out, usage = read_examples(config, "sft", encode_rows, train_on=config.train_on)
 
     def fit(run: RunFolder, **options) -> TrainResult:
         result = fit_examples(model, examples, config.train, held_out=held_out, **options)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qftlab.settings import AnswerConfig, Names, SamplingConfig, ServerConfig, check_at_least
+from qftlab.settings import AnswerConfig, Names, SamplingParams, ServerConfig, check_at_least
 from qftlab_course.agent_edit.prompts import SYSTEM, TOOLS
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class TasksConfig(AnswerConfig):
     threads: int = 32
     system: str = ""
     max_new_tokens: int = 2048
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.7, top_p=0.8))
+    sampling: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.7, top_p=0.8))
     batch_size: int = 16
 
     def __post_init__(self) -> None:

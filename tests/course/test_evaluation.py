@@ -17,7 +17,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qftlab import cli
-from qftlab.evaluate import responses as responses_module
 from qftlab.files import bundled
 from qftlab.model.loading import load_model, save_model
 from qftlab.remote import client as client_module
@@ -25,6 +24,7 @@ from qftlab.rows.examples import encode_rows
 from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab_course import measure
+from qftlab_course import responses as responses_module
 from qftlab_course.asking import ServerModel, read_answer
 from qftlab_course.commands import EvaluateConfig
 from qftlab_course.evaluation import evaluate, scorers_for

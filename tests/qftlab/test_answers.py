@@ -107,8 +107,11 @@ def test_groups_stay_within_the_budget_of_a_micro_batch() -> None:
     # Rectangles of two rows a group: 14 tokens a pass are one group of 7, 20 are two of 5.
     assert split(tokens_per_micro_batch=14, packing=False) == ([[2, 3], [0, 1], [4, 5]], True)
     assert split(tokens_per_micro_batch=20, packing=False) == ([[2, 3], [0, 1, 4, 5]], True)
-    assert split_step([5, 7, 4], packing=True) == [[0, 1, 2]]
-    assert split_step([5, 7, 4], packing=True, rows=2) == [[0, 1], [2]]
+    assert split_step([5, 7, 4], TrainConfig()) == [[0, 1, 2]]
+    assert split_step([5, 7, 4], TrainConfig(micro_batch_size=2)) == [[0, 1], [2]]
+    rectangles = TrainConfig(packing=False, tokens_per_micro_batch=24)
+    assert split_step([5, 6, 4], rectangles, 2) == [[1, 0], [2]]  # two of 6 tokens are two rows each: 24 in all
+    assert split_step([5, 6, 4], rectangles) == [[1, 0, 2]]
 
 
 def test_figures_of_a_policy_step_by_hand() -> None:

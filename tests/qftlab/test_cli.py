@@ -20,7 +20,7 @@ from qftlab.maths.sampling import SamplingParams
 from qftlab.rows.sources import load_rows
 from qftlab.serve import ExportConfig
 from qftlab.serve.handover import dtype_of_run
-from qftlab.settings import SamplingConfig, SFTConfig, TrainConfig
+from qftlab.settings import SFTConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,8 +78,10 @@ def test_flags_and_yaml_build_the_same_dataclass(tmp_path, capsys) -> None:
 
 
 def test_sampling_options_are_those_of_the_library() -> None:
-    names = [field.name for field in dataclasses.fields(SamplingParams)]
-    assert [field.name for field in dataclasses.fields(SamplingConfig)] == names
+    config = cli.parse("generate", ["--prompt", "a", "--sampling.top_k", "3"])
+    assert config.sampling == SamplingParams(temperature=0.0, top_k=3)
+    with pytest.raises(ValueError, match="top_p must be in"):
+        cli.parse("generate", ["--prompt", "a", "--sampling.top_p", "2"])
 
 
 @pytest.mark.parametrize(

@@ -406,7 +406,7 @@ def test_a_state_that_was_changed_is_not_gone_on_with(change: str, tmp_path) -> 
 @pytest.mark.parametrize(
     ("file", "text", "said"),
     [
-        ("config.json", '{"config": {"mod', "config.json must be whole JSON, got: "),
+        ("config.json", '{"config": {"mod', "config.json must hold a JSON object, got: "),
         ("config.json", "[]", "config.json must hold the settings of the run"),
         ("metrics.jsonl", '{"step": 0}\n{"st}\n', "metrics.jsonl, line 2 must be a record with its step"),
         ("metrics.jsonl", '{"loss": 0}\n', "metrics.jsonl, line 1 must be a record with its step"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qftlab.evaluate.scorers import SCORERS, countdown_course, named_scorers, tinyzero
+from qftlab.evaluate.scorers import SCORERS, countdown_course, tinyzero
 
 ROW = {"numbers": [3, 4], "target": 12}
 
@@ -152,32 +151,3 @@ def test_problems_without_numbers_are_not_scored() -> None:
         assert score(name, {"output": "x"}, "<answer>3</answer>") is None
         assert score(name, {"target": 3}, "<answer>3</answer>") is None
         assert score(name, {"numbers": [3], "target": 3}, "<answer>3</answer>") == 1.0
-
-
-# --- names ---
-
-
-def mine(row: dict, response: str) -> float:
-    return len(response)
-
-
-def test_names(monkeypatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    found = named_scorers(["exact", f"{Path(__file__).stem}:mine", "other"], {"other": mine})
-    assert list(found) == ["exact", "test_scorers:mine", "other"]
-    assert found["exact"] is SCORERS["exact"] and found["test_scorers:mine"]({}, "abc") == 3
-    assert "other" not in SCORERS
-
-
-@pytest.mark.parametrize(("name", "message"), [
-    ("exakt", "scorers must be of exact, contained, .*tinyzero, or module:function, got 'exakt'"),
-    ("none_such:f", "got 'none_such:f': No module named 'none_such'"),
-    ("math:none_such", "got 'math:none_such': module 'math' has no attribute"),
-    ("math:pi", "scorers must name a function, got 'math:pi', which is a float"),
-    (":f", "got ':f': Empty module name"),
-    ("math:", "got 'math:'"),
-])  # fmt: skip
-def test_a_name_that_is_none(name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        named_scorers([name])
-    assert "none_such" not in sys.modules

@@ -18,7 +18,7 @@ from qftlab.settings import (
     PreferenceLoss,
     RewardConfig,
     RLOOConfig,
-    SamplingConfig,
+    SamplingParams,
     ServerConfig,
     SFTConfig,
     TrainConfig,
@@ -156,7 +156,7 @@ def test_settings_that_go_together() -> None:
     assert RLOOConfig(problems=5, rewards=("answer", "exact")).data == ()
     assert PreferenceLoss(loss_type="ipo").label_smoothing == 0
     assert SFTConfig(data=["a", "b"], held_out="c", new_tokens="").held_out == ("c",)
-    assert SamplingConfig() == SamplingConfig(0.0, 0, 1.0, 0.0, 1.0)
+    assert GenerateConfig().sampling == SamplingParams(0.0, 0, 1.0, 0.0, 1.0)
     settings.check_at_least(1, a=None, b=1)
     with pytest.raises(ValueError, match="b must be at least 1, got 0.5"):
         settings.check_at_least(1, a=None, b=0.5)

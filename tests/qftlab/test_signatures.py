@@ -24,8 +24,6 @@ NUMBERS = {
     "contamination": {"n": 8},
     "dpo_loss": {"beta": 0.1, "label_smoothing": 0.0, "nll_weight": 0.0},
     "Checkpoints": {"keep": 2},
-    "ExampleSource": {"pad_id": 0},
-    "PairSource": {"pad_id": 0},
     "samples_of": {"count": 4},
     "optimizer_step": {"number": 1},
 }

@@ -6,7 +6,7 @@ import json
 import math
 import random
 from collections.abc import Iterator
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,6 @@ from qftlab.evaluate.statistics import (
     clustered_interval,
     detectable_difference,
     paired_test,
-    pass_at_k_interval,
     power,
 )
 
@@ -114,8 +113,6 @@ def test_the_bootstrap_is_seeded_and_agrees() -> None:
     (lambda: clustered_interval([1, 0], [0, 1], 95), "level must be above 0 and below 1, got 95"),
     (lambda: clustered_interval([1, 0], [0, 1], method="wald"), "one of t, bootstrap, wilson, got 'wald'"),
     (lambda: clustered_interval([1, 2], [0, 1], method="wilson"), "method must be one of t, bootstrap, got 'wilson'"),
-    (lambda: pass_at_k_interval([1, 0.1], [0, 0], 1), "marks must be 0 or 1, got 0.1"),
-    (lambda: pass_at_k_interval([1, 0, 1], [0, 0, 1], 2), "1 <= k <= n, got n=1, c=1, k=2"),
     (lambda: paired_test([1, 0], [1], [0, 1]), "equally long and not empty, got 1, 2 and 2"),
     (lambda: paired_test([1, 0], [1, 1], [0, 0], method="mcnemar"), "one of t, permutation, got 'mcnemar'"),
     (lambda: power(1, 0.1, rate=0.5), "prompts must be at least 2, got 1"),
@@ -127,21 +124,6 @@ def test_the_bootstrap_is_seeded_and_agrees() -> None:
 def test_what_is_wrong_is_said(wrong, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         wrong()
-
-
-# --- pass@k ---
-
-
-def test_pass_at_k_interval_by_hand() -> None:
-    """2 of 4, 1 of 4 and 0 of 2 right: of pairs drawn, 1 − 1/6, 1 − 3/6 and 0 hold a right one, 4/9 on average."""
-    marks, prompts = [1, 1, 0, 0, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
-    mean, low, high = pass_at_k_interval(marks, prompts, 2)
-    assert mean == pytest.approx(4 / 9)
-    assert (mean, low, high) == pytest.approx(clustered_interval([5 / 6, 1 / 2, 0], [0, 1, 2], method="wilson"))
-    every = [[any(pair) for pair in combinations(own, 2)] for own in ([1, 1, 0, 0], [1, 0, 0, 0], [0, 0])]
-    assert mean == pytest.approx(np.mean([np.mean(pairs) for pairs in every]))
-    # pass@1 is the rate.
-    assert pass_at_k_interval(marks, prompts, 1) == pytest.approx(clustered_interval(marks, prompts))
 
 
 # --- two systems ---

@@ -10,14 +10,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scipy import stats
 
-from qftlab.evaluate import responses
-from qftlab.evaluate.responses import collect, response_folder, score, summarise
-from qftlab.evaluate.statistics import detectable_difference, smallest_difference
+from qftlab.evaluate.statistics import clustered_interval, detectable_difference, smallest_difference
+from qftlab_course import responses
+from qftlab_course.responses import collect, response_folder, score, summarise
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -112,8 +114,9 @@ def test_a_disk_that_is_full_is_said(tmp_path: Path, monkeypatch) -> None:
 
 PROGRAM = """
 import sys, time
+from itertools import combinations
 from pathlib import Path
-from qftlab.evaluate import responses
+from qftlab_course import responses
 responses.BATCH = 8
 
 def ask(prompts, numbers):
@@ -189,7 +192,7 @@ def test_a_setting_that_is_gone_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_has_one_writer(tmp_path: Path) -> None:
-    program = "import sys; from qftlab.evaluate.responses import response_folder as f\n"
+    program = "import sys; from qftlab_course.responses import response_folder as f\n"
     program += f"with f(sys.argv[1], {SETTINGS!r}, {ROWS!r}): print('in')"
     with response_folder(tmp_path, SETTINGS, ROWS):
         done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True)
@@ -275,6 +278,21 @@ def test_pass_at_k_is_by_row_and_its_interval_by_prompt() -> None:
         assert (found["1"]["mean"], found["2"]["mean"]) == (0.25, 0.5)
     for k in ("1", "2"):
         assert alike[k]["high"] - alike[k]["low"] > 1.3 * (apart[k]["high"] - apart[k]["low"])
+
+
+def test_the_interval_of_pass_at_k_by_hand() -> None:
+    """2 of 4, 1 of 4 and 0 of 2 right: of pairs drawn, 1 − 1/6, 1 − 3/6 and 0 hold a right one, 4/9 on average."""
+    own = ([1, 1, 0, 0], [1, 0, 0, 0], [0, 0])
+    scores = [{"row": row, "sample": i, "s": mark} for row, each in enumerate(own) for i, mark in enumerate(each)]
+    found = summarise(scores, "s", "abc", [1, 2])["pass_at_k"]
+    pairs = [[any(pair) for pair in combinations(each, 2)] for each in own]
+    assert found["2"]["mean"] == pytest.approx(4 / 9) == np.mean([np.mean(each) for each in pairs])
+    wanted = clustered_interval([5 / 6, 1 / 2, 0], [0, 1, 2], method="wilson")
+    assert tuple(found["2"].values()) == pytest.approx(wanted)
+    rates = clustered_interval([1 / 2, 1 / 4, 0], [0, 1, 2], method="wilson")  # pass@1 is the rate
+    assert tuple(found["1"].values()) == pytest.approx(rates)
+    with pytest.raises(ValueError, match="1 <= k <= n, got n=1, c=1, k=2"):
+        summarise([*marks(1, 0, each=2), {"row": 1, "sample": 0, "s": 1}], "s", "ab", [2])
 
 
 def test_rows_without_a_score_do_not_count() -> None:
