@@ -6,6 +6,7 @@ No HTTP here; `qftlab_course.tinker_local` speaks it.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ from qftlab.settings import TrainConfig
 from qftlab.train.optimizer import make_optimizer
 from qftlab.train.step import IGNORED, Step
 
+log = logging.getLogger(__name__)
 ALPHA = 32  # the service scales every adapter by 32 / rank
 BUDGET = 8192  # tokens of one forward pass, padding counted
 KINDS = {"training": "weights", "sampler": "sampler_weights", "external": "external_weights"}
@@ -179,8 +181,10 @@ class Shell:
             UserError: for a setting out of range.
         """
         stop, most = asked.get("stop"), asked.get("max_tokens")
-        most = min(DEFAULT_TOKENS, self.context - len(tokens)) if most is None else most
-        self.check(tokens, most)
+        most, room = DEFAULT_TOKENS if most is None else most, self.context - len(tokens)
+        if most > room:
+            log.info("max_tokens %d is more than the model's context has room for: %d", most, room)
+        self.check(tokens, most := max(1, min(most, room)))
         stop = [stop] if isinstance(stop, str) else stop
         texts = [one for one in stop or [] if isinstance(one, str)]
         ends = default_stop_ids(self.model, self.tokenizer) if stop is None or texts else stop
@@ -189,9 +193,13 @@ class Shell:
                 parameter.copy_(weights[name])
         bump_weights_version_(self.model)
         try:
-            params = SamplingParams(asked.get("temperature", 1.0), max(0, asked.get("top_k", -1)), asked.get("top_p", 1.0))
-            return generate(self.model, self.tokenizer, [tokens], max_new_tokens=most, params=params, stop=texts,
-                            stop_token_ids=list(ends), seed=seed, num_generations=count, return_logprobs=True)  # fmt: skip
+            params = SamplingParams(
+                asked.get("temperature", 1.0), max(0, asked.get("top_k", -1)), asked.get("top_p", 1.0)
+            )
+            return generate(
+                self.model, self.tokenizer, [tokens], max_new_tokens=most, params=params, stop=texts,
+                stop_token_ids=list(ends), seed=seed, num_generations=count, return_logprobs=True,
+            )  # fmt: skip
         except ValueError as error:
             raise UserError(str(error)) from None
 
@@ -233,7 +241,7 @@ class Run:
 
 
 class Checkpoints:
-    """Saved weights as folders: RUN/KIND/NAME with adapter_model.safetensors, info.json and, for training, optimizer.pt.
+    """Saved weights as folders, RUN/KIND/NAME, with adapter_model.safetensors, info.json and maybe optimizer.pt.
 
     Args:
         folder: where; what is there already can be loaded.
