@@ -43,8 +43,8 @@ class ProjectConfig(TinkerConfig):
         sampling_num_samples: how many; 0 takes none.
         prices: a YAML file of USD per million tokens, as {Qwen/Qwen3-8B: {train: 0.44, date: 2026-10-07}}, in place of
             the lab's table.
-        output: a folder for the adapters in peft's form, which `export` and `load_model` take; without it they stay
-            there.
+        output: a folder for the adapters in peft's form and the tokenizer, which `export`, `chat` and `evaluate` take;
+            without it they stay there.
 
     Raises:
         ValueError: for a value out of range.
@@ -147,9 +147,10 @@ def fine_tune(config: ProjectConfig) -> TinkerResult:
     losses = train(client, examples, config)
     name = f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
     sampler, state = (result_of(keep(name)).path for keep in (client.save_weights_for_sampler, client.save_state))
-    log.info("kept: %s for sampling, %s to go on from (--resume)", sampler, state)
+    log.info("kept: %s for sampling, %s to go on from (--state)", sampler, state)
     if config.output:
         bring_back(result_of(client.save_weights_external(name)).path, config.base_model, config.output)
+        tokenizer.save_pretrained(config.output)  # what answers with these adapters looks for it here
     return TinkerResult(losses, sampler, state, sample(service, sampler, tokenizer, rows[0], config))
 
 

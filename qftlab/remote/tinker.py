@@ -47,7 +47,7 @@ class TinkerConfig:
         show_length_warnings: whether the first ten of them are named.
         thinking: as in `sft`.
         seed: of the order of the rows and of the adapters.
-        resume: tinker://RUN/weights/NAME, to go on from with its optimizer.
+        state: tinker://RUN/weights/NAME, to go on from with its optimizer.
 
     Raises:
         ValueError: for a value out of range.
@@ -65,7 +65,7 @@ class TinkerConfig:
     show_length_warnings: bool = True
     thinking: Thinking = "auto"
     seed: int = 0
-    resume: str = ""
+    state: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -132,11 +132,11 @@ def connect(config: TinkerConfig) -> tuple[Any, Any, int | None]:
     except ImportError as error:
         raise ImportError('Tinker needs its SDK, and Python 3.11: pip install "qftlab[tinker]"') from error
     models, base = supported_models(), config.base_model
-    if base not in models and not config.resume:
+    if base not in models and not config.state:
         raise ValueError(f"base_model must be one that the service trains, got {base!r}: {', '.join(sorted(models))}")
     service = tinker.ServiceClient()
-    if config.resume:
-        waiting = service.create_training_client_from_state_with_optimizer(config.resume)
+    if config.state:
+        waiting = service.create_training_client_from_state_with_optimizer(config.state)
     else:
         waiting = service.create_lora_training_client(
             base, rank=config.lora_rank, seed=config.seed, train_unembed=config.train_unembed
