@@ -172,7 +172,11 @@ def run_tinker(config) -> None:
     from qftlab_course.tinker_project import fine_tune
 
     done = fine_tune(config)
-    print("loss of each epoch: " + ", ".join(f"{loss:.4f}" for loss in done.losses))
+    print(
+        ("mean reward" if config.stage == "rloo" else "loss")
+        + " of each epoch: "
+        + ", ".join(f"{loss:.4f}" for loss in done.losses)
+    )
     print(f"sampler: {done.sampler}\nstate, for --state: {done.state}")
     for text in done.samples:
         print(f"sample: {text!r}")

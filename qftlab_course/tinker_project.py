@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from qftlab.files import read_json, resolve
 from qftlab.remote.budget import ServerError
 from qftlab.remote.tinker import TinkerConfig, connect, read_examples, result_of, train
-from qftlab.settings import ENABLE_THINKING, check_at_least
+from qftlab.rows.examples import encode_pairs, load_wanted
+from qftlab.settings import ENABLE_THINKING, Names, PolicyConfig, check_at_least, check_choice
 
 log = logging.getLogger(__name__)
 # The names of the project's own guide, whose config.py is read as it is; the others are ours in capitals.
@@ -35,12 +36,16 @@ class ProjectConfig(TinkerConfig):
     tinker-local`. The SDK sends telemetry unless TINKER_TELEMETRY=0.
 
     Args:
+        stage: `sft`, `dpo` on pairs, or `rloo` on prompts.
         guide: a config.py with the guide's names (BASE_MODEL, LORA_RANK, …), read and never run, or the same as YAML;
             options given besides win.
         name: under which weights are kept, with the time behind it.
         sampling_max_tokens: of the samples at the end.
         sampling_temperature: theirs.
         sampling_num_samples: how many; 0 takes none.
+        beta: of DPO.
+        rewards: of RLOO, as there: countdown, reasoned, answer or exact, one or [several].
+        num_generations: answers of RLOO to each prompt, each of at most sampling_max_tokens tokens.
         prices: a YAML file of USD per million tokens, as {Qwen/Qwen3-8B: {train: 0.44, date: 2026-10-07}}, in place of
             the lab's table.
         output: a folder for the adapters in peft's form and the tokenizer, which `export`, `chat` and `evaluate` take;
@@ -50,11 +55,15 @@ class ProjectConfig(TinkerConfig):
         ValueError: for a value out of range.
     """
 
+    stage: Literal["sft", "dpo", "rloo"] = "sft"
     guide: str = ""
     name: str = "qftlab"
     sampling_max_tokens: int = 128
     sampling_temperature: float = 0.7
     sampling_num_samples: int = 1
+    beta: float = 0.1
+    rewards: Names = ("countdown",)
+    num_generations: int = 8
     prices: str = ""
     output: str = ""
 
@@ -65,11 +74,15 @@ class ProjectConfig(TinkerConfig):
                 object.__setattr__(self, field.name, given[field.name])
         super().__post_init__()
         check_at_least(0, sampling_num_samples=self.sampling_num_samples)
+        check_at_least(1, sampling_max_tokens=self.sampling_max_tokens)
+        check_at_least(2, num_generations=self.num_generations)
+        for name in self.rewards:
+            check_choice(("countdown", "reasoned", "answer", "exact"), rewards=name)
 
 
 @dataclass(frozen=True)
 class TinkerResult:
-    """Losses of the epochs (nats a trained token), where the weights are kept, and what they write."""
+    """Losses of the epochs (nats a trained token, or a pair; of RLOO mean rewards), the kept weights, samples."""
 
     losses: list[float]
     sampler: str
@@ -142,9 +155,7 @@ def fine_tune(config: ProjectConfig) -> TinkerResult:
     """
     service, client, max_length = connect(config)
     tokenizer = client.get_tokenizer()
-    examples, rows = read_examples(config, tokenizer, max_length)
-    log.info("%s", estimate(config, sum(map(len, examples))))
-    losses = train(client, examples, config)
+    losses, rows = STAGES[config.stage](config, client, tokenizer, max_length)
     name = f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
     sampler, state = (result_of(keep(name)).path for keep in (client.save_weights_for_sampler, client.save_state))
     log.info("kept: %s for sampling, %s to go on from (--state)", sampler, state)
@@ -152,6 +163,41 @@ def fine_tune(config: ProjectConfig) -> TinkerResult:
         bring_back(result_of(client.save_weights_external(name)).path, config.base_model, config.output)
         tokenizer.save_pretrained(config.output)  # what answers with these adapters looks for it here
     return TinkerResult(losses, sampler, state, sample(service, sampler, tokenizer, rows[0], config))
+
+
+def _sft(config: ProjectConfig, client, tokenizer, max_length: int | None) -> tuple[list[float], list[dict]]:
+    examples, rows = read_examples(config, tokenizer, max_length)
+    log.info("%s", estimate(config, sum(map(len, examples))))
+    return train(client, examples, config), rows
+
+
+def _dpo(config: ProjectConfig, client, tokenizer, max_length: int | None) -> tuple[list[float], list[dict]]:
+    from qftlab_course.tinker_policies import train_pairs
+
+    rows, files = load_wanted(config.data, "preference", missing="warning")
+    options = {"max_length": max_length, "thinking": ENABLE_THINKING[config.thinking]}
+    pairs, usage = encode_pairs(tokenizer, rows, sources=files, **options)
+    log.info("%s (DPO reads every token once more than this)", estimate(config, usage.tokens))
+    return train_pairs(client, pairs, config, config.beta), rows
+
+
+def _rloo(config: ProjectConfig, client, tokenizer, max_length: int | None) -> tuple[list[float], list[dict]]:
+    from qftlab.train.reward import check_columns, named_rewards
+    from qftlab.train.rollouts import encode_prompts
+    from qftlab_course.tinker_policies import train_policy
+
+    rows, files = load_wanted(config.data, missing="warning")
+    check_columns(config.rewards, rows, files)
+    room = max_length and max_length - config.sampling_max_tokens
+    options = {"max_length": room, "thinking": ENABLE_THINKING[config.thinking], "sources": files}
+    policy = PolicyConfig(num_generations=config.num_generations, max_new_tokens=config.sampling_max_tokens,
+                          temperature=1.0)  # fmt: skip
+    rewards = named_rewards(config.rewards, tokenizer)
+    prompts = encode_prompts(tokenizer, rows, **options)
+    return train_policy(client, tokenizer, prompts, rewards, config, policy), rows
+
+
+STAGES = {"sft": _sft, "dpo": _dpo, "rloo": _rloo}
 
 
 def sample(service, path: str, tokenizer, row: Mapping, config: ProjectConfig) -> list[str]:

@@ -599,3 +599,81 @@ def test_the_command_trains_from_files_and_evaluate_asks_what_it_kept(url, untie
     assert KEY not in "".join(p.read_text() for p in tmp_path.rglob("*.json*"))
     assert main(["evaluate", "--model", path, "--data", str(rows), "--few_shot", "2"]) == 2
     assert "few_shot must be 0 on Tinker" in capsys.readouterr().err
+
+
+PAIRS = [{"prompt": f"What is {a} + {a}?", "chosen": str(2 * a), "rejected": f"It may be {a}."} for a in range(11, 23)]
+
+
+@pytest.mark.long
+def test_dpo_by_the_sdk_s_custom_loss_is_transformers_in_float64(service, tmp_path) -> None:
+    """First loss log 2 by hand; every step that of a DPO written out on the oracle; the margins widen."""
+    from qftlab.rows.examples import encode_pairs
+    from qftlab_course.tinker_policies import train_pairs
+
+    pairs = encode_pairs(load_tokenizer("tiny"), PAIRS)[0]
+    config = TinkerConfig(base_model="tiny", epochs=3, batch_size=6, lr=3e-4)
+    client = new_client(service)
+    oracle = Oracle(TINY, external(client, tmp_path), lr=config.lr)
+
+    def answer(example: Example) -> torch.Tensor:
+        return oracle.logprobs(example.input_ids)[torch.tensor(example.loss_mask[1:])].sum()
+
+    def log_ratio(pair) -> torch.Tensor:
+        return answer(pair.chosen) - answer(pair.rejected)
+
+    with torch.no_grad():
+        start = [log_ratio(pair) for pair in pairs]
+    losses = train_pairs(client, pairs, config, beta=0.5)
+    for epoch, loss in enumerate(losses):
+        total = 0.0
+        for numbers in batches(len(pairs), batch_size=6, seed=0, epoch=epoch):
+            each = [-F.logsigmoid(0.5 * (log_ratio(pairs[i]) - start[i])) for i in numbers]
+            found = oracle.update(torch.stack(each).mean())
+            total += found * len(numbers)
+            if not epoch and numbers == batches(len(pairs), batch_size=6, seed=0, epoch=0)[0]:
+                assert found == pytest.approx(math.log(2))
+        assert loss == pytest.approx(total / len(pairs), abs=2e-4)  # sums of a dozen fp32 log-probabilities of 10 nats
+    assert losses[2] < losses[0] - 0.01
+
+
+@pytest.mark.long
+def test_rloo_by_importance_sampling_earns_more(service) -> None:
+    """A reward for the letter e; and the data it sends: prompts untrained, every ratio 1."""
+    from qftlab.settings import PolicyConfig
+    from qftlab.train.rollouts import encode_prompts
+    from qftlab_course.tinker_policies import answers, policy_datum, train_policy
+
+    tokenizer = load_tokenizer("tiny")
+    prompts = encode_prompts(tokenizer, [{"prompt": f"Say {word}."} for word in "one two three four".split()])
+    rewards = {"e": lambda messages, ids, text, row: text.count("e") / 4}
+    policy = PolicyConfig(num_generations=8, max_new_tokens=8, temperature=1.0)
+    client = new_client(service, rank=8)
+    found = answers(client, tokenizer, prompts, policy, 0)
+    assert len(found) == 32 and all(one.prompt_ids == prompts[i // 8].ids for i, one in enumerate(found))
+    one = policy_datum(found[0], 0.25)
+    size, before = len(found[0].token_ids), len(found[0].prompt_ids) - 1
+    assert one.loss_fn_inputs["advantages"].data == [0.0] * before + [0.25] * size
+    now = client.forward([one], "importance_sampling").result()
+    assert now.metrics["loss:sum"] == pytest.approx(-0.25 * size, abs=1e-4)  # on policy every ratio is 1
+    config = TinkerConfig(base_model="tiny", epochs=12, batch_size=4, lr=5e-3)
+    means = train_policy(client, tokenizer, prompts, rewards, config, policy)
+    assert sum(means[-3:]) > 1.5 * sum(means[:3])
+    with pytest.raises(ValueError, match="beta must be 0"):
+        train_policy(client, tokenizer, prompts, rewards, config, PolicyConfig(beta=0.1, temperature=1.0))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["dpo", "rloo"])
+def test_the_command_s_other_stages(url, stage, tmp_path, capsys) -> None:
+    from qftlab.cli import main
+
+    file = tmp_path / "rows.jsonl"
+    problems = [{"prompt": f"Make {a + b}.", "numbers": [a, b], "target": a + b} for a, b in ((1, 2), (3, 4), (5, 6))]
+    file.write_text("\n".join(json.dumps(row) for row in (PAIRS if stage == "dpo" else problems)))
+    options = ["--stage", stage, "--data", str(file), "--base_model", "tiny", "--epochs", "2", "--lora_rank", "2"]
+    options += ["--rewards", "answer", "--num_generations", "4", "--sampling_max_tokens", "8"]
+    assert main(["tinker", *options]) == 0
+    said = capsys.readouterr().out
+    assert ("mean reward of each epoch: 0." if stage == "rloo" else "loss of each epoch: 0.") in said
+    assert main(["tinker", *options[:2], "--data", str(file), "--base_model", "tiny", "--num_generations", "1"]) == 2
+    assert "num_generations must be at least 2, got 1" in capsys.readouterr().err
