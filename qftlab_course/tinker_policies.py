@@ -34,7 +34,7 @@ def train_pairs(client, pairs: Sequence[Pair], config: TinkerConfig, beta: float
     The loss is taken here and its gradient sent back, which costs a forward pass more a step.
 
     Raises:
-        RuntimeError: if the loss has not moved at all.
+        ValueError: if the log-probabilities have not moved at all.
         ServerError: as `result_of`.
     """
     from tinker import types

@@ -151,7 +151,7 @@ def fine_tune(config: ProjectConfig) -> TinkerResult:
     """Reads, trains, keeps the weights under time-stamped names, and samples.
 
     Raises:
-        ServerError, ValueError, RuntimeError, ImportError: as the functions that it calls.
+        ServerError, ValueError, ImportError: as the functions that it calls.
     """
     service, client, max_length = connect(config)
     tokenizer = client.get_tokenizer()

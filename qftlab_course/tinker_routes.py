@@ -93,6 +93,7 @@ def _session_routes(app: FastAPI, service: Service) -> None:
         await wait([future], timeout=PATIENCE)
         if not future.done():
             return JSONResponse({"type": "try_again", "request_id": name, "queue_state": "active"})
+        service.fetched(name)
         return _plain(future.result())
 
 

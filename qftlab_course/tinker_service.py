@@ -6,6 +6,7 @@ import logging
 import queue
 import secrets
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,7 +18,7 @@ from tinker.proto import tinker_public_pb2 as wire
 from qftlab_course.tinker_runs import Adapters, Checkpoints, Datum, Run, Shell, UserError
 
 log = logging.getLogger(__name__)
-KEPT = 5000  # answers that may still be fetched
+KEPT = 200  # answers that have been fetched and may be once more
 ENDS = {"stop": wire.STOP_REASON_STOP, "length": wire.STOP_REASON_LENGTH}
 NUMBERS = {wire.DTYPE_FLOAT32: np.float32, wire.DTYPE_INT64: np.int64}
 
@@ -54,6 +55,7 @@ class Service:
         self.about: dict[str, dict] = {}  # run → what is known of it before it is there
         self.samplers: dict[str, tuple[str, str | None, dict | None, Adapters | None]] = {}
         self.futures: dict[str, Future] = {}
+        self.given: deque[str] = deque()
         self.links: dict[str, tuple[Path, float]] = {}
         self.sessions: dict[str, str] = {}
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
@@ -80,10 +82,14 @@ class Service:
                     jobs = self.turns.setdefault(run, Turns()).ready(number, jobs[0])
                 for job in jobs:
                     self.jobs.put(job)
-                for old in list(self.futures)[:-KEPT]:
-                    if self.futures[old].done():
-                        del self.futures[old]
         return {"request_id": name, **({"model_id": run} if run else {})}
+
+    def fetched(self, name: str) -> None:
+        """Notes that an answer was fetched: the oldest such are let go, so that memory does not grow."""
+        with self.lock:
+            self.given.append(name)
+            if len(self.given) > KEPT:
+                self.futures.pop(self.given.popleft(), None)
 
     def shell(self, base: str, adapters: Adapters | None) -> Shell:
         """The model of a base with adapters of a shape.

@@ -107,7 +107,9 @@ def result_of(future) -> Any:
     while True:
         try:
             return future.result(timeout=PATIENCE)
-        except StillWaiting:
+        except StillWaiting as error:
+            if future.future().done():
+                raise ServerError(f"Tinker gave no answer in its time: {error}") from None
             try:
                 supported_models()
                 failures = 0
@@ -115,7 +117,7 @@ def result_of(future) -> Any:
                 failures += 1
                 if failures == TRIES:
                     raise
-        except tinker.TinkerError as error:
+        except (tinker.TinkerError, RuntimeError) as error:  # the second: of a client that has failed before
             raise ServerError(f"Tinker refuses a request: {error}") from None
 
 
@@ -188,7 +190,7 @@ def train(client, examples: Sequence[Example], config: TinkerConfig) -> list[flo
     """Steps over all epochs in the order of `sft`, one batch a step; the mean loss of each epoch (nats a token).
 
     Raises:
-        RuntimeError: if the loss of the first batch has not moved at all.
+        ValueError: if the loss of the first batch has not moved at all.
         ServerError: as `result_of`.
     """
     from tinker import types
@@ -216,8 +218,8 @@ def check_moved(losses: Sequence[float]) -> None:
     """Refuses a training that trained nothing: losses of the same rows, before and after.
 
     Raises:
-        RuntimeError: if first and last are the same to six digits.
+        ValueError: if first and last are the same to six digits.
     """
     if abs(losses[-1] - losses[0]) <= 1e-6 * abs(losses[0]):
         said = f"the loss must move, got {losses[0]:.6f} before and after"
-        raise RuntimeError(f"{said}: is optim_step called, and is the learning rate above 0?")
+        raise ValueError(f"{said}: is optim_step called, and is the learning rate above 0?")

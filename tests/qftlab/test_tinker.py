@@ -510,12 +510,12 @@ def test_a_script_of_the_guide_s_kind_runs_as_it_is(url, steps, tmp_path) -> Non
         assert found["losses"][-1] < found["losses"][0]
     else:
         assert len(set(found["losses"])) == 1
-        with pytest.raises(RuntimeError, match="is optim_step called"):
+        with pytest.raises(ValueError, match="is optim_step called"):
             check_moved(found["losses"])
 
 
 def test_a_rate_of_nothing_is_found_out(service, examples) -> None:
-    with pytest.raises(RuntimeError, match="the loss must move, got"):
+    with pytest.raises(ValueError, match="the loss must move, got"):
         train(new_client(service), examples, TinkerConfig(base_model="tiny", epochs=1, lr=0.0))
 
 
