@@ -15,7 +15,6 @@ import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TextIO
 
 from qftlab.settings import ENABLE_THINKING
@@ -55,28 +54,13 @@ def trains(function: str, chats: bool = True) -> Callable[[typing.Any], None]:
 
 def run_export(config) -> None:
     """Merges, checks and writes, and says what was checked."""
-    from qftlab.model.export import Card, export_model
     from qftlab.model.lora import adapter_base
+    from qftlab.serve.handover import dtype_of_run, hand_over
     from qftlab.train.run import resolve_model
 
     base = config.base if adapter_base(resolve_model(config.model)) else ""
     model, tokenizer = load_named(config.model, dtype_of_run(config), config.device, base)
-    report = export_model(model, tokenizer, config.output, card=Card(base=config.base, data=config.data), in_place=True)
-    print(f"{report.path}: {report.positions} greedy tokens as before, largest difference of a logit "
-          f"{report.largest_difference:.1e} of the largest one (allowed {report.tolerance:.0e})")  # fmt: skip
-
-
-def dtype_of_run(config) -> str:
-    """The dtype asked for; for `auto` that in which the run trained: adapters in fp32 may stand on weights in bf16."""
-    from qftlab.train.run import METRICS, own_settings, resolve_model
-
-    # model/, checkpoints/initial and checkpoints/final are one or two folders below the run.
-    above = Path(resolve_model(config.model)).resolve().parents[:2]
-    run = next((folder for folder in above if (folder / METRICS).is_file()), None)
-    if config.dtype != "auto" or run is None:
-        return config.dtype
-    asked = own_settings(run).get("dtype", "auto")
-    return "float32" if asked == "float16" else asked  # training never computes in fp16
+    print(hand_over(model, tokenizer, config, progress=sys.stderr.isatty()))
 
 
 def run_generate(config) -> None:
@@ -211,7 +195,7 @@ COMMANDS = {
                     "chat --model runs/sft/latest --sampling.temperature 0.7",
                     "qftlab.settings:ChatConfig", run_chat),
     "export": Command("adapters merged and checked, in a folder that transformers and vLLM load",
-                      "export --model runs/sft/latest --output exported", "qftlab.settings:ExportConfig",
+                      "export --model runs/sft/latest --output exported --gguf q8_0", "qftlab.serve:ExportConfig",
                       run_export),
     "serve": Command("answers clients of the OpenAI protocol, with a chat page", "serve --model runs/sft/latest",
                      "qftlab.serve:ServeConfig", run_serve),

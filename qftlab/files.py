@@ -9,10 +9,12 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+from qftlab import __version__
 
 # First parts of a path that are this lab's own folders, so that a mistyped run is not looked for on the hub.
 OWN_FOLDERS = ("runs", "my")
@@ -186,10 +188,4 @@ def sha256(*paths: str | Path, quick: bool = False) -> str:
 
 def versions() -> dict[str, str]:
     """The installed versions of what decides a run's arithmetic."""
-    found = {}
-    for name in ("qftlab", "torch", "transformers", "tokenizers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {"qftlab": __version__, **{name: version(name) for name in ("torch", "transformers", "tokenizers")}}

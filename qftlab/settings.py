@@ -583,30 +583,3 @@ class ChatConfig(AnswerConfig):
     """
 
     system: str = ""
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """A trained model, adapters merged, as one folder that transformers and vLLM load.
-
-    Args:
-        model: a run folder such as `runs/sft/latest`, a folder, or a name on the Hugging Face hub.
-        output: the folder to write; it must not exist, or be empty.
-        base: the model it was made from, for its card, and where adapters find it, if it has moved.
-        data: what it was trained on, for its card.
-        dtype: of the weights; `auto` is what the run trained in, or else their own.
-        device: `auto` is the GPU where there is one.
-
-    Raises:
-        ValueError: for a value out of range.
-    """
-
-    model: str = "runs/sft/latest"
-    output: str = "exported"
-    base: str = ""
-    data: Names = ()
-    dtype: Dtype = "auto"
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        check_fields(self)

@@ -160,6 +160,13 @@ def reference_lines(found: dict) -> list[str]:
             f"{loss['high']:.3f}", ", ".join(spans)]  # fmt: skip
 
 
+def run_compare(config) -> None:
+    """Writes the page and says where it is."""
+    from qftlab_course.compare_page import compare
+
+    print(f"page: {compare(config)}")
+
+
 def run_pretrain(config) -> None:
     """Pretrains `tiny`."""
     from qftlab_course.world.pretrain import pretrain
@@ -208,6 +215,9 @@ COMMANDS = {
     "evaluate": Command("accuracy by skill on held-out rows, with intervals",
                         "evaluate --model runs/sft/latest --data data/bugfix/heldout.jsonl",
                         "qftlab_course.commands:EvaluateConfig", run_evaluate),
+    "compare": Command("a page over evaluations of the same rows: what each stage gave and cost",
+                       "compare --evaluations [outputs/initial,outputs/sft,outputs/dpo,outputs/rloo]",
+                       "qftlab_course.compare:CompareConfig", run_compare),
     "stages": Command("train the course models of data/stages anew",
                       "stages --output runs/anew/stages", "qftlab_course.commands:StagesConfig", run_stages),
     "pretrain": Command("rebuild the bundled model `tiny` from nothing (about an hour of one core)",

@@ -8,10 +8,7 @@ from typing import TYPE_CHECKING
 from qftlab.evaluate.plots import (
     DASHES,
     FONT_SIZE,
-    HATCHES,
-    MARKERS,
     PALETTE,
-    TOKEN_FONT,
     check_lengths,
     finish,
     loss_curve,
@@ -27,6 +24,9 @@ __all__ = [
     "accuracy_bars", "check_lengths", "finish", "loss_curve", "new_axes", "rate_lines", "running_mean",
     "surprise_bars", "visible",
 ]  # fmt: skip
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+HATCHES = ("", "///", "...", "xx", "\\\\\\", "++", "oo", "--")
+TOKEN_FONT = "DejaVu Sans Mono"  # comes with matplotlib and has the signs of `visible`
 
 
 def accuracy_bars(

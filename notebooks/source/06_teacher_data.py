@@ -231,8 +231,7 @@ assert rates[4] > 1.5 * rates[1]
 # It has one deadline for a request, by the clock: a server that sends a byte a minute does not hold a thread for ever. And it counts money *before* it is spent.
 
 # %%
-from qftlab.remote.client import Budget, Client
-from qftlab.remote.teacher import read_chat
+from qftlab.remote.client import Budget, Client, read_chat
 
 budget = Budget(price_in=PRICES[0], price_out=PRICES[1])
 with Flaky(teacher.answer, FAULTS, seed=SEED, retry_after=0.05) as server:
@@ -427,7 +426,7 @@ print(run_code("while True:\n    pass", timeout=0.5).status)
 
 # %%
 from qftlab.remote.client import BudgetError
-from qftlab.remote.teacher import plan, teach
+from qftlab_course.agent_edit.teacher import plan, teach
 from qftlab_course.agent_edit.recipes import whole
 
 

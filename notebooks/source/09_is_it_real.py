@@ -568,7 +568,7 @@ from qftlab import export_model
 final = models["rloo"]
 model = final.model.float()  # in fp32 rounding leaves no excuse
 folder = Path(tempfile.mkdtemp()) / "exported"
-report = export_model(model, final.tokenizer, folder)
+report = export_model(model, final.tokenizer, folder, check="full")
 print(report.positions, "greedy tokens as before")
 
 # %% [markdown]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 
 import torch
 from torch import Tensor
@@ -112,25 +113,16 @@ class _BeamOptions:
         return score / length**self.length_penalty
 
 
-class _Node:
-    """A token of a beam; beams with a common history share its nodes."""
-
-    __slots__ = ("token", "parent")
-
-    def __init__(self, token: int, parent: _Node | None) -> None:
-        self.token, self.parent = token, parent
-
-
 class _Search:
     """One prompt's beams. They stand in rows of its block of the cache, which are not in order of score."""
 
     def __init__(self, prompt: int, prompt_ids: list[int], plan: _BeamOptions) -> None:
         self.prompt, self.prompt_ids, self.plan = prompt, prompt_ids, plan
-        self.nodes: list[_Node | None] = [None]  # per row: the beam's last token
+        self.beams: list[list[int]] = [[]]  # per row: the beam's new tokens
         self.scores = [0.0]  # per row: sum of its log-probabilities
         self.sources = [0]  # per row: the row it went on from
         self.order = [0]  # rows, best beam first
-        self.finished: list[tuple[float, _Node]] = []  # best first, normalised
+        self.finished: list[tuple[float, list[int]]] = []  # best first, normalised
         self.is_done = False
 
     def take(self, scores: list[float], places: list[int], length: int) -> None:
@@ -148,7 +140,7 @@ class _Search:
         if plan.on_step is not None:
             self._report(scores, pairs, ended, kept, length - 1)
         if ended:
-            new = [(plan.normalised(scores[i], length), _Node(pairs[i][1], self.nodes[pairs[i][0]])) for i in ended]
+            new = [(plan.normalised(scores[i], length), [*self.beams[pairs[i][0]], pairs[i][1]]) for i in ended]
             self.finished = sorted(self.finished + new, key=lambda pair: -pair[0])[:num_beams]
         self.is_done = is_last or self._cannot_improve(scores[kept[0]], length)
         if not self.is_done:
@@ -167,12 +159,12 @@ class _Search:
     def _go_on(self, kept: list[tuple[float, int, int]]) -> None:
         """Gives each beam a row: its parent's for the parent's best child, so that few rows of the cache are copied."""
         free = set(range(len(kept))).difference(row for _, row, _ in kept)
-        nodes, self.order = self.nodes, []
-        self.nodes, self.scores, self.sources = [None] * len(kept), [0.0] * len(kept), [0] * len(kept)
+        beams, self.order = self.beams, []
+        self.beams, self.scores, self.sources = [[]] * len(kept), [0.0] * len(kept), [0] * len(kept)
         for score, parent, token in kept:
             row = free.pop() if parent in self.order else parent
             self.order.append(row)
-            self.nodes[row], self.scores[row], self.sources[row] = _Node(token, nodes[parent]), score, parent
+            self.beams[row], self.scores[row], self.sources[row] = [*beams[parent], token], score, parent
 
     def _report(self, scores: list[float], pairs: list, ended: list[int], kept: list[int], step: int) -> None:
         parents, tokens = [self.order.index(row) for row, _ in pairs], [token for _, token in pairs]
@@ -180,24 +172,11 @@ class _Search:
         is_finished = [i in ended for i in range(len(pairs))]
         self.plan.on_step(BeamStep(step, self.prompt, parents, tokens, logprobs, scores, is_finished, kept))
 
-    def num_shared(self, length: int) -> int:
-        """How many new tokens all beams have in common."""
-        nodes = set(self.nodes)
-        while len(nodes) > 1:
-            nodes = {node.parent for node in nodes}
-            length -= 1
-        return length
-
     def hypotheses(self, tokenizer) -> list[BeamHypothesis]:
         """The results as callers see them, best first."""
         return [self._hypothesis(tokenizer, *pair) for pair in self.finished[: self.plan.num_return_sequences]]
 
-    def _hypothesis(self, tokenizer, score: float, node: _Node | None) -> BeamHypothesis:
-        ids = []
-        while node is not None:
-            ids.append(node.token)
-            node = node.parent
-        ids.reverse()
+    def _hypothesis(self, tokenizer, score: float, ids: list[int]) -> BeamHypothesis:
         is_stop = ids[-1] in self.plan.stop_ids
         text = continuation_text(tokenizer, self.prompt_ids, ids[:-1] if is_stop else ids)
         return BeamHypothesis(self.prompt_ids, ids, text, score, "stop" if is_stop else "length")
@@ -290,11 +269,11 @@ def _decode(decoder: Decoder, running: list[_Search], plan: _BeamOptions) -> Non
             cache = cache.expand(index)
         else:
             cache.reorder_(index, since)
-        tokens = torch.tensor([node.token for s in running for node in s.nodes], device=logits.device)
+        tokens = torch.tensor([ids[-1] for s in running for ids in s.beams], device=logits.device)
         if seen is not None:
             seen = seen[index].scatter_(1, tokens.unsqueeze(1), True)
         if length % ANCESTOR_STEPS == 0:
-            since = min(s.num_shared(length) for s in running)
+            since = min(len(commonprefix(s.beams)) for s in running)
         logits = decoder.step(tokens, cache)  # (P * num_beams, V)
 
 

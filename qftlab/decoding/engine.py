@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from tqdm.auto import tqdm
 
 from qftlab.decoding.batch import Batch, BatchSettings
 from qftlab.decoding.decoder import Decoder, decoder_for
@@ -312,11 +312,11 @@ def generate(
     """
     rows = plan_rows(model, tokenizer, prompts, max_new_tokens, params, stop, stop_token_ids, seed, batch_size,
                       num_generations, thinking, return_logprobs, on_text is not None)  # fmt: skip
-    with _bar(len(rows), progress) as advance:
+    with tqdm(total=len(rows), unit="completion", disable=not progress) as bar:
         for row in _run(model, decoder, rows, batch_size):
             row.tell(on_text)
             if row.finish_reason:
-                advance()
+                bar.update()
             if should_stop is not None and should_stop():
                 break
     for row in (row for row in rows if not row.finish_reason):
@@ -421,14 +421,3 @@ def _decode(decoder: Decoder, rows: list[Row]) -> Iterator[Row]:
         raise
     finally:
         batch.close()
-
-
-@contextmanager
-def _bar(total: int, is_shown: bool) -> Iterator[Callable[[], None]]:
-    if not is_shown:
-        yield lambda: None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, unit="completion") as bar:
-        yield lambda: bar.update() and None

@@ -38,17 +38,21 @@ LARGEST = 1.5e9  # bytes of a snapshot that `generate` makes by itself
 _found: dict[tuple, str] = {}  # by shape, for as long as the process lives
 
 
-def parse_layout(text: str) -> tuple[str, ...]:
+def parse_layout(text: str, where: str = "") -> tuple[str, ...]:
     """The names in a layout: for one row, for 2 to 15 and for more; one name stands for all three.
+
+    Args:
+        text: the layout.
+        where: it stands, for the error.
 
     Raises:
         ValueError: for a name that is none of `LAYOUTS`, or another number of names.
     """
     names = text.split(",")
     if len(names) not in (1, 3):
-        raise ValueError(f"a layout must be one name or three (for 1, 2 to 15 and more rows), got {text!r}")
+        raise ValueError(f"{where}a layout must be one name or three (for 1, 2 to 15 and more rows), got {text!r}")
     if unknown := [name for name in names if name not in LAYOUTS]:
-        raise ValueError(f"a layout must be one of {', '.join(LAYOUTS)}, got {unknown[0]!r}")
+        raise ValueError(f"{where}a layout must be one of {', '.join(LAYOUTS)}, got {unknown[0]!r}")
     return tuple(names * 3 if len(names) == 1 else names)
 
 
@@ -192,12 +196,7 @@ def pinned_layout() -> str | None:
         ValueError: if it names none.
     """
     text = os.environ.get(PIN)
-    if not text:
-        return None
-    try:
-        return layout_text(parse_layout(text))
-    except ValueError as error:
-        raise ValueError(f"{PIN}: {error}") from error
+    return layout_text(parse_layout(text, f"{PIN}: ")) if text else None
 
 
 def choose_layout(model: nn.Module) -> str:
@@ -269,8 +268,9 @@ def _measure(layers: Sequence[nn.Module], head: nn.Module) -> str:
             seconds[name][i] = min(seconds[name][i], side.seconds(rows))
         names.append(fastest(seconds))
         notes.append(f"{names[-1]} ({max(map(lambda a, b: a / b, seconds[names[-1]], seconds['plain'])):.2f})")
-    log.info("decoder layout for 1, 2 to 15 and more rows: %s of plain's time; measured in %.0f CPU ms, %s pins it",
-             ", ".join(notes), 1e3 * (time.process_time() - began), PIN)  # fmt: skip
+    spent = 1e3 * (time.process_time() - began)
+    said = "decoder layout for 1, 2 to 15 and more rows: %s of plain's time; measured in %.0f CPU ms, %s pins it"
+    log.info(said, ", ".join(notes), spent, PIN)
     return layout_text(names)
 
 

@@ -85,8 +85,8 @@ class LengthStats:
 
 def row_documents(
     tokenizer, rows: Iterable[dict], *, thinking: bool | None = None, batch_size: int = 1000
-) -> Iterator[list[list[Example]]]:
-    """Documents of rows by the loss-mask contract, a batch at a time.
+) -> Iterator[list[Example]]:
+    """Documents of rows by the loss-mask contract, tokenised a batch at a time.
 
     Args:
         tokenizer: a fast one with a chat template.
@@ -95,7 +95,7 @@ def row_documents(
         batch_size: rows tokenised at once; changes speed, not results.
 
     Yields:
-        For each batch, for each row its documents: mostly one; a pair's two; a problem's prompt; none where there is
+        For each row its documents: mostly one; a pair's two; a problem's prompt; none where there is
         nothing to train on; several where the template rewrites earlier turns.
 
     Raises:
@@ -108,7 +108,7 @@ def row_documents(
     chunks, rows, done = Chunks(tokenizer, (), "", None, "all", thinking), iter(rows), 0
     while batch := list(islice(rows, batch_size)):
         kept = dict(chunks.encoded(list(Usage().fit(batch, "", done))))
-        yield [kept.get(number, []) for number in range(done + 1, done + len(batch) + 1)]
+        yield from (kept.get(number, []) for number in range(done + 1, done + len(batch) + 1))
         done += len(batch)
 
 
@@ -170,21 +170,19 @@ def measure(config: LengthsConfig) -> str:
     from qftlab.rows.tokenizer import load_tokenizer
 
     tokenizer, report, stats = load_tokenizer(config.model), LoadReport(), LengthStats()
-    done, affected, truncated, named = 0, 0, 0, []
-    for batch in row_documents(tokenizer, config.read(report), thinking=ENABLE_THINKING[config.thinking],
-                               batch_size=config.batch_size):  # fmt: skip
-        stats.add(len(document) for documents in batch for document in documents)
-        for number, documents in enumerate(batch, done + 1):
-            longest = max(map(len, documents), default=0)
-            if documents and longest <= (config.max_length or longest):
-                continue
-            affected += 1
-            done_to = [what for e in documents if (what := limited(e, config.max_length, config.policy)[1])]
-            truncated += "truncated" in done_to
-            if len(named) < FIRST:
-                reason = done_to[0] if done_to else "nothing to train in it"
-                named.append(f" row {number}: {longest:,} tokens, {reason}")
-        done += len(batch)
+    affected, truncated, named = 0, 0, []
+    options = {"thinking": ENABLE_THINKING[config.thinking], "batch_size": config.batch_size}
+    for number, documents in enumerate(row_documents(tokenizer, config.read(report), **options), 1):
+        stats.add(map(len, documents))
+        longest = max(map(len, documents), default=0)
+        if documents and longest <= (config.max_length or longest):
+            continue
+        affected += 1
+        done_to = [what for e in documents if (what := limited(e, config.max_length, config.policy)[1])]
+        truncated += "truncated" in done_to
+        if len(named) < FIRST:
+            reason = done_to[0] if done_to else "nothing to train in it"
+            named.append(f" row {number}: {longest:,} tokens, {reason}")
     lines = [report.summary(), stats.summary()]
     if affected:
         limit = f"max_length {config.max_length}, {config.policy}" if config.max_length else "no max_length"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,16 +15,13 @@ if TYPE_CHECKING:
 
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":")
-HATCHES = ("", "///", "...", "xx", "\\\\\\", "++", "oo", "--")
 FONT_SIZE = 12  # points, the smallest text of a picture
 # Where the loss says little: what a run's records hold in its place, the axis, and the title.
 TELLING = (
     (("reward",), "mean reward of an answer", "The reward of the sampled answers"),
     (("chosen_logprob", "rejected_logprob"), "log-probability (nats an answer)", "The margin grows; look where to"),
 )
-TOKEN_FONT = "DejaVu Sans Mono"  # comes with matplotlib and has the signs of `visible`
 
 
 def new_axes(ax: Axes | None, width: float = 7.0, height: float = 4.0) -> Axes:
@@ -95,18 +93,11 @@ def loss_curve(
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
     """Means of the last `window` values (fewer at the start), as long as `values`."""
-    means = []
-    for i in range(len(values)):
-        part = values[max(0, i + 1 - window) : i + 1]
-        means.append(sum(part) / len(part))
-    return means
+    return [fmean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
 
 
 def draw_curves(
-    path: Path,
-    losses: Sequence[float],
-    held_out: Sequence[tuple[int, float]] = (),
-    records: Sequence[dict] = (),
+    path: Path, losses: Sequence[float], held_out: Sequence[tuple[int, float]] = (), records: Sequence[dict] = ()
 ) -> None:
     """Writes what a run is judged by as a PNG: its rewards, both log-probabilities of pairs, or else its losses."""
     from matplotlib.figure import Figure

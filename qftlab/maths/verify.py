@@ -7,12 +7,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from operator import add, mul, sub, truediv
 
 MAX_CHARACTERS = 512
 OPEN, CLOSE = "<answer>", "</answer>"
+OPERATORS = {"+": add, "-": sub, "*": mul, "/": truediv}
 _RANK = {"+": 1, "-": 1, "*": 2, "/": 2}
-# ASCII digits only, and no leading zero: "007" falls apart into three numbers, which is no expression.
-_TOKEN = re.compile(r"(0|[1-9][0-9]*|[-+*/()])[ \t\r\n]*")
+_CHARACTERS = frozenset("0123456789+-*/() \t\r\n")
+# No leading zero: "007" falls apart into three numbers, which is no expression.
+_TOKEN = re.compile(r"0|[1-9][0-9]*|[-+*/()]")
 
 
 @dataclass(frozen=True)
@@ -44,58 +47,36 @@ def parse_expression(text: str, signed: bool = False) -> Expression | None:
     Returns:
         The value and the numbers, or None if `text` is no such expression or is longer than 512 characters.
     """
-    tokens = _tokens(text)
-    if tokens is None:
+    if len(text) > MAX_CHARACTERS or not _CHARACTERS.issuperset(text):
         return None
     values: list[Fraction | None] = []
     operators: list[str] = []
     numbers: list[int] = []
     wants_operand, sign = True, 1
-    for token in tokens:
+    for token in _TOKEN.findall(text):
         if token == "-" and signed and wants_operand and sign == 1:
             sign = -1
-            continue
-        if sign < 0 and not token.isdigit():
+        elif (token == "(" or token.isdigit()) != wants_operand or (sign < 0 and not token.isdigit()):
             return None
-        if token == "(" or token.isdigit():
-            if not wants_operand:
-                return None
-            if token == "(":
-                operators.append(token)
-                continue
+        elif token.isdigit():
             numbers.append(sign * int(token))
-            sign = 1
             values.append(Fraction(numbers[-1]))
-            wants_operand = False
-            continue
-        if wants_operand:
-            return None
-        _reduce(values, operators, _RANK.get(token, 0))
-        if token == ")":
-            if not operators:
-                return None
-            operators.pop()
-        else:
+            sign, wants_operand = 1, False
+        elif token == "(":
             operators.append(token)
-            wants_operand = True
+        else:
+            _reduce(values, operators, _RANK.get(token, 0))
+            if token != ")":
+                operators.append(token)
+                wants_operand = True
+            elif not operators:
+                return None
+            else:
+                operators.pop()
     if wants_operand or "(" in operators:
         return None
     _reduce(values, operators, 0)
     return Expression(values[0], tuple(numbers))
-
-
-def _tokens(text: str) -> list[str] | None:
-    if len(text) > MAX_CHARACTERS:
-        return None
-    text = text.lstrip(" \t\r\n")
-    tokens, at = [], 0
-    while at < len(text):
-        match = _TOKEN.match(text, at)
-        if match is None:
-            return None
-        tokens.append(match[1])
-        at = match.end()
-    return tokens
 
 
 def _reduce(values: list[Fraction | None], operators: list[str], rank: int) -> None:
@@ -109,11 +90,7 @@ def combine(a: Fraction | None, operator: str, b: Fraction | None) -> Fraction |
     """`a operator b` in exact fractions; None for a division by zero, and for what is made of one."""
     if a is None or b is None or (operator == "/" and b == 0):
         return None
-    if operator == "+":
-        return a + b
-    if operator == "-":
-        return a - b
-    return a * b if operator == "*" else a / b
+    return OPERATORS[operator](a, b)
 
 
 def countdown_reward(text: str, numbers: Sequence[int], target: int) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
-from qftlab.rows.batches import IGNORED, Example, PackedLayout
+from qftlab.rows.batches import Example, PackedLayout, pack
 
 QUERIES = 64  # of a block: with more, too many products fall above the diagonal; with fewer, they are too small
 
@@ -106,24 +106,16 @@ def pack_answers(examples: Sequence[Example], prompts: Sequence[int], starts: Se
         As `qftlab.rows.batches.pack`, and `documents` (N, L) int64: where each document's tokens stand, padded with −1.
         A shared prompt counts to its first document. `packed_attention` must attend to it, without CUDA's kernel.
     """
-    ids, labels, positions, bounds, documents = [], [], [], [0], []
+    parts, positions, documents = [], [], []
     for _, members in groupby(range(len(examples)), key=prompts.__getitem__):
-        members = list(members)
-        shared = starts[members[0]] - 1
-        prefix = list(range(len(ids), len(ids) + shared))
-        ids += examples[members[0]].input_ids[:shared]
-        labels += [IGNORED] * shared
-        positions += range(shared)
+        begin, skipped = len(positions), 0
         for i in members:
-            own = examples[i].input_ids[shared:]
-            documents.append(prefix + list(range(len(ids), len(ids) + len(own))))
-            ids += own
-            labels += examples[i].labels()[shared:]
-            positions += range(shared, shared + len(own))
-            bounds.append(len(ids))
+            example, length = examples[i], len(examples[i])
+            parts.append(Example(example.ids[skipped:], example.mask[skipped:]))
+            own = range(len(positions), len(positions) + length - skipped)
+            documents.append([*range(begin, begin + skipped), *own])
+            positions += range(skipped, length)
+            skipped = starts[i] - 1
     longest = max(map(len, documents))
-    ends = torch.tensor(bounds, dtype=torch.int32)
-    return {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels]), "cu_seq_lens_q": ends,
-            "position_ids": torch.tensor([positions]), "cu_seq_lens_k": ends,
-            "max_length_q": longest, "max_length_k": longest,
-            "documents": pad_sequence(list(map(torch.tensor, documents)), True, padding_value=-1)}  # fmt: skip
+    row = pack(parts) | {"position_ids": torch.tensor([positions]), "max_length_q": longest, "max_length_k": longest}
+    return row | {"documents": pad_sequence(list(map(torch.tensor, documents)), True, padding_value=-1)}

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection
-from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, longest: int, scale: float) -> Tensor:
     """(T, H, d) from q, k, v of (T, H or H_kv, d), by FlashAttention's kernel for rows of many documents."""
-    attend = _varlen_attn()
-    names = inspect.signature(attend).parameters
+    names = inspect.signature(varlen_attn).parameters
     if "enable_gqa" not in names and (groups := q.shape[1] // k.shape[1]) > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     if "scale" not in names:
         q = q * (scale * q.shape[-1] ** 0.5)
     bounds = cu_seq_lens.to(q.device, torch.int32)
-    return attend(q, k, v, bounds, bounds, longest, longest, **varlen_options(names, scale))
+    return varlen_attn(q, k, v, bounds, bounds, longest, longest, **varlen_options(names, scale))
 
 
 def varlen_options(names: Collection[str], scale: float) -> dict:
@@ -33,15 +32,6 @@ def varlen_options(names: Collection[str], scale: float) -> dict:
     return {**causal, **{n: x for n, x in (("scale", scale), ("enable_gqa", True)) if n in names}}
 
 
-@cache
-def _varlen_attn() -> Callable | None:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
-
-
 def why_not_varlen(dtype: torch.dtype, width: int, dropout: float, device: torch.device) -> str | None:
     """What keeps the kernel from being used, or None."""
     if dtype not in (torch.float16, torch.bfloat16):
@@ -50,8 +40,6 @@ def why_not_varlen(dtype: torch.dtype, width: int, dropout: float, device: torch
         return "it knows no dropout"
     if width > 256 or width % 8:
         return f"a head must be a multiple of 8 and at most 256 wide, and this is {width}"
-    if _varlen_attn() is None:
-        return "this torch has none (2.10 has)"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than Ampere"
     return None

@@ -61,8 +61,7 @@ def extend_model(
 
     Source: Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models".
     """
-    if init not in ("mean", "description"):
-        raise ValueError(f'init must be "mean" or "description", got {init!r}')
+    check_choice(("mean", "description"), init=init)
     if hasattr(model, "peft_config"):
         raise ValueError("model must be extended before it gets adapters, got one with adapters")
     lacking = [t.text for t in report.new if init == "description" and not (descriptions or {}).get(t.text)]
@@ -90,8 +89,6 @@ def extend_model(
 log = logging.getLogger(__name__)
 STRICT = dict(use_safetensors=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
-ATTENTIONS = (PACKED, "sdpa", "eager")
-QUANTS = ("none", "8bit", "4bit")
 
 
 def load_model(
@@ -120,13 +117,13 @@ def load_model(
     Raises:
         ValueError: for an unknown dtype, attention, quant or adapters, a reward model, tensors that are missing, too
             many, or of another shape or kind, quantised weights without a GPU, or adapters that do not fit.
-        ImportError: if bitsandbytes or peft is needed and missing.
+        ImportError: if bitsandbytes is needed and missing.
         FileNotFoundError: if the folder is not there or lacks config.json or whole safetensors weights, or the hub
             does not give the name.
     """
     check_choice(tuple(DTYPES), dtype=dtype)
-    check_choice(ATTENTIONS, attention=attention)
-    check_choice(QUANTS, quant=quant)
+    check_choice((PACKED, "sdpa", "eager"), attention=attention)
+    check_choice(("none", "8bit", "4bit"), quant=quant)
     check_choice(("keep", "continue", "merge"), adapters=adapters)
     source = resolve(name_or_path)
     if base := adapter_base(source) if lora is None else source:

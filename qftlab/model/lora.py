@@ -35,11 +35,6 @@ class ParameterCount:
     trained: int
     total: int
 
-    @property
-    def share(self) -> float:
-        """The trained share, from 0 to 1."""
-        return self.trained / self.total
-
 
 def add_adapters(model: PreTrainedModel, config: LoRAConfig, *, token_ids: Sequence[int] = (), seed: int = 0):
     """Wraps a model with fresh adapters, which change nothing yet; they and the rows of `token_ids` train.
@@ -56,9 +51,10 @@ def add_adapters(model: PreTrainedModel, config: LoRAConfig, *, token_ids: Seque
         peft's PeftModel around `model`, in the mode `model` was in; whatever trains is fp32.
 
     Raises:
-        ImportError: without peft.
         ValueError: for rank 0, token ids that are no rows, a model that has adapters, or one without such matrices.
     """
+    from peft import LoraConfig
+
     if not config.rank:
         raise ValueError("rank must be at least 1, got 0: LoRAConfig(rank=16), or train the model as it is")
     if is_adapted(model):
@@ -71,7 +67,7 @@ def add_adapters(model: PreTrainedModel, config: LoRAConfig, *, token_ids: Seque
     targets = [target for target in TARGETS[config.targets] if target in names]
     if not targets:
         raise ValueError(f"model must have one of {', '.join(TARGETS[config.targets])}, got a {type(model).__name__}")
-    settings = _peft().LoraConfig(
+    settings = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
         lora_alpha=config.alpha,
@@ -143,6 +139,8 @@ def save_adapters(model, folder: str | Path) -> Path:
     Raises:
         ValueError: if the model has no adapters, or rows that `extend_model` has set and no adapter trains.
     """
+    from peft import get_peft_model_state_dict
+
     if not is_adapted(model):
         raise ValueError("model must have adapters, got one without: add_adapters(model, config), or save_model")
     if lost := sorted(getattr(causal_model(model), "_qftlab_new_rows", set()) - {*trained_token_ids(model)}):
@@ -150,7 +148,7 @@ def save_adapters(model, folder: str | Path) -> Path:
     folder, (base, digest) = Path(folder), getattr(model, "_qftlab_base", None) or _base_of(causal_model(model))
     folder.mkdir(parents=True, exist_ok=True)
     # Never the whole embedding: its trained rows are in the state already.
-    state = _peft().get_peft_model_state_dict(model, save_embedding_layers=False)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", DIGEST: digest})
     settings = copy.copy(model.peft_config["default"])
@@ -175,10 +173,11 @@ def load_adapters(model: PreTrainedModel, folder: str | Path, *, is_trainable: b
         FileNotFoundError: if the folder lacks one of the two files.
         ValueError: if they are damaged or were made for a model of another shape.
     """
+    import peft
+
     folder = Path(folder)
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} holds no {' and no '.join(missing)}: is it the folder of saved adapters?")
-    peft = _peft()
     try:
         settings = peft.PeftConfig.from_pretrained(str(folder))
         settings.inference_mode = not is_trainable
@@ -263,13 +262,15 @@ def _trained_rows(model: PreTrainedModel, token_ids: list[int]) -> list[int] | d
 
 def _wrapped(model: PreTrainedModel, settings):
     """peft's wrapper, in the model's own mode; adapters and rows in fp32, where small updates are not rounded away."""
+    from peft import get_peft_model
+
     is_training = model.training
     with warnings.catch_warnings():
         # peft 0.21 asks transformers 5.23 for a name it is about to lose.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         # It puts a path in place of "tiny"; `save_adapters` writes the name.
         warnings.filterwarnings("ignore", message=".*base_model_name_or_path. was renamed.*", category=UserWarning)
-        adapted = _peft().get_peft_model(model, settings)
+        adapted = get_peft_model(model, settings)
     for name, parameter in adapted.named_parameters():
         if _is_adapter(name):
             parameter.data = parameter.data.float()
@@ -295,11 +296,3 @@ def _base_of(model: PreTrainedModel) -> tuple[str, str]:
         return "tiny" if source == str(bundled("tiny")) else source, sha256(*files, quick=True) if files else ""
     except (OSError, ValueError):
         return name, ""
-
-
-def _peft():
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError("adapters need peft, which is not installed: pip install peft") from error
-    return peft

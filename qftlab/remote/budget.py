@@ -78,7 +78,7 @@ class Budget:
 
 @dataclass
 class Totals:
-    """What a client has done: counts, tokens, money, and seconds by the clock.
+    """What a client has done: counts, tokens and money.
 
     `requests` were sent, `answers` could be used, `journaled` came from an earlier run; `retries` counts by kind. For a
     request that failed after it was sent, the most tokens that it can have cost are counted. The answers that a journal
@@ -91,7 +91,6 @@ class Totals:
     tokens_in: int = 0
     tokens_out: int = 0
     money: float = 0.0
-    seconds: float = 0.0
     retries: Counter = field(default_factory=Counter)
 
     def __str__(self) -> str:

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from email.utils import parsedate_to_datetime
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from qftlab.remote.budget import Budget, BudgetError, Gate, ServerError, Ticket,
 from qftlab.remote.journal import Journal, fingerprint
 from qftlab.settings import ServerConfig
 
-__all__ = ["Budget", "BudgetError", "Client", "Refused", "ServerError", "Totals"]
+__all__ = ["Budget", "BudgetError", "Client", "Refused", "ServerError", "Totals", "read_chat"]
 log = logging.getLogger(__name__)
 Item, Result = TypeVar("Item"), TypeVar("Result")
 PAUSE, LONGEST = 1.0, 60.0  # seconds: the first pause before a retry is at most so long, and no later one longer
@@ -59,6 +59,9 @@ class Client:
         journal: a file of answers; what an earlier run has asked is not asked again.
         budget: caps and prices; what the journal's answers have used counts as spent.
 
+    Attributes:
+        totals: what was done so far.
+
     Raises:
         ValueError: for a bad address, a bad key (which is not quoted) or a file that is no journal.
         OSError: if another process has the journal, or it cannot be written.
@@ -67,7 +70,7 @@ class Client:
     def __init__(self, server: ServerConfig, journal: str | Path | None = None, budget: Budget | None = None) -> None:
         self.server, self.gate, self.redact = server, Gate(server.threads, budget or Budget()), _redactor(server.key)
         self._openai, self._headers = _connect(server)
-        self._said, self._start, self._sigterm = set(), time.monotonic(), None
+        self._said, self._sigterm, self.totals = set(), None, self.gate.totals
         self.journal = Journal(journal) if journal else None
         if self.journal:
             self.gate.remember(len(self.journal.places), *self.journal.used)
@@ -99,12 +102,6 @@ class Client:
         self._loop.run_forever()
         self._loop.close()
 
-    @property
-    def totals(self) -> Totals:
-        """What was done so far."""
-        self.gate.totals.seconds = time.monotonic() - self._start
-        return self.gate.totals
-
     def ask(self, path: str, body: dict, read: Callable[[dict], Result] | None = None, sample: int = 0) -> Result:
         """The answer to one request; waits for it, and may be called by many threads.
 
@@ -122,18 +119,15 @@ class Client:
             ValueError, TypeError: for a body that is no JSON, or names no max_tokens where it must.
             OSError: if the journal cannot be written.
         """
-        if self.journal is None or read is None:
-            return self._persist(path, body, read)
-        key = fingerprint(path, body, sample)
-        if (kept := self.journal.get(key)) is not None:
+        key = fingerprint(path, body, sample) if self.journal and read else ""
+        if key and (kept := self.journal.get(key)) is not None:
             try:
                 found = read(kept)
-            except ValueError as error:
-                self._say("kept", "an answer in %s cannot be used any more: %s", self.journal.path, error)
-            else:
                 with self.gate.changed:
                     self.totals.journaled += 1
                 return found
+            except ValueError as error:
+                self._say("kept", "an answer in %s cannot be used any more: %s", self.journal.path, error)
         return self._persist(path, body, read, key)
 
     def _persist(self, path: str, body: dict, read: Callable | None, key: str = "") -> object:
@@ -204,14 +198,12 @@ class Client:
 
         response = await self._openai.post(path, cast_to=httpx2.Response, content=payload, stream=True,
                                            options={"headers": self._headers})  # fmt: skip
-        try:
+        async with aclosing(response):
             received = bytearray()
             async for part in response.aiter_bytes():
                 received += part
                 if len(received) > LARGEST:
                     raise ValueError(f"an answer of more than {LARGEST >> 20} MiB")
-        finally:
-            await response.aclose()
         return response.extensions["status"], response.headers, bytes(received)
 
     def _refuse(self, status: int, headers: Mapping[str, str], received: bytes) -> None:
@@ -314,9 +306,8 @@ class Client:
             try:
                 if gate.flying:
                     log.warning("stopping: %d requests are under way (Ctrl-C again stops at once)", len(gate.flying))
-                while before := len(gate.flying):
-                    if not gate.changed.wait_for(lambda: len(gate.flying) < before, SILENCE):  # noqa: B023
-                        break
+                while gate.flying and gate.changed.wait_for(lambda n=len(gate.flying): len(gate.flying) < n, SILENCE):  # noqa: B008
+                    pass  # one more has come
             finally:
                 end = time.monotonic() + 0.4
                 while gate.flying and time.monotonic() < end:
@@ -328,6 +319,23 @@ class Client:
         """One warning of a kind, and the rest for those who want more."""
         log.log(logging.DEBUG if what in self._said else logging.WARNING, message, *values)
         self._said.add(what)
+
+
+def read_chat(answer: Mapping) -> str:
+    """The text of a chat answer, with the thinking and the calls that a server has taken out of it put back.
+
+    Raises:
+        ValueError: if it has no message of texts; the client asks again.
+    """
+    try:
+        message = answer["choices"][0]["message"]
+        thinking = message.get("reasoning_content") or message.get("reasoning") or ""
+        text = message.get("content") or ""
+        calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls") or ()]
+        text = text if not thinking or "<think>" in text else f"<think>{thinking.strip()}</think>\n{text.lstrip()}"
+        return text + "".join(f'{{"name": {json.dumps(name)}, "arguments": {given}}}' for name, given in calls)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"an answer must have choices with a message of text, got {answer!r:.120}") from error
 
 
 def _next(done: SimpleQueue) -> tuple:

@@ -7,15 +7,12 @@ import random
 from dataclasses import dataclass
 from fractions import Fraction
 
-from qftlab.maths.verify import combine
+from qftlab.maths.verify import OPERATORS, combine
 
 
 def is_held_out(key: str, *, one_in: int = 10) -> bool:
     """True for one key in `one_in`, decided by SHA-256 of the key, so that it never depends on order or seed."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % one_in == 0
-
-
-OPERATORS = ("+", "-", "*", "/")
 
 
 @dataclass(frozen=True)
@@ -44,16 +41,14 @@ def _join(left: tuple, operator: str, right: tuple) -> tuple | None:
     return value, f"{a} {operator} {b}", rank
 
 
-def random_problem(
-    rng: random.Random, *, num_numbers: int = 3, max_number: int = 20, max_target: int = 99, held_out: bool = False
-) -> CountdownProblem:
+def random_problem(rng: random.Random, *, num_numbers: int = 3, held_out: bool = False) -> CountdownProblem:
     """Draws a solvable problem from the training side, or from the held-out side.
+
+    Numbers are drawn from 1 to 20, targets lie in 1 to 99, and values in between are non-negative integers.
 
     Args:
         rng: source of randomness.
         num_numbers: how many numbers, at least 2.
-        max_number: numbers are drawn from 1 to this.
-        max_target: targets lie in 1 to this; intermediate values are non-negative integers.
         held_out: which side of the split (one problem in ten is held out, by a hash of its key).
 
     Raises:
@@ -62,15 +57,15 @@ def random_problem(
     if num_numbers < 2:
         raise ValueError(f"num_numbers must be at least 2, got {num_numbers}")
     while True:
-        numbers = [rng.randint(1, max_number) for _ in range(num_numbers)]
+        numbers = [rng.randint(1, 20) for _ in range(num_numbers)]
         nodes = [(Fraction(n), str(n), 3) for n in numbers]
         while len(nodes) > 1:
             i, j = rng.sample(range(len(nodes)), 2)
-            node = _join(nodes[i], rng.choice(OPERATORS), nodes[j])
+            node = _join(nodes[i], rng.choice(tuple(OPERATORS)), nodes[j])
             if node is None:
                 break
             nodes = [n for k, n in enumerate(nodes) if k not in (i, j)] + [node]
-        if len(nodes) > 1 or not 1 <= nodes[0][0] <= max_target:
+        if len(nodes) > 1 or not 1 <= nodes[0][0] <= 99:
             continue
         problem = CountdownProblem(tuple(numbers), int(nodes[0][0]), nodes[0][1])
         if is_held_out(problem.key) == held_out:

@@ -96,11 +96,15 @@ class Outlines:
         for mark in MARKS:
             marks = [mark.format(f"n{i}n", f"n{i}n") for i in range(len(roles))]
             said = [{"role": role, "content": text} for role, text in zip(roles, marks, strict=True)]
-            pattern = re.compile(f"({'|'.join(map(re.escape, marks))})")
             documents = self._renderer(said).documents(train_on)
-            found.append([[([marks.index(p) if p in marks else p for p in pattern.split(text) if p], kept)
-                           for text, kept in document] for document in documents])  # fmt: skip
+            found.append([[(_split(text, marks), kept) for text, kept in document] for document in documents])
         return found[0] if found[0] == found[1] else None
+
+
+def _split(text: str, marks: Sequence[str]) -> list[str | int]:
+    """A text as what stands between marks, and their numbers."""
+    parts = re.split(f"({'|'.join(map(re.escape, marks))})", text)
+    return [marks.index(part) if part in marks else part for part in parts if part]
 
 
 class Chunks(Dataset):
@@ -159,22 +163,15 @@ class Chunks(Dataset):
         fast.no_truncation()
         fast.no_padding()
         encodings = fast.encode_batch_fast(texts, add_special_tokens=False)
-        self.check([(place, texts[i], encodings[i].ids) for place, i in trained])
+        spelled = fast.decode_batch([encodings[i].ids for _, i in trained], skip_special_tokens=False)
+        for (place, i), decoded in zip(trained, spelled, strict=True):
+            check_spelling(self.tokenizer, texts[i], decoded, f"{place}: ")
         ids = iter(encodings)
         return [(number, [d if isinstance(d, Example) else _joined(d, ids) for d in found]) for number, found in made]
 
-    def check(self, trained: Sequence[tuple[str, str, list[int]]]) -> None:
-        """Refuses the place of a text that its ids do not spell, of (place, text, ids) each."""
-        spelled = self.tokenizer.backend_tokenizer.decode_batch([ids for *_, ids in trained], skip_special_tokens=False)
-        for (place, text, _), decoded in zip(trained, spelled, strict=True):
-            try:
-                check_spelling(self.tokenizer, text, decoded)
-            except ValueError as error:
-                raise ValueError(f"{place}: {error}") from error
 
-
-def check_spelling(tokenizer, text: str, decoded: str) -> None:
-    """Refuses a text that the tokenizer cannot spell; blanks, and what it normalises, aside.
+def check_spelling(tokenizer, text: str, decoded: str, place: str = "") -> None:
+    """Refuses a text that the tokenizer cannot spell, at a place; blanks, and what it normalises, aside.
 
     Raises:
         ValueError: showing where they part.
@@ -187,8 +184,8 @@ def check_spelling(tokenizer, text: str, decoded: str) -> None:
     if wanted != got:
         at = len(os.path.commonprefix([wanted, got]))
         raise ValueError(
-            f"the tokenizer must spell what is trained, but makes {got[at : at + 20]!r} of {wanted[at : at + 20]!r}: "
-            "take another tokenizer, or leave the row out"
+            f"{place}the tokenizer must spell what is trained, but makes {got[at : at + 20]!r} of "
+            f"{wanted[at : at + 20]!r}: take another tokenizer, or leave the row out"
         )
 
 
@@ -247,12 +244,12 @@ def encode(
 
 def _encode(chunks: Chunks, usage, num_proc: int) -> list[tuple[int, list[Example]]]:
     found = []
-    if num_proc > 1:
+    workers = num_proc if num_proc > 1 else 0
+    if workers:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's own threads would be as many again
     # A generator of its own: a loader draws a seed, by default from the one that everything else is drawn from.
-    loader = DataLoader(chunks, batch_size=None, num_workers=num_proc if num_proc > 1 else 0, collate_fn=_as_it_is,
-                        generator=torch.Generator())  # fmt: skip
-    for part in loader:
+    chance = torch.Generator()
+    for part in DataLoader(chunks, batch_size=None, num_workers=workers, collate_fn=_as_it_is, generator=chance):
         if isinstance(part, Exception):
             raise part
         usage.merge(part[0])

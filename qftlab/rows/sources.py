@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import BinaryIO
@@ -54,13 +55,12 @@ def _json(path: Path) -> Iterator[tuple[str, object]]:
     if size > MAX_JSON_BYTES:
         limit = f"{MAX_JSON_BYTES // 2**20} MiB"
         raise DataError(f"{path} has {size:,} bytes; a .json is read whole, so {limit} at most: convert it to .jsonl")
+    text = _decoded(path.read_bytes(), str(path)).removeprefix("\ufeff")
     try:
-        rows = json.loads(_decoded(path.read_bytes(), str(path)).removeprefix("\ufeff"))
+        rows = json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}: {error.msg}"
         raise DataError(f"{path} is not JSON, {where} (a file with a row a line should end in .jsonl)") from None
-    except DataError:
-        raise
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON that can be read: {_json_reason(error)}") from None
     rows = _rows_in(rows) if isinstance(rows, dict) else rows
@@ -107,10 +107,7 @@ def _json_reason(error: Exception) -> str:
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines, the byte-order mark of the first removed; a line longer than the limit ends the file."""
-    for number in range(1, 2**63):
-        line = file.readline(MAX_LINE_BYTES + 1)
-        if not line:
-            return
+    for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), 1):
         if len(line) > MAX_LINE_BYTES:
             limit = f"{MAX_LINE_BYTES // 2**20} MiB"
             raise DataError(f"{path}, line {number} is longer than {limit}: the rest of the file is not read")
@@ -167,8 +164,6 @@ def _parquet(path: Path) -> Iterator[tuple[str, object]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"row {number}", _without_nulls(row)
-    except GeneratorExit:
-        raise
     except Exception as error:  # pyarrow raises many kinds; all mean that the file is broken
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path}, after row {number}: cannot be read as parquet: {reason:.200}") from None
@@ -224,16 +219,13 @@ def read_hub(name: str, split: str | None = None) -> Iterator[tuple[str, object]
     known = HUB.get(name)
     wanted = split or (known.split if known else "train")
     is_folder = Path(name).is_dir()
-    options = {"streaming": is_folder or known is None or known.is_large}
-    path, options = name, options | ({"name": config} if config else {})
+    path, options = name, {"name": config or None, "streaming": is_folder or known is None or known.is_large}
     if known and known.file and not is_folder:
         path, options["data_files"] = "json", {wanted: f"hf://datasets/{name}/{known.file}"}
     number = 0
     try:
         for number, row in enumerate(datasets.load_dataset(path, split=wanted, **options), 1):
             yield f"row {number}", _without_nulls(row)
-    except GeneratorExit:
-        raise
     except Exception as error:  # datasets passes on the errors of a dozen libraries
         reason = " ".join(str(error).split()) or type(error).__name__
         way_out = "check its files" if is_folder else "check the name, the split and the connection"
@@ -400,10 +392,9 @@ def stream(
             except (DataError, RecursionError) as error:
                 refuse(error if isinstance(error, DataError) else DataError(f"{where} is nested too deep"))
                 continue
-            if left_out.intersection(report.note(row, source, where)):
-                continue
-            yield row
-            given += 1
+            if not left_out.intersection(report.note(row, source, where)):
+                given += 1
+                yield row
             if given == limit:
                 return
 
@@ -432,22 +423,16 @@ def _guarded(
     if not source.strip():
         raise DataError("sources must be paths or names, got an empty one")
     report.counts.setdefault(source, 0)
-    rows = read_hub(source, split) if _is_hub(source) else read_file(Path(source))
-    while True:
-        try:
-            place, row = next(rows)
-        except StopIteration:
-            return
-        except FileNotFoundError as error:
-            if missing == "error":
-                raise
-            log.warning("%s", error)
-            report.missing.append(source)
-            return
-        except (DataError, OSError) as error:
-            refuse(error)
-            return
-        yield f"{source}, {place}", row
+    try:
+        for place, row in read_hub(source, split) if _is_hub(source) else read_file(Path(source)):
+            yield f"{source}, {place}", row
+    except FileNotFoundError as error:
+        if missing == "error":
+            raise
+        log.warning("%s", error)
+        report.missing.append(source)
+    except (DataError, OSError) as error:
+        refuse(error)
 
 
 def _is_hub(source: str) -> bool:

@@ -13,40 +13,41 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 try:
     import uvicorn
-    from fastapi import FastAPI, HTTPException, Request
-    from fastapi.concurrency import run_in_threadpool
+    from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
-    from starlette.exceptions import HTTPException as AnyHTTPException
+    from starlette.exceptions import HTTPException
 except ImportError as error:
     raise ImportError('the server needs fastapi and uvicorn: pip install "qftlab[serve]"') from error
 from openai.types import Model
 
 from qftlab.decoding.engine import Row, default_stop_ids, encode_prompts, plan_rows
+from qftlab.maths.sampling import SamplingParams
 from qftlab.model.head import context_length
 from qftlab.rows.tokenizer import set_thinking_
 from qftlab.serve import ServeConfig
 from qftlab.serve.batcher import Batcher, Event, Failed
-from qftlab.serve.protocol import REASONS, Asked, ChatRequest, CompletionRequest, choice, written
+from qftlab.serve.protocol import REASONS, SETTINGS, Asked, ChatRequest, CompletionRequest, choice, written
 from qftlab.settings import ENABLE_THINKING
 
 log = logging.getLogger(__name__)
 KEY = "QFTLAB_API_KEY"
 LARGEST = 4 << 20  # bytes of a request
 LATER = {"Retry-After": "1"}
-PAGE = {"Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-                                   "connect-src 'self'; frame-ancestors 'none'"}  # fmt: skip
+INLINE = "script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+PAGE = {"Content-Security-Policy": f"default-src 'none'; connect-src 'self'; frame-ancestors 'none'; {INLINE}"}
 CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
 
 
 class Service:
-    """A model and what is served of it.
+    """A model and what is served of it: an ASGI application.
 
     Args:
         model, tokenizer: as in `generate`.
@@ -57,18 +58,19 @@ class Service:
     """
 
     def __init__(self, model, tokenizer, config: ServeConfig) -> None:
-        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.model, self.tokenizer, self.config = model, copy.copy(tokenizer), config
+        set_thinking_(self.tokenizer, ENABLE_THINKING[config.thinking])
         self.name, self.key = config.name or Path(config.model).name, os.environ.get(KEY, "").strip()
         self.plain = copy.copy(tokenizer)  # leaves special tokens out of what it decodes
         self.plain.decode = lambda ids, **options: tokenizer.decode(ids, **options | {"skip_special_tokens": True})
         self.special = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.batcher = Batcher(model, tokenizer, config)
         self.counts, self.created, self.is_draining = Counter(), int(time.time()), False
+        self.app = build(self)
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing is being answered."""
-        return not (self.batcher.seats or self.batcher.waiting)
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        refused = self.refusal(Request(scope)) if scope["type"] == "http" else None
+        await (refused or self.app)(scope, receive, send)
 
     def refusal(self, request: Request) -> JSONResponse | None:
         """Why a request is not even read, if it is not."""
@@ -77,9 +79,7 @@ class Service:
             return _error(401, f"the key must be the server's {KEY}: send it as Authorization: Bearer KEY")
         length = request.headers.get("content-length", "")
         if request.method == "POST" and not (length.isdecimal() and int(length[:20]) <= LARGEST):
-            return _error(
-                413, f"Content-Length must be at most {LARGEST}, got {length[:20] or 'none'}: send less at once"
-            )
+            return _error(413, f"Content-Length must be at most {LARGEST}, got {length[:20] or 'none'}: send less")
         if request.method == "POST" and self.is_draining:
             return _error(503, "the server is stopping: ask again when it is back")
         return None
@@ -92,20 +92,22 @@ class Service:
         """
         if asked.model != self.name:
             raise HTTPException(404, f"model must be {self.name!r}, which is served here, got {asked.model!r:.60}")
-        stop, most = [asked.stop] if isinstance(asked.stop, str) else asked.stop or [], self.config.max_queue
+        stop, n = [asked.stop] if isinstance(asked.stop, str) else asked.stop or [], asked.n or 1
         ends = [*default_stop_ids(self.model, self.tokenizer), *(asked.stop_token_ids or [])]
         ends += [self.special[text] for text in stop if text in self.special]  # found though it may not be shown
-        tokenizer = self.tokenizer if asked.skip_special_tokens is False else self.plain
-        seed = secrets.randbits(63) if asked.seed is None else asked.seed
+        shown = self.tokenizer if asked.skip_special_tokens is False else self.plain
+        seed, most = secrets.randbits(63) if asked.seed is None else asked.seed, self.config.max_queue
         try:
             if asked.stream_options and not asked.stream:
                 raise ValueError("stream_options needs stream to be true, got it without")
             prompts, context = encode_prompts(self.tokenizer, asked.prompts), context_length(self.model) or 2**31
-            if not 0 < len(prompts) * (asked.n or 1) <= most:
-                raise ValueError(f"prompts times n must be from 1 to {most}, got {len(prompts)} times {asked.n or 1}")
+            if not 0 < len(prompts) * n <= most:
+                raise ValueError(f"prompts times n must be from 1 to {most}, got {len(prompts)} times {n}")
             rest = [max(1, min(self.config.max_new_tokens, context - len(ids))) for ids in prompts]
-            return plan_rows(self.model, tokenizer, prompts, asked.max_tokens or rest, asked.params, stop, ends, seed,
-                             1, asked.n or 1, None, asked.top is not None, bool(asked.stream))  # fmt: skip
+            params = SamplingParams(**asked.model_dump(include=SETTINGS, exclude_none=True))
+            limits, told = asked.max_tokens or rest, asked.top is not None
+            options = (seed, 1, n, None, told, bool(asked.stream))
+            return plan_rows(self.model, shown, prompts, limits, params, stop, ends, *options)
         except (ValueError, TypeError, RecursionError) as error:
             folder = str(self.tokenizer.name_or_path)  # is nobody's business
             raise HTTPException(400, str(error).replace(folder, self.name) if folder else str(error)) from None
@@ -117,7 +119,7 @@ class Service:
             HTTPException: as `plan`.
             Failed: 429 for a full queue, 503 where the model fails.
         """
-        start, rows = time.perf_counter(), await run_in_threadpool(self.plan, asked)
+        start, rows = time.perf_counter(), await asyncio.to_thread(self.plan, asked)
         head = {"id": f"{asked.names[0]}-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.name}
         read = sum(len(row.prompt_ids) for row in rows[:: asked.n or 1])
         events = self._events(request, rows, asked.top or 0, start)
@@ -182,8 +184,7 @@ def _usage(read: int, count: int) -> dict:
 
 
 def _problem(status: int, message: str, param: str | None = None) -> dict:
-    """An error in the protocol's form; half a surrogate pair, which a client can send, is spelled out."""
-    message = message.encode("utf-8", "backslashreplace").decode()
+    """An error in the protocol's form."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": CODES.get(status)}}
 
@@ -195,37 +196,24 @@ def _error(status: int, message: str, param: str | None = None) -> JSONResponse:
 def _invalid(error: RequestValidationError) -> JSONResponse:
     """What a request says that it may not, the first of it."""
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"] if part != "body").encode("utf-8", "backslashreplace").decode()
-    if not name or first["type"] == "json_invalid":
+    where = [str(part) for part in first["loc"][1:]]
+    name = ".".join(takewhile(lambda part: part.isidentifier() or part.isdigit(), where))
+    if not where or first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])
         return _error(400, f"the body must be a JSON object, sent as Content-Type: application/json: {reason}")
     if first["type"] == "extra_forbidden":
-        return _error(400, f"unknown field {name!r}: {REASONS.get(name, 'it would be left out in silence')}", name)
+        return _error(400, f"unknown field {where[-1]!r}: {REASONS.get(name, 'it would be left out in silence')}", name)
     given = "" if first["type"] == "missing" else f", got {reprlib.repr(first['input'])}"
     return _error(400, f"{name}: {first['msg']}{given}", name)
-
-
-class _Door:
-    """Refuses requests before they are read."""
-
-    def __init__(self, app, service: Service) -> None:
-        self.app, self.service = app, service
-
-    async def __call__(self, scope, receive, send) -> None:
-        refused = self.service.refusal(Request(scope)) if scope["type"] == "http" else None
-        await (refused or self.app)(scope, receive, send)
 
 
 def build(service: Service) -> FastAPI:
     """The application of a service."""
     app = FastAPI(title="qftlab", docs_url=None, redoc_url=None)
-    app.add_middleware(_Door, service=service)
-    app.add_exception_handler(AnyHTTPException, lambda _, problem: _error(problem.status_code, problem.detail))
+    app.add_exception_handler(HTTPException, lambda _, problem: _error(problem.status_code, problem.detail))
     app.add_exception_handler(RequestValidationError, lambda _, problem: _invalid(problem))
     app.add_exception_handler(Failed, lambda _, problem: _error(problem.status, str(problem)))
-    app.add_exception_handler(
-        Exception, lambda _, problem: _error(500, f"{type(problem).__name__}: see the server's log")
-    )
+    app.add_exception_handler(Exception, lambda _, problem: _error(500, f"{type(problem).__name__}: see the log"))
 
     @app.get("/", include_in_schema=False)
     def page() -> FileResponse:
@@ -262,28 +250,27 @@ class _Server(uvicorn.Server):
     def __init__(self, service: Service) -> None:
         self.service = service
         options = {"log_config": None, "log_level": "warning", "access_log": False, "lifespan": "off"}
-        super().__init__(uvicorn.Config(build(service), timeout_keep_alive=75, **options))
+        options |= {"timeout_keep_alive": 75, "timeout_graceful_shutdown": 30}  # the latter for who does not fetch
+        super().__init__(uvicorn.Config(service, **options))
 
     def handle_exit(self, sig, frame) -> None:
         self.should_exit = self.force_exit = self.service.is_draining  # a second signal does not wait
         self.service.is_draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        return await super().on_tick(counter) or (self.service.is_draining and self.service.is_idle)
+        is_idle = not (self.service.batcher.seats or self.service.batcher.waiting)
+        return await super().on_tick(counter) or (self.service.is_draining and is_idle)
 
 
 @contextmanager
 def _opened(model, tokenizer, config: ServeConfig) -> Iterator[tuple[_Server, socket.socket, str]]:
     """A server, the socket it is to hear on, and its address."""
-    is_six = ":" in config.host
-    family = socket.AF_INET6 if is_six else socket.AF_INET
-    with socket.create_server((config.host, config.port), family=family, backlog=2048) as listener:
+    with socket.create_server((config.host, config.port), backlog=2048) as listener:
         service = Service(model, tokenizer, config)
-        if not (config.host in ("localhost", "::1") or config.host.startswith("127.") or service.key):
+        if not (config.host == "localhost" or config.host.startswith("127.") or service.key):
             log.warning("%s is heard by other machines, and no key is asked for: set %s", config.host, KEY)
         try:
-            host = f"[{config.host}]" if is_six else config.host
-            yield _Server(service), listener, f"http://{host}:{listener.getsockname()[1]}"
+            yield _Server(service), listener, f"http://{config.host}:{listener.getsockname()[1]}"
         finally:
             service.batcher.close()
 
@@ -292,14 +279,13 @@ def serve(model, tokenizer, config: ServeConfig) -> None:
     """Answers until SIGTERM or Ctrl-C; then no new requests, and the running ones are finished.
 
     Args:
-        model, tokenizer: as in `generate`; the tokenizer's chat template gets the thinking that `config` says.
+        model, tokenizer: as in `generate`.
         config: name, address and limits.
 
     Raises:
         OSError: if the address is taken.
         ValueError: for a model that `Decoder` refuses.
     """
-    set_thinking_(tokenizer, ENABLE_THINKING[config.thinking])
     with _opened(model, tokenizer, config) as (server, listener, url):
         log.info("%s answers at %s/v1, with a chat page at %s (Ctrl-C stops)", server.service.name, url, url)
         server.run([listener])
@@ -313,14 +299,17 @@ def serving(model, tokenizer, *, name: str = "tiny", port: int = 0, **options) -
         model, tokenizer: as in `generate`.
         name: what clients call the model.
         port: 0 takes a free one.
-        options: the other fields of `ServeConfig`.
+        options: the other fields of `ServeConfig`, but those that load a model.
 
     Yields:
         The address for clients, which ends in /v1.
 
     Raises:
+        TypeError: for an option that would change nothing, because the model is there.
         What `serve` raises.
     """
+    if unfit := options.keys() & {"model", "base", "dtype", "device"}:
+        raise TypeError(f"options of a model that is loaded already must not be given, got {sorted(unfit)}")
     with _opened(model, tokenizer, ServeConfig(name=name, port=port, **options)) as (server, listener, url):
         thread = threading.Thread(target=server.run, args=([listener],), name="server", daemon=True)
         thread.start()

@@ -129,11 +129,17 @@ class Batcher:
     def _run(self) -> None:
         with module_mode(self.model, False), torch.no_grad():
             while not self.is_closed:
-                self._admit(self._newcomers())
-                self._settle()
-                if self.seats and (failure := _attempt(self._step)):
-                    self.seats[-1].fail(failure)  # the others try again without it
-                self._settle()
+                if failure := _attempt(self._round):
+                    for seat in self.seats:
+                        seat.fail(failure)
+
+    def _round(self) -> None:
+        """Newcomers join, all rows take a step, and those that are over leave."""
+        self._settle()
+        self._admit(self._newcomers())
+        self._settle()
+        if self.seats and (failure := _attempt(self._step)):
+            self.seats[-1].fail(failure)  # the others try again without it
 
     def _newcomers(self) -> list[Seat]:
         """Those in the queue that the batch has room for, in their order; waits while there is nothing to do."""
@@ -163,7 +169,7 @@ class Batcher:
     def _join(self, new: list[Seat]) -> None:
         """Reads the newcomers' prompts into free rows, each prompt once, and chooses their first tokens."""
         count, prompts = len(self.seats), [seat.row.prompt_ids for seat in new]
-        self._make_room(count + len(new), max([*self.lengths, *map(len, prompts)]) + 1)
+        self._make_room([*self.seats, *new], max([*self.lengths, *map(len, prompts)]) + 1)
         unique = list({id(prompt): prompt for prompt in prompts}.values())
         cache = KVCache(self.store[:, :, count : count + len(new)], [0] * len(new))
         logits = self.decoder.prefill(unique, cache)
@@ -177,18 +183,18 @@ class Batcher:
     def _step(self) -> None:
         """One more token for every row."""
         count = len(self.seats)
-        self._make_room(count, max(self.lengths) + 1)
+        self._make_room(self.seats, max(self.lengths) + 1)
         tokens = torch.tensor([seat.row.token_ids[-1] for seat in self.seats], device=self.device)
         cache = KVCache(self.store[:, :, :count], self.lengths)
         self._choose(self.decoder.step(tokens, cache), 0)
         self.lengths = cache.lengths
 
-    def _make_room(self, rows: int, columns: int) -> None:
-        """A store of at least so many rows and columns, and no more of either than doubling and rounding need."""
-        old = self.store
+    def _make_room(self, seats: list[Seat], columns: int) -> None:
+        """A store of at least so many rows and columns, rounded up within what `_fits` allows."""
+        old, rows = self.store, len(seats)
         if old is not None and old.shape[2] >= rows and old.shape[4] >= columns:
             return
-        columns = -(-columns // COLUMNS) * COLUMNS
+        columns = min(-(-columns // COLUMNS) * COLUMNS, max(seat.size for seat in seats))
         most = max(rows, min(self.config.max_batch, self.config.cache_tokens // columns))
         self.store = self.decoder.new_cache(min(1 << (rows - 1).bit_length(), most), columns).store
         if self.lengths:
@@ -231,13 +237,8 @@ def _attempt(act: Callable[..., None], *given) -> Failed | None:
         return None
     except Exception as error:
         log.warning("a step failed", exc_info=True)
-        is_memory = isinstance(error, torch.OutOfMemoryError)
-        what = (
-            "memory ran out, ask for fewer tokens or later"
-            if is_memory
-            else f"the model failed, {type(error).__name__}"
-        )
-        return Failed(f"{what}: {error}")
+        what = "memory ran out, ask for less" if isinstance(error, torch.OutOfMemoryError) else "the model failed"
+        return Failed(f"{what} ({type(error).__name__}: {error})")
 
 
 def _tokens(logits: Tensor, chosen: Tensor, seats: Sequence[Seat]) -> list[Token]:

@@ -6,15 +6,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
 
-from qftlab.maths.sampling import SamplingParams
+from qftlab.rows.chat import checked_text
 from qftlab.serve.batcher import Event
 
+Text = Annotated[str, AfterValidator(lambda text: checked_text(text, "it"))]
 Count = Annotated[int, Field(ge=1)]
 Top = Annotated[int, Field(ge=0, le=20)]
 Off = Annotated[float, Field(ge=0, le=0)]  # clients send it with its default
-SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+SETTINGS = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}  # those of `SamplingParams`
 REASONS = {  # for fields that clients know
     "echo": "the prompt is not sent back: put its text before the answer's",
     "tool_choice": "the model chooses by itself, and its calls come back as text",
@@ -24,7 +25,7 @@ REASONS = {  # for fields that clients know
 
 
 class Asked(BaseModel):
-    """What both kinds of request may say; null is the same as nothing. `SamplingParams` checks the settings."""
+    """What both kinds of request may say; null is the same as nothing, and temperature is 1 by default."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     model: str
@@ -37,24 +38,19 @@ class Asked(BaseModel):
     presence_penalty: Off | None = None
     max_tokens: Count | None = Field(None, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
     stop_token_ids: list[int] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool | None = None
     stream_options: dict[Literal["include_usage"], bool] | None = None
     skip_special_tokens: bool | None = None
 
-    @property
-    def params(self) -> SamplingParams:
-        """How tokens are chosen; what is not said is the protocol's default, temperature 1."""
-        return SamplingParams(**{k: v for k in SETTINGS if (v := getattr(self, k)) is not None})
-
 
 class ChatRequest(Asked):
     """The body of /v1/chat/completions; `turns` of the rows checks its messages."""
 
     names: ClassVar = ("chatcmpl", (ChatCompletion, "chat.completion"), (ChatCompletionChunk, "chat.completion.chunk"))
-    messages: list[dict[str, Any]]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     tools: list[dict[str, Any]] | None = None
     logprobs: bool | None = None
     top_logprobs: Top | None = None
@@ -76,7 +72,7 @@ class CompletionRequest(Asked):
     """The body of /v1/completions."""
 
     names: ClassVar = ("cmpl", (Completion, "text_completion"), (Completion, "text_completion"))
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Text | list[Text] | list[int] | list[list[int]]
     logprobs: Top | None = None
 
     @property
@@ -111,9 +107,9 @@ def choice(tokenizer, asked: ChatRequest | CompletionRequest, event: Event) -> d
         entries = [{**spelled(*token[:2]), "top_logprobs": [spelled(*one) for one in token[2]]} for token in tokens]
         told = {"content": entries}
         if isinstance(asked, CompletionRequest):
+            texts, logprobs = [entry["token"] for entry in entries], [entry["logprob"] for entry in entries]
             best = [{one["token"]: one["logprob"] for one in reversed(entry["top_logprobs"])} for entry in entries]
-            told = {"tokens": [entry["token"] for entry in entries], "top_logprobs": best,
-                    "token_logprobs": [entry["logprob"] for entry in entries]}  # fmt: skip
+            told = {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": best}
     said = {"text": text}
     if isinstance(asked, ChatRequest):
         said = {"delta" if asked.stream else "message": {"role": "assistant", "content": text}}

@@ -68,19 +68,20 @@ class Checkpoints:
     def prepare(self) -> None:
         """Makes the folder, takes it for this process and tidies it: a run fails before its first step.
 
+        Whoever calls it calls `release` in the end, though it fails.
+
         Raises:
             OSError: if nothing can be written there, or another process writes there.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
-            self._prune()
         except Timeout:
             raise OSError(f"{self.folder} must be written by one run, got another process that has it: wait for that "
                           "run to end, or start a new one") from None  # fmt: skip
         except OSError as error:
-            self.release()
             raise not_written(self.folder, error) from error
+        self.prune()
 
     def release(self) -> None:
         """Gives the folder back that `prepare` took; once for each time."""
@@ -89,27 +90,31 @@ class Checkpoints:
                 remove(Path(self.lock.lock_file))
         self.lock.release()
 
-    def save(self, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, result: Mapping[str, object],
-             world: Ranks | None = None) -> Path:  # fmt: skip
-        """Writes a checkpoint and then removes the ones that are no longer kept.
+    def save(
+        self, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, result: Mapping[str, object]
+    ) -> Path:
+        """Writes a checkpoint and then removes the ones that are no longer kept; all processes call, the first writes.
 
         Args:
             weights: by name, what the optimizer moves.
             optimizer: its state is kept by the same names.
             result: plain values, among them `steps` and `held_out` as in `TrainResult`.
-            world: the processes; the first writes, all must call.
 
         Raises:
             OSError: if it cannot be written (a full disk, a read-only folder); the checkpoints before it are intact.
         """
-        world = world or Ranks.current()
-        path, problem = self._path(result["steps"]), None
+        world, path, problem = Ranks.current(), self._path(result["steps"]), None
         tensors = gathered(weights, world.is_main)
         moments = gathered(optimizer_state(weights, optimizer), world.is_main)
         if world.is_main:
             try:
                 with aside(path) as place:
-                    self._write(place, tensors, moments, result)
+                    place.mkdir()
+                    save_file(tensors, place / WEIGHTS)
+                    save_file(moments, place / OPTIMIZER)
+                    digests = {name: sha256(place / name) for name in (WEIGHTS, OPTIMIZER)}
+                    record = {"identity": self.identity, "result": dict(result), "sha256": digests}
+                    (place / STATE).write_text(json.dumps(record | {"digest": _digest(record)}), encoding="utf-8")
                 self.prune()
             except OSError as error:
                 problem = error
@@ -118,38 +123,21 @@ class Checkpoints:
             raise problems[0]
         return path
 
-    def _write(self, place: Path, tensors: dict, moments: dict, result: Mapping[str, object]) -> None:
-        place.mkdir()
-        save_file(tensors, place / WEIGHTS)
-        save_file(moments, place / OPTIMIZER)
-        digests = {name: sha256(place / name) for name in (WEIGHTS, OPTIMIZER)}
-        record = {"identity": self.identity, "result": dict(result), "sha256": digests}
-        (place / STATE).write_text(json.dumps(record | {"digest": _digest(record)}), encoding="utf-8")
-
     def prune(self) -> None:
         """Removes what is no longer kept, and what processes that were killed have left half done.
 
         Raises:
             OSError: in one sentence, if it cannot be removed.
         """
+        kept = {*self.all()[-self.keep :], self.best()}
         try:
-            self._prune()
+            for old in self.all():
+                if old not in kept:  # the name goes first: one that is half removed must not look like a checkpoint
+                    os.rename(old, old.with_name(f".{old.name}-old"))
+            for left in self.folder.glob(".step-*"):
+                remove(left)
         except OSError as error:
             raise not_written(self.folder, error) from error
-
-    def _prune(self) -> None:
-        for left in self.folder.glob(".step-*"):
-            remove(left)
-        kept = {*self.all()[-self.keep :], self.best()}
-        for old in self.all():
-            if old not in kept:
-                self._remove(old)
-
-    def _remove(self, path: Path) -> None:
-        """Takes the name away first: a folder that is half removed must not look like a checkpoint."""
-        trash = path.with_name(f".{path.name}-old")
-        os.rename(path, trash)
-        remove(trash)
 
     def check(self, path: Path) -> dict:
         """The state of a checkpoint of this run.

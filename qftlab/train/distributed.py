@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -125,6 +126,11 @@ class Ranks:
         return total.tolist()
 
 
+def step_seed(what: str, seed: int, number: int, rank: int = 0) -> int:
+    """What is drawn from in a process's step, such as dropout: the same in a resumed run, and for nothing else."""
+    return int.from_bytes(hashlib.sha256(f"{what} {seed} {number} {rank}".encode()).digest()[:7], "big")
+
+
 def per_process(config: TrainConfig) -> TrainConfig:
     """The settings of one of several processes: where nothing limits a micro-batch, they share a step's rows out."""
     size = Ranks.current().size
@@ -171,18 +177,13 @@ def wrap(step: nn.Module, sharding: str, precision: str = "weights") -> nn.Modul
         step: its parameters are equal in all processes.
         sharding: "ddp" (through accelerate) or "fsdp" (torch's `fully_shard`, by decoder layer, in place).
         precision: as in `TrainConfig`; under fsdp, "autocast" and "master" are fp32 shards that are gathered in bf16.
-
-    Raises:
-        ImportError: for ddp without accelerate.
     """
     if Ranks.current().size == 1:
         return step
     if sharding == "fsdp":
         return _shard_(step, precision)
-    try:
-        from accelerate import Accelerator
-    except ImportError as error:
-        raise ImportError("sharding ddp needs accelerate, which is not installed: pip install accelerate") from error
+    from accelerate import Accelerator
+
     return Accelerator(cpu=next(step.parameters()).device.type == "cpu").prepare_model(step)
 
 
@@ -218,30 +219,17 @@ def reshard_(step: nn.Module) -> None:
             module.reshard()
 
 
-@dataclass(frozen=True)
-class RankShare:
-    """A source that gives one process its share of each step: every `size`-th micro-batch.
+def rank_share(every: list, world: Ranks) -> list:
+    """This process's share of a step's micro-batches: every `size`-th.
 
     All processes must run equally often, so one that has too few runs its last again (or the step's first), with
     weight 0.
     """
-
-    source: Callable
-    world: Ranks
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """As the source's."""
-        return self.source.steps_per_epoch
-
-    def __call__(self, epoch: int, step: int) -> list:
-        """This process's micro-batches of one optimizer step."""
-        every = self.source(epoch, step)
-        if self.world.size == 1:
-            return every
-        mine = every[self.world.rank :: self.world.size]
-        missing = -(-len(every) // self.world.size) - len(mine)
-        return mine + [replace((mine or every)[-1 if mine else 0], weight=0.0)] * missing
+    if world.size == 1:
+        return every
+    mine = every[world.rank :: world.size]
+    missing = -(-len(every) // world.size) - len(mine)
+    return mine + [replace((mine or every)[-1 if mine else 0], weight=0.0)] * missing
 
 
 def gathered(named: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from qftlab.model.head import module_mode
 from qftlab.settings import TrainConfig
 from qftlab.train.checkpoint import Checkpoints
-from qftlab.train.distributed import Ranks, RankShare, autocast, prepared, reshard_
-from qftlab.train.meter import Meter
+from qftlab.train.distributed import Ranks, autocast, prepared, rank_share, reshard_, step_seed
+from qftlab.train.meter import speed_line, speed_of
 from qftlab.train.optimizer import (
     Batch,
     MasterWeights,
@@ -136,8 +135,9 @@ def train(
         run.unit, run.take, run.headline, run.rate = unit, take, headline, rate
         try:
             run.restore(resume)
-            with _bar(run.total, run.result.steps, progress and run.world.is_main) as advance:
-                run.all_steps(advance)
+            is_shown = progress and run.world.is_main
+            with tqdm(total=run.total, initial=run.result.steps, unit="step", disable=not is_shown) as bar:
+                run.all_steps(bar)
         except KeyboardInterrupt:
             run.interrupt()
         except (NonFiniteLoss, *saves_on) as error:
@@ -158,8 +158,7 @@ class _Run:
     def __init__(self, step, source, config, count, held_out, on_log, checkpoints, signals) -> None:
         self.signals = signals
         self.step, self.config, self.count, self.world = step, config, count, Ranks.current()
-        self.source = RankShare(source, self.world)
-        self.held_out, self.checkpoints = held_out, checkpoints
+        self.source, self.held_out, self.checkpoints = source, held_out, checkpoints
         self.on_log = on_log if self.world.is_main else None
         self.weights, self.master = named_trainable(step), None
         if config.precision == "master" and any(w.dtype != torch.float32 for w in self.weights.values()):
@@ -169,7 +168,6 @@ class _Run:
             self.weights = self.master.named
         self.optimizer = make_optimizer(step, config, self.weights)
         self.total = total_steps(config, source.steps_per_epoch)
-        self.meter = Meter(step)
         self.result, self.clock = TrainResult(), time.process_time()
         self.saved, self.is_between_steps = -1, True
 
@@ -195,7 +193,7 @@ class _Run:
             self.master.write_()
         self.result = TrainResult(**{**state, "held_out": [tuple(pair) for pair in state["held_out"]]})
 
-    def all_steps(self, advance: Callable[[str], None]) -> None:
+    def all_steps(self, bar) -> None:
         """Every optimizer step, with held-out losses and checkpoints before, between and after."""
         r = self.result
         while True:
@@ -206,7 +204,8 @@ class _Run:
                 break
             if self.world.sum([bool(self.signals.asked)])[0]:
                 raise KeyboardInterrupt
-            advance(self.one_step(r.steps))
+            bar.set_postfix_str(self.one_step(r.steps), refresh=False)
+            bar.update()
         if r.steps < self.total:
             self.stop_early()
 
@@ -214,11 +213,10 @@ class _Run:
         """Optimizer step `number`, counted from 0; returns what there is to say of it."""
         epoch, within = divmod(number, self.source.steps_per_epoch)
         lr = self.rate(self.config, number, self.total)
-        micro_batches = self.source(epoch, within)
+        micro_batches = rank_share(self.source(epoch, within), self.world)
         device = next(self.step.parameters()).device
-        torch.manual_seed(_step_seed(self.config.seed, number, self.world.rank))
-        self.meter.start()
-        self.is_between_steps = False
+        torch.manual_seed(step_seed("step", self.config.seed, number, self.world.rank))
+        start, self.is_between_steps = time.perf_counter(), False
         report = optimizer_step(self.step, self.optimizer, micro_batches, lr, self.config.max_grad_norm,
                                 count=self.count, number=number + 1, context=autocast(self.config, device))  # fmt: skip
         if self.master:
@@ -229,12 +227,13 @@ class _Run:
         r.tokens += report.tokens
         r.trained_tokens += report.trained_tokens
         self.is_between_steps = True
-        speed = self.meter.stop(report.tokens, report.trained_tokens, [m.tensors for m in micro_batches])
-        record = {"step": r.steps, "epoch": epoch, "loss": report.loss, "lr": lr, "grad_norm": report.grad_norm,
-                  "tokens": r.tokens, self.unit: r.trained_tokens, "seconds": round(r.seconds, 3), **speed}  # fmt: skip
-        said = self.note(record | self.take())
+        seconds, read = time.perf_counter() - start, [m.tensors for m in micro_batches]
+        speed = speed_of(self.step, seconds, report.tokens, report.trained_tokens, read)
+        of_step = {"step": r.steps, "epoch": epoch, "loss": report.loss, "lr": lr, "grad_norm": report.grad_norm}
+        so_far = {"tokens": r.tokens, self.unit: r.trained_tokens, "seconds": round(r.seconds, 3)}
+        said = self.note(of_step | so_far | speed | self.take())
         if r.steps % self.config.log_every == 0 or r.steps == self.total:
-            log.info("step %d/%d: %s, lr %.2e, %s", r.steps, self.total, said, lr, Meter.line(speed))
+            log.info("step %d/%d: %s, lr %.2e, %s", r.steps, self.total, said, lr, speed_line(speed))
         return said
 
     def measure(self) -> None:
@@ -261,8 +260,11 @@ class _Run:
 
     def save(self) -> None:
         """Writes a checkpoint; what is asked meanwhile waits until it is written."""
-        with self.signals.waiting():
-            path = self.checkpoints.save(self.weights, self.optimizer, asdict(self.result), self.world)
+        self.signals.saving = True
+        try:
+            path = self.checkpoints.save(self.weights, self.optimizer, asdict(self.result))
+        finally:
+            self.signals.saving = False
         self.saved = self.result.steps
         log.info("saved %s", path)
 
@@ -274,8 +276,8 @@ class _Run:
     def stop_early(self) -> None:
         """Notes the stop, and puts the best weights back where they were saved."""
         r = self.result
-        log.info("step %d/%d: stopped, %d held-out losses without a new lowest", r.steps, self.total,
-                 self.config.patience)  # fmt: skip
+        patience = self.config.patience
+        log.info("step %d/%d: stopped, %d held-out losses without a new lowest", r.steps, self.total, patience)
         best = self.checkpoints.best() if self.checkpoints else None
         if best:
             self.load(best)
@@ -293,8 +295,8 @@ class _Run:
         """Saves the steps that are whole, unless a second Ctrl-C came while the weights were moving."""
         r, is_whole = self.result, self.save_whole()
         r.interrupted = True
-        kept = "the weights so far are kept" if is_whole else (
-            f"stopped while the weights moved: resume goes on from step {max(self.saved, 0)}")  # fmt: skip
+        lost = f"stopped while the weights moved: resume goes on from step {max(self.saved, 0)}"
+        kept = "the weights so far are kept" if is_whole else lost
         log.warning("interrupted after %d of %d steps; %s", r.steps, self.total, kept)
 
     def has_sound_weights(self) -> bool:
@@ -322,11 +324,6 @@ class _Run:
             self.master.remove()
 
 
-def _step_seed(seed: int, number: int, rank: int) -> int:
-    """What dropout is drawn from: a function of (seed, step, rank), so that a resumed run draws the same."""
-    return int.from_bytes(hashlib.sha256(f"step {seed} {number} {rank}".encode()).digest()[:7], "big")
-
-
 class _Signals:
     """Ctrl-C and SIGTERM while a run is under way: the first is only noted, so that a step is finished first.
 
@@ -334,7 +331,7 @@ class _Signals:
     """
 
     def __init__(self) -> None:
-        self.asked, self.waits = 0, 0  # the number of the first signal; how many writes are under way
+        self.asked, self.saving = 0, False  # the number of the first signal; a write must not be lost
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> _Signals:
@@ -350,33 +347,8 @@ class _Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
-        if self.asked and number == signal.SIGINT and not self.waits:
+        if self.asked and number == signal.SIGINT and not self.saving:
             raise KeyboardInterrupt
         self.asked = self.asked or number
-        what = "a checkpoint is being written" if self.waits else "finishing this step (Ctrl-C again stops at once)"
+        what = "a checkpoint is being written" if self.saving else "finishing this step (Ctrl-C again stops at once)"
         log.warning("interrupted: %s", what)
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Inside, every signal is only noted: it must not lose what is being written."""
-        self.waits += 1
-        try:
-            yield
-        finally:
-            self.waits -= 1
-
-
-@contextmanager
-def _bar(total: int, start: int, is_shown: bool) -> Iterator[Callable[[str], None]]:
-    if not is_shown:
-        yield lambda said: None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, initial=start, unit="step") as bar:
-
-        def advance(said: str) -> None:
-            bar.set_postfix_str(said, refresh=False)
-            bar.update()
-
-        yield advance

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 from collections.abc import Sequence
 
 import torch
@@ -25,46 +24,38 @@ PEAK_FLOPS = {
 }
 
 
-class Meter:
-    """Times optimizer steps of a module, held-out losses and checkpoints not counted."""
+def speed_of(
+    step: nn.Module, seconds: float, tokens: int, trained_tokens: int, batches: list[dict[str, Tensor]]
+) -> dict[str, float]:
+    """How fast an optimizer step of a module was.
 
-    def __init__(self, step: nn.Module) -> None:
-        self.step, self.device = step, next(step.parameters()).device
-        self.peak = peak_flops(self.device)
-        self.clock = 0.0
+    Args:
+        step: holds the model.
+        seconds: of wall time, held-out losses and checkpoints not counted.
+        tokens: read in the step, by all processes; padding is not counted.
+        trained_tokens: of them.
+        batches: this process's share, for the pairs of attention.
 
-    def start(self) -> None:
-        """A step begins."""
-        self.clock = time.perf_counter()
+    Returns:
+        tokens_per_second of wall time; peak_gb; and mfu, operations of the step ÷ (seconds · peak · processes), where
+        the device's peak is known and it computes in bf16.
+    """
+    device, size = next(step.parameters()).device, Ranks.current().size
+    found = {"tokens_per_second": round(tokens / seconds, 1)}
+    if (gigabytes := peak_gigabytes(device)) is not None:
+        found["peak_gb"] = round(gigabytes, 3)
+    if (peak := peak_flops(device)) and any(hasattr(m, "get_output_embeddings") for m in step.modules()):
+        pairs = size * sum(map(causal_pairs, batches))  # the other processes have about as many
+        found["mfu"] = round(step_flops(step, tokens, trained_tokens, pairs) / seconds / peak / size, 4)
+    return found
 
-    def stop(self, tokens: int, trained_tokens: int, batches: list[dict[str, Tensor]]) -> dict[str, float]:
-        """A step has ended.
 
-        Args:
-            tokens: read in the step, by all processes; padding is not counted.
-            trained_tokens: of them.
-            batches: this process's share, for the pairs of attention.
-
-        Returns:
-            tokens_per_second of wall time; peak_gb; and mfu, operations of the step ÷ (seconds · peak · processes),
-            where the device's peak is known and it computes in bf16.
-        """
-        seconds, size = time.perf_counter() - self.clock, Ranks.current().size
-        found = {"tokens_per_second": round(tokens / seconds, 1)}
-        if (gigabytes := peak_gigabytes(self.device)) is not None:
-            found["peak_gb"] = round(gigabytes, 3)
-        if self.peak and any(hasattr(m, "get_output_embeddings") for m in self.step.modules()):
-            pairs = size * sum(map(causal_pairs, batches))  # the other processes have about as many
-            found["mfu"] = round(step_flops(self.step, tokens, trained_tokens, pairs) / seconds / self.peak / size, 4)
-        return found
-
-    @staticmethod
-    def line(found: dict[str, float]) -> str:
-        """What was measured, for a log."""
-        parts = [f"{found['tokens_per_second']:,.0f} tokens/s"]
-        parts += [f"{100 * found['mfu']:.1f} % MFU"] if "mfu" in found else []
-        parts += [f"{found['peak_gb']:.2f} GB at most"] if "peak_gb" in found else []
-        return ", ".join(parts)
+def speed_line(found: dict[str, float]) -> str:
+    """What `speed_of` has found, for a log."""
+    parts = [f"{found['tokens_per_second']:,.0f} tokens/s"]
+    parts += [f"{100 * found['mfu']:.1f} % MFU"] if "mfu" in found else []
+    parts += [f"{found['peak_gb']:.2f} GB at most"] if "peak_gb" in found else []
+    return ", ".join(parts)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -131,10 +122,11 @@ def samples_of(rollouts: Sequence, prompts: Sequence, size: int, count: int = 4)
     kept = []
     for i, prompt in enumerate(prompts[:count]):
         group = sorted(rollouts[i * size : (i + 1) * size], key=lambda r: -r.reward)
-        for rollout in (group[0], group[-1]):
-            answer = rollout.completion
-            kept.append({"row": prompt.number, "prompt": prompt.messages[-1]["content"], "text": answer.text,
-                         "reward": rollout.reward, "finish_reason": answer.finish_reason})  # fmt: skip
+        shown = {"row": prompt.number, "prompt": prompt.messages[-1]["content"]}
+        kept += [
+            {**shown, "text": r.completion.text, "reward": r.reward, "finish_reason": r.completion.finish_reason}
+            for r in (group[0], group[-1])
+        ]
     return kept
 
 

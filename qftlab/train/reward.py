@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -61,17 +61,18 @@ def reward_model(model, tokenizer) -> nn.Module:
     return classifier.to(model.device).eval()
 
 
+ABOUT_PAIRS = ("labels", "reference", "numbers", "mean_chosen_tokens")  # of a batch of pairs, and no input of a model
+
+
 def scores_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The score of each document, (N,) fp32, read at its last token.
 
     Args:
         model: a sequence classifier with one label. A decoder's head is applied to the last token by length: its own
             forward looks for padding by id, and would misread a document that ends in that id.
-        batch: of `pack` (for a model loaded with packed attention) or `pad`; other than these keys are left aside.
+        batch: of `pack` (for a model loaded with packed attention) or `pad`; what `PairSource` adds is left aside.
     """
-    names = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
-             "max_length_k")  # fmt: skip
-    inputs = {name: batch[name] for name in names if name in batch}
+    inputs = {name: value for name, value in batch.items() if name not in ABOUT_PAIRS}
     if not hasattr(model, "score"):
         return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0].float()
     check_rows(model, inputs)
@@ -160,28 +161,19 @@ def fit_reward(
 
 
 def fit_reward_pairs(
-    model,
-    pairs: Sequence[Pair],
-    config: TrainConfig,
-    *,
-    held_out: Sequence[Pair] = (),
-    on_log: Callable[[dict], None] | None = None,
-    progress: bool = False,
-    checkpoints: Checkpoints | str | Path | None = None,
-    resume: bool = False,
+    model, pairs: Sequence[Pair], config: TrainConfig, *, held_out: Sequence[Pair] = (), **options
 ) -> TrainResult:
     """Trains a reward model in place on pairs that are tokens already. Arguments as in `fit_reward`."""
     pairs, held_out = ([replace(p, chosen=ended(p.chosen), rejected=ended(p.rejected)) for p in part]
                        for part in (pairs, held_out))  # fmt: skip
-    if isinstance(checkpoints, str | Path):
+    if isinstance(folder := options.get("checkpoints"), str | Path):
         identity = training_identity(model, config, documents(pairs), documents(held_out))
-        checkpoints = Checkpoints(checkpoints, identity, config.keep)
+        options["checkpoints"] = Checkpoints(folder, identity, config.keep)
     bare = RewardStep(model)
     step = wrap(bare, config.sharding, config.precision)
     sources = [PairSource(part, torch.zeros(len(part), 2), per_process(config)) for part in (pairs, held_out)]
     measure = partial(held_out_pairs, step, bare, sources[1]) if held_out else None
-    return train(step, sources[0], config, count=count_pairs, unit="pairs", take=bare.take, held_out=measure,
-                 on_log=on_log, progress=progress, checkpoints=checkpoints, resume=resume)  # fmt: skip
+    return train(step, sources[0], config, count=count_pairs, unit="pairs", take=bare.take, held_out=measure, **options)
 
 
 class ModelReward:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import statistics
 import time
@@ -27,7 +26,7 @@ from qftlab.rows.chat import render_prompt
 from qftlab.rows.examples import Usage
 from qftlab.rows.schemas import row_to_prompt
 from qftlab.settings import PolicyConfig, TrainConfig
-from qftlab.train.distributed import Ranks, autocast
+from qftlab.train.distributed import Ranks, autocast, step_seed
 from qftlab.train.optimizer import MicroBatch
 from qftlab.train.step import IGNORED, Step, to_device
 
@@ -109,8 +108,8 @@ class ModelSampler:
         if self._decoder is None:
             self.layout = self.layout or best_layout(self.model)
             self._decoder = Decoder(self.model, layout=self.layout)
-            log.info("rollouts are decoded in the layout %s, a snapshot of %.0f MB", self.layout,
-                     self._decoder.snapshot_bytes / 1e6)  # fmt: skip
+            size = self._decoder.snapshot_bytes / 1e6
+            log.info("rollouts are decoded in the layout %s, a snapshot of %.0f MB", self.layout, size)
         elif self._decoder.layout != "plain":
             bump_weights_version_(self.model)
             self._decoder.refresh_()
@@ -147,19 +146,12 @@ def encode_prompts(
             raise ValueError(f"{where}: {error}") from error
         if max_length is not None and len(ids) > max_length:
             usage.leave_out(number, "too long")
-        else:
-            prompts.append(
-                Prompt(messages, ids, {**row, **rows[number - 1]}, number)
-            )  # rewards read the row as it came
+        else:  # rewards read the row as it came
+            prompts.append(Prompt(messages, ids, {**row, **rows[number - 1]}, number))
     if not prompts:
         raise ValueError(f"rows must hold a prompt of at most {max_length} tokens, got none{usage.remainder()}")
     (log.warning if usage.left_out else log.info)("%d of %d prompts kept%s", len(prompts), len(rows), usage.remainder())
     return prompts
-
-
-def rollout_seed(seed: int, number: int, rank: int = 0) -> int:
-    """What the answers of a rollout are drawn from."""
-    return int.from_bytes(hashlib.sha256(f"rollout {seed} {number} {rank}".encode()).digest()[:7], "big")
 
 
 def score(
@@ -310,7 +302,7 @@ class RolloutSource:
         mine, rollouts, failure = prompts[world.rank * share :][:share], [], None
         try:
             if mine:
-                seed = rollout_seed(self.config.seed, number, world.rank)
+                seed = step_seed("rollout", self.config.seed, number, world.rank)
                 answers = self.sampler.sample([p.ids for p in mine], seed=seed, num_generations=size,
                                               temperature=self.policy.temperature)  # fmt: skip
                 sampled = time.process_time()

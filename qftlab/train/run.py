@@ -39,6 +39,7 @@ class RunFolder:
         parent: the folder of runs, made if missing.
         config: a dataclass or dict, kept in config.json.
         data: files whose sha256 is kept beside it; folders and hub names are kept by name.
+        facts: more to keep there, such as the stage and the model it began with, found once: `latest` moves on.
         resume: the folder of an earlier run, or "last" for the newest in `parent`, to go on with in place of a new one.
 
     Raises:
@@ -47,14 +48,14 @@ class RunFolder:
     """
 
     def __init__(
-        self, parent: str | Path, config: object, data: Sequence[str | Path] = (), resume: str | Path | None = None
+        self, parent: str | Path, config: object, data: Sequence = (), facts: Mapping = {}, resume: str | None = None
     ) -> None:
         self.is_writer = True
         self.path = find_run(resume, Path(parent)) if resume else _new_folder(Path(parent))
         if not resume:
             settings = asdict(config) if is_dataclass(config) else dict(config)
             hashes = {str(path): sha256(path) if Path(path).is_file() else "no file" for path in data}
-            self.write_json("config.json", {"config": settings, "data_sha256": hashes, "versions": versions()})
+            self.write_json("config.json", {"config": settings, **facts, "data_sha256": hashes, "versions": versions()})
         log.info("run folder %s", self.path)
         self._metrics = (self.path / METRICS).open("a", encoding="utf-8", buffering=1)
 
@@ -271,7 +272,7 @@ def run_stage(name: str, config: RunConfig, prepare: Callable[[RunConfig], Stage
     with processes(best_device(config.device)) as device:
         config = replace(config, device=device)
         found = replace(config, model=resolve(resolve_model(config.model)))  # once: `latest` may move meanwhile
-        stage, run = prepare(found), open_run(config)
+        stage, run = prepare(found), open_run(config, {"stage": name, "start": found.model})
         checkpoints = Checkpoints(run.checkpoints / name, run_identity(config) | stage.identity, config.train.keep)
         stage.begin(checkpoints)
         try:
@@ -291,11 +292,11 @@ def run_stage(name: str, config: RunConfig, prepare: Callable[[RunConfig], Stage
         return run.path
 
 
-def open_run(config: RunConfig) -> RunFolder:
+def open_run(config: RunConfig, facts: Mapping = {}) -> RunFolder:
     """The folder of a new run, or of the one to resume; all processes get the same, and the first writes."""
     world, run = Ranks.current(), None
     if world.is_main:
-        run = RunFolder(config.output, config, [*config.data, *config.held_out], resume=config.resume)
+        run = RunFolder(config.output, config, [*config.data, *config.held_out], facts, config.resume)
     path = world.gather(run.path if run else None)[0]
     return run or RunFolder.reader(path)
 

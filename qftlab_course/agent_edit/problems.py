@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qftlab.remote.teacher import Problem
 from qftlab.rows.sources import DataError, read_file, read_hub
+from qftlab_course.agent_edit.teacher import Problem
 from qftlab_course.world.bugfix import random_bug
 
 # Words that tell a problem's kind, the first that is met; by its text alone, so it is a guess and called one.

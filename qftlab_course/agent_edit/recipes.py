@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from qftlab.remote.teacher import Asked, Problem, Recipe, Task
 from qftlab.settings import AGENT, EDIT
 from qftlab_course.agent_edit.outputs import FORMAT, validate_cases
 from qftlab_course.agent_edit.problems import kind_of
 from qftlab_course.agent_edit.prompts import ASKED, MEND, PLANT, REASON, SYSTEM, TOOLS, assembled
 from qftlab_course.agent_edit.sandbox import READY, SandboxError, best_level, levels, run_tests
+from qftlab_course.agent_edit.teacher import Asked, Problem, Recipe, Task
 from qftlab_course.agent_edit.validate import Case
 
 log = logging.getLogger(__name__)

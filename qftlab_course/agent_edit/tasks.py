@@ -105,8 +105,7 @@ def _from_model(config: TasksConfig, talks: Sequence[list[dict]], progress: bool
 
 
 def _from_server(config: TasksConfig, talks: Sequence[list[dict]], progress: bool) -> list[str]:
-    from qftlab.remote.client import Client
-    from qftlab.remote.teacher import read_chat
+    from qftlab.remote.client import Client, read_chat
 
     server = ServerConfig(url=config.url, model=config.model, key=config.key, threads=config.threads)
     settings = {"model": config.model, "temperature": config.sampling.temperature, "top_p": config.sampling.top_p,

@@ -110,9 +110,9 @@ def make_set(config: TeachConfig, *, progress: bool = False) -> list[Path]:
         SandboxError: if programs cannot be run here; nothing was asked then.
     """
     from qftlab.remote.client import Client
-    from qftlab.remote.teacher import plan, teach
     from qftlab_course.agent_edit.problems import bug_problems, read_problems
     from qftlab_course.agent_edit.recipes import RECIPES, can_show, check_sandbox
+    from qftlab_course.agent_edit.teacher import plan, teach
 
     server, rows, paths = config.server(), [], []
     problems = bug_problems(config.problems, config.seed) if config.problems else read_problems(config.data)

@@ -11,10 +11,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from qftlab.remote.teacher import Problem
 from qftlab.settings import AGENT, EDIT
 from qftlab_course.agent_edit.expert import _written
 from qftlab_course.agent_edit.prompts import PLANT
+from qftlab_course.agent_edit.teacher import Problem
 
 # Reasons that a row of each mode can get, and a share of rows without any.
 PLANTED = {

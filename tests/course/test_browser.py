@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import socket
@@ -255,3 +256,59 @@ def test_decoding_lab_of_notebook_04(lab, page) -> None:
     assert seen.box.bounding_box()["width"] < 660
     assert row.bounding_box()["x"] < tabs.bounding_box()["x"] + 20  # under them
     assert row.bounding_box()["y"] > tabs.bounding_box()["y"] + 100
+
+
+def test_chat_page_from_the_keyboard(page) -> None:
+    """Enter sends; the answer is `generate`'s, token by token, each with its likeliest rivals; no width cuts it off."""
+    from qftlab import SamplingParams, generate, load_model, load_tokenizer
+    from qftlab.files import bundled
+    from qftlab.serve.app import serving
+
+    model, tokenizer = load_model(bundled("stages", "sft")), load_tokenizer(bundled("stages", "sft"))
+    asked = "def last(xs):\n    return xs.len()\nLine 2 has the wrong name. <b onclick=x>"
+    with serving(model, tokenizer, name="sft") as url:
+        foreign: list[str] = []
+        page.on("request", lambda request: foreign.append(request.url) if url[:-3] not in request.url else None)
+        page.goto(url.removesuffix("v1"))
+        page.locator("#state", has_text="ready").wait_for(timeout=30_000)
+        page.locator("#seed").fill("4")
+        page.locator("#temperature").fill("0.5")
+        page.locator("#text").fill(asked)
+        page.locator("#text").focus()
+        page.keyboard.press("Shift+Enter")
+        assert page.locator(".turn").count() == 0, "Shift and Enter begin a line"
+        page.keyboard.press("Enter")
+        page.locator("#send:enabled").wait_for(timeout=30_000)
+        question = [{"role": "user", "content": asked}]
+        [row] = generate(model, tokenizer, [question], max_new_tokens=64, params=SamplingParams(0.5), seed=4,
+                         return_logprobs=True)  # fmt: skip
+        tokens = page.locator(".assistant .token")
+        assert tokens.all_inner_texts() == [tokenizer.decode([token]) for token in row.token_ids]
+        assert page.locator(".user .said").inner_text() == asked and page.locator(".user b").count() == 0
+        tokens.first.focus()
+        chosen = page.locator("#detail td.chosen").all_inner_texts()
+        assert chosen == [tokenizer.decode([row.token_ids[0]]), f"{math.exp(row.logprobs[0]):.3f}"]
+        assert page.locator("#detail tr").count() == 9
+        page.locator("#special").uncheck()
+        page.locator("#max_tokens").fill("3")
+        page.locator("#text").fill("and now?")
+        page.locator("#text").press("Enter")
+        page.locator("#state", has_text="ended at max tokens").wait_for(timeout=30_000)
+        said = [*question, {"role": "assistant", "content": row.text}, {"role": "user", "content": "and now?"}]
+        [row] = generate(model, tokenizer, [said], max_new_tokens=3, params=SamplingParams(0.5), seed=4)
+        shown = page.locator(".assistant").last.locator(".token:visible").all_inner_texts()
+        assert shown == [text for text in map(tokenizer.decode, row.token_ids) if not text.startswith("<|")]
+        page.locator("#top_p").fill("1.5")
+        page.locator("#text").fill("again")
+        page.locator("#text").press("Enter")
+        page.locator(".error", has_text="top_p must be in (0, 1], got 1.5").wait_for(timeout=30_000)
+        for width in (1280, 900):
+            page.set_viewport_size({"width": width, "height": 700})
+            assert page.locator("html").evaluate("page => page.scrollWidth") == width
+            for name in ("send", "stop", "new", "temperature", "seed", "special", "key"):
+                box = page.locator(f"#{name}").bounding_box()
+                assert box["x"] >= 0 and box["x"] + box["width"] <= width, name
+        bare = page.locator("textarea, input, [role=log]").evaluate_all(
+            "found => found.filter(x => !x.labels?.length && !x.ariaLabel).map(x => x.id)"
+        )
+        assert bare == [] and foreign == []

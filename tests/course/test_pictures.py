@@ -76,3 +76,7 @@ def test_rate_lines_name_each_line_once_and_apart() -> None:
     assert [list(line.get_ydata())[-1] for line in ax.lines] == [98.0, 99.0, 100.0]
     with pytest.raises(ValueError, match="equally long"):
         plots.rate_lines(["base"], {"format": [0.0, 1.0]})
+
+
+def test_each_colour_has_a_marker_of_its_own() -> None:
+    assert len(set(plots.MARKERS)) == len(plots.MARKERS) >= len(plots.PALETTE)

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 from planted_teacher import PlantedTeacher, program, verdict_of
 
-from qftlab.remote.client import BudgetError, ServerError
-from qftlab.remote.teacher import Problem, plan, read_chat
+from qftlab.remote.client import BudgetError, ServerError, read_chat
 from qftlab.rows.chat import DataError
 from qftlab.settings import AGENT, EDIT
 from qftlab_course import commands
@@ -25,6 +24,7 @@ from qftlab_course.agent_edit.recipes import can_show, own_error
 from qftlab_course.agent_edit.sandbox import levels
 from qftlab_course.agent_edit.tasks import TasksConfig, answer_tasks
 from qftlab_course.agent_edit.teach import TeachConfig, make_set
+from qftlab_course.agent_edit.teacher import Problem, plan
 from qftlab_course.flaky import Flaky
 
 assert commands

@@ -216,7 +216,7 @@ def test_one_beam_sees_what_a_long_sum_rounds_away(tokenizer) -> None:
     search = beam._Search(0, [1], plan)
     search.scores = [-2000.0]
     beam._select(torch.tensor([[0.1, 0.5, 0.50001, 0.2]]), None, [search], plan, 1)
-    assert search.nodes[0].token == 2
+    assert search.beams[0] == [2]
 
 
 def test_the_common_history_may_be_known_or_not(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

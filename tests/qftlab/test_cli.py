@@ -18,7 +18,9 @@ from qftlab.cli import option_helps
 from qftlab.files import bundled
 from qftlab.maths.sampling import SamplingParams
 from qftlab.rows.sources import load_rows
-from qftlab.settings import ExportConfig, SamplingConfig, SFTConfig, TrainConfig
+from qftlab.serve import ExportConfig
+from qftlab.serve.handover import dtype_of_run
+from qftlab.settings import SamplingConfig, SFTConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -194,13 +196,13 @@ def test_the_dtype_of_a_run_is_that_of_its_settings(trained: str, wanted: str, t
     model = tmp_path / "run" / "model"
     model.mkdir(parents=True)
     (model / "config.json").write_text('{"dtype": "float32"}', encoding="utf-8")
-    assert commands.dtype_of_run(ExportConfig(model=str(model))) == "auto", "no run"
+    assert dtype_of_run(ExportConfig(model=str(model))) == "auto", "no run"
     (tmp_path / "run" / "config.json").write_text('{"dtype": "bfloat16"}', encoding="utf-8")
-    assert commands.dtype_of_run(ExportConfig(model=str(model))) == "auto", "adapters in the folder of their base"
+    assert dtype_of_run(ExportConfig(model=str(model))) == "auto", "adapters in the folder of their base"
     (tmp_path / "run" / "metrics.jsonl").touch()
     (tmp_path / "run" / "config.json").write_text(json.dumps({"config": {"dtype": trained}}), encoding="utf-8")
-    assert commands.dtype_of_run(ExportConfig(model=str(tmp_path / "run"))) == wanted
-    assert commands.dtype_of_run(ExportConfig(model=str(model), dtype="float16")) == "float16"
+    assert dtype_of_run(ExportConfig(model=str(tmp_path / "run"))) == wanted
+    assert dtype_of_run(ExportConfig(model=str(model), dtype="float16")) == "float16"
 
 
 @pytest.mark.parametrize(

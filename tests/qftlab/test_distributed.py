@@ -26,7 +26,7 @@ from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.settings import SFTConfig, TrainConfig
 from qftlab.train.checkpoint import Checkpoints
-from qftlab.train.distributed import Ranks, RankShare
+from qftlab.train.distributed import Ranks, rank_share
 from qftlab.train.sft import ExampleSource, sft
 
 pytestmark = pytest.mark.distributed
@@ -138,10 +138,10 @@ def test_every_process_names_the_rows_of_a_loss_that_is_no_number(two) -> None:
 
 def test_shares_are_the_whole_and_equally_many() -> None:
     source = ExampleSource(examples(7), config(batch_size=7, micro_batch_size=1))
-    shares = [RankShare(source, Ranks(rank, 3))(0, 0) for rank in range(3)]
+    shares = [rank_share(source(0, 0), Ranks(rank, 3)) for rank in range(3)]
     assert {len(share) for share in shares} == {3}
     real = [m.rows for share in shares for m in share if m.weight]
     assert sorted(real) == sorted(m.rows for m in source(0, 0))
     lonely = ExampleSource(examples(1), config())
-    shares = [RankShare(lonely, Ranks(rank, 2))(0, 0) for rank in range(2)]
+    shares = [rank_share(lonely(0, 0), Ranks(rank, 2)) for rank in range(2)]
     assert [[m.weight for m in share] for share in shares] == [[1.0], [0.0]]

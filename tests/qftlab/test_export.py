@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from random_models import random_model
 from test_lora import NEW, shaken
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qftlab.model import export
-from qftlab.model.export import CEILINGS, Card, ExportError, export_model
+from qftlab.model.export import CEILINGS, ExportError, export_model
 from qftlab.model.loading import extend_model, load_model, save_model
 from qftlab.model.lora import add_adapters, merge_adapters
 from qftlab.rows.tokenizer import extend_tokenizer, load_tokenizer
 from qftlab.settings import LoRAConfig
+
+
+@pytest.fixture(params=["quick", "full"])
+def check(request) -> str:
+    return request.param
 
 
 def adapted_tiny(dtype: str = "float32", rank: int = 4, far: float = 0.05):
@@ -32,12 +36,12 @@ def adapted_tiny(dtype: str = "float32", rank: int = 4, far: float = 0.05):
 
 def test_plain_transformers_loads_the_folder_and_writes_the_same(tmp_path) -> None:
     model, tokenizer = adapted_tiny()
-    report = export_model(model, tokenizer, tmp_path / "out")
+    report = export_model(model, tokenizer, tmp_path / "out", check="full")
     assert report.path == tmp_path / "out" and report.is_tied and report.rows == 1024
     assert report.positions == 16 * 5, "three prompts and one for each trained row"
     assert 0 < report.largest_difference <= report.tolerance < 1e-4
     names = {p.name for p in report.path.iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
     assert not [p for p in tmp_path.iterdir() if p.name != "out"], "nothing is left aside"
     plain = AutoModelForCausalLM.from_pretrained(report.path, dtype=torch.float32)
     theirs = AutoTokenizer.from_pretrained(report.path)
@@ -113,23 +117,67 @@ def test_the_model_in_memory_is_left_alone(tmp_path) -> None:
         export_model(model, tokenizer, tmp_path / "out")
     assert model.training and model.state_dict().keys() == before.keys()
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    assert export_model(model, tokenizer, tmp_path / "again", in_place=True).positions == 80
+    assert export_model(model, tokenizer, tmp_path / "again", in_place=True).positions == 16 * 2
 
 
-def test_the_card_tells_what_it_was_given_and_what_was_checked(tmp_path) -> None:
+def test_greedy_tokens_are_those_of_whole_passes_whatever_the_draft(monkeypatch) -> None:
+    """The cache only drafts: transformers' own greedy tokens come out of a good draft, a bad one and none."""
     model, tokenizer = adapted_tiny()
-    here = str(tmp_path.resolve() / "my-base")
-    card = Card(base=here, recipe={"rank": 4}, data=["bugfix/train.jsonl"], metrics={"mode": "100 % of 300"})
-    export_model(model, tokenizer, tmp_path / "out", card=card)
-    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    head = yaml.safe_load(text.split("---")[1])
-    assert head == {"library_name": "transformers", "pipeline_tag": "text-generation", "base_model": "my-base"}
-    for words in ("| rank | 4 |", "- bugfix/train.jsonl", "| mode | 100 % of 300 |", "1024 embedding rows for 1002"):
-        assert words in text
-    assert here not in text, "a path of this machine is nobody's business"
-    export_model(model, tokenizer, tmp_path / "bare")
-    bare = (tmp_path / "bare" / "README.md").read_text(encoding="utf-8")
-    assert "Measured" not in bare and "base_model" not in bare and re.search(r"within \de-0[67]", bare)
+    ids = tokenizer("47 + 38 =").input_ids
+    wanted = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=16, do_sample=False, eos_token_id=-1)
+    bar, drafts, draft = tqdm(disable=True), [], export._draft
+
+    def counted(model, ids, count, limit):
+        drafts.append(count)
+        return draft(model, ids, count, limit)
+
+    monkeypatch.setattr(export, "_draft", counted)
+    assert export._greedy(model, tokenizer, "47 + 38 =", bar).ids == wanted[0].tolist() and drafts == [16]
+    monkeypatch.setattr(export, "_draft", lambda model, ids, count, limit: [*ids, *[7] * count])
+    assert export._greedy(model, tokenizer, "47 + 38 =", bar).ids == wanted[0].tolist()
+    model.config.use_cache = False
+    assert draft(model, ids, 16, len(tokenizer)) == wanted[0].tolist()
+
+
+def test_none_checks_nothing_and_says_so(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(export, "_logits", None)
+    monkeypatch.setattr(export, "load_model", None)
+    report = export_model(*adapted_tiny(), tmp_path / "out", check="none")
+    assert (report.check, report.positions) == ("none", 0) and (tmp_path / "out" / "model.safetensors").is_file()
+    with pytest.raises(ValueError, match="check must be one of none, quick, full, got 'some'"):
+        export_model(*adapted_tiny(), tmp_path / "other", check="some")
+
+
+def test_the_bar_ends_full(tmp_path, capsys) -> None:
+    """Two texts to continue and to compare, one nudge, the writing and what else is written."""
+    export_model(*adapted_tiny(), tmp_path / "out", progress=True)
+    said = capsys.readouterr().err
+    assert "greedy tokens" in said and "reading back and comparing: 100%" in said and "7/7" in said
+
+
+def test_each_trained_token_is_read_by_some_text() -> None:
+    assert export._probe_texts("quick", ["a", "b"], ["X", "Y"]) == ["a", "aXY"]
+    assert export._probe_texts("full", ["a", "b"], ["X", "Y"]) == ["a", "b", "aX", "aY"]
+    assert export._probe_texts("quick", ["a", "b"], []) == ["a"] and export._probe_texts("none", ["a"], ["X"]) == []
+
+
+def test_a_wrong_row_of_any_trained_token_is_found(check: str, tmp_path, monkeypatch) -> None:
+    """In an untied model nothing but its use shows the row of an embedding: each trained token is read once."""
+    tokenizer = load_tokenizer("tiny")
+    extend_tokenizer(tokenizer)
+    merge = export.merge_adapters
+    for row in NEW:
+        model = shaken(add_adapters(random_model(tie_word_embeddings=False), LoRAConfig(2), token_ids=NEW))
+
+        def wrongly(model, row=row, **options):
+            merged = merge(model, **options)
+            with torch.no_grad():
+                merged.model.embed_tokens.weight[row] += 0.01
+            return merged
+
+        monkeypatch.setattr(export, "merge_adapters", wrongly)
+        with pytest.raises(ExportError, match="logits must agree"):
+            export_model(model, tokenizer, tmp_path / "out", check=check)
 
 
 def test_a_folder_in_use_is_not_touched(tmp_path) -> None:
@@ -148,7 +196,7 @@ def test_a_tokenizer_that_outgrew_the_rows_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="rows must cover all 1002 tokens, got 1001: call extend_model first"):
         export_model(random_model(vocab_size=1001), tokenizer, tmp_path / "out")
     with pytest.raises(ValueError, match="prompts must have at least one token each"):
-        export_model(random_model(), tokenizer, tmp_path / "out", prompts=["a", ""])
+        export_model(random_model(), tokenizer, tmp_path / "out", check="full", prompts=["a", ""])
 
 
 def test_an_untied_head_that_the_config_calls_tied_is_refused(tmp_path) -> None:
@@ -178,7 +226,7 @@ FAR = r"logits must agree within \d\.\de-0[56] of the largest, what rounding exp
         (lambda m: m.resize_token_embeddings(1010, mean_resizing=False), "rows must stay 1024, got 1010"),
     ],
 )
-def test_what_a_merge_or_a_write_did_wrong_is_found(damage, words, tmp_path, monkeypatch) -> None:
+def test_what_a_merge_or_a_write_did_wrong_is_found(damage, words, check, tmp_path, monkeypatch) -> None:
     """The damage is done between the model in memory and the disk, where a bug of ours or of a library would do it."""
     model, tokenizer = adapted_tiny()
     merge = export.merge_adapters
@@ -191,11 +239,13 @@ def test_what_a_merge_or_a_write_did_wrong_is_found(damage, words, tmp_path, mon
 
     monkeypatch.setattr(export, "merge_adapters", wrongly)
     with pytest.raises(ExportError, match=words):
-        export_model(model, tokenizer, tmp_path / "out")
+        export_model(model, tokenizer, tmp_path / "out", check=check)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_thousandth_too_much_of_one_adapter_is_found_where_rounding_is_allowed_most(tmp_path, monkeypatch) -> None:
+def test_a_thousandth_too_much_of_one_adapter_is_found_where_rounding_is_allowed_most(
+    check, tmp_path, monkeypatch
+) -> None:
     model, tokenizer = adapted_tiny(rank=4, far=0.3)
     merge = export.merge_adapters
 
@@ -206,7 +256,7 @@ def test_a_thousandth_too_much_of_one_adapter_is_found_where_rounding_is_allowed
 
     monkeypatch.setattr(export, "merge_adapters", wrongly)
     with pytest.raises(ExportError, match="what rounding explains"):
-        export_model(model, tokenizer, tmp_path / "out")
+        export_model(model, tokenizer, tmp_path / "out", check=check)
 
 
 def test_half_precision_that_is_too_coarse_is_told_the_way_out_and_fp32_is_not(tmp_path) -> None:
@@ -218,7 +268,7 @@ def test_half_precision_that_is_too_coarse_is_told_the_way_out_and_fp32_is_not(t
 def test_another_greedy_token_is_found_even_within_the_tolerance(tmp_path, monkeypatch) -> None:
     """Two tokens with one row are a tie; the merge lifts the second a hair, and the likelier one has changed."""
     model, tokenizer = random_model(tie_word_embeddings=False), load_tokenizer("tiny")
-    first = export._greedy(model, tokenizer, "47").ids[-export.NEW_TOKENS]
+    first = export._greedy(model, tokenizer, "47", tqdm(disable=True)).ids[-export.NEW_TOKENS]
     with torch.no_grad():
         model.lm_head.weight[first + 1] = model.lm_head.weight[first]
     write = export._write

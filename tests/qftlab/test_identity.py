@@ -11,10 +11,9 @@ from random_models import random_model
 
 from qftlab.rows.batches import Example
 from qftlab.settings import TrainConfig
-from qftlab.train import loop
 from qftlab.train.checkpoint import Checkpoints, fingerprint, frozen_fingerprint, refuse_difference
+from qftlab.train.distributed import step_seed
 from qftlab.train.loop import TrainResult
-from qftlab.train.rollouts import rollout_seed
 from qftlab.train.sft import fit_examples
 
 
@@ -64,8 +63,8 @@ def test_seeds_are_seven_bytes_of_a_hash() -> None:
     def by_hand(text: str) -> int:
         return int(hashlib.sha256(text.encode()).hexdigest()[:14], 16)
 
-    assert rollout_seed(3, 5) == by_hand("rollout 3 5 0") and rollout_seed(3, 5, 1) == by_hand("rollout 3 5 1")
-    assert loop._step_seed(3, 5, 1) == by_hand("step 3 5 1")
+    assert step_seed("rollout", 3, 5) == by_hand("rollout 3 5 0")
+    assert step_seed("step", 3, 5, 1) == by_hand("step 3 5 1")
 
 
 def test_two_checkpoints_are_kept(tmp_path) -> None:

@@ -235,7 +235,7 @@ def test_a_row_s_own_prompt_is_asked(cases, tiny) -> None:
 
 def test_lengths_take_what_the_other_commands_take(tiny, tmp_path, capsys) -> None:
     pair = {"prompt": "q", "chosen": "a", "rejected": "b b"}
-    found = [[*map(len, several)] for batch in row_documents(tiny, [pair, {"prompt": "q"}, ROW]) for several in batch]
+    found = [[*map(len, several)] for several in row_documents(tiny, [pair, {"prompt": "q"}, ROW])]
     [both] = encode_pairs(tiny, [pair])[0]
     [prompt] = encode_prompts(tiny, [{"prompt": "q"}])
     assert found == [[len(both.chosen.input_ids), len(both.rejected.input_ids)], [len(prompt.ids)],

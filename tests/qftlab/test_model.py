@@ -115,7 +115,7 @@ def test_real_qwen_is_not_resized(real_data):
 def test_bad_requests_name_the_way_out(tmp_path):
     tokenizer, model = load_tokenizer("tiny"), random_model()
     report = extend_tokenizer(tokenizer)
-    with pytest.raises(ValueError, match='init must be "mean" or "description"'):
+    with pytest.raises(ValueError, match="init must be one of mean, description"):
         extend_model(model, tokenizer, report, init="zeros")
     with pytest.raises(ValueError, match=r"missing <\|AGENT\|>, <\|EDIT\|>"):
         extend_model(model, tokenizer, report, init="description")

@@ -236,7 +236,7 @@ def test_varlen_is_called_in_the_words_of_each_torch() -> None:
     assert cuda.varlen_options(["query", "max_k", "is_causal", "return_aux"], 0.1) == {"is_causal": True}
     middle = ["query", "max_k", "return_aux", "scale", "window_size"]
     assert cuda.varlen_options(middle, 0.1) == {"window_size": (-1, 0), "scale": 0.1}
-    installed = inspect.signature(cuda._varlen_attn()).parameters
+    installed = inspect.signature(cuda.varlen_attn).parameters
     options = cuda.varlen_options(installed, 0.1)
     assert set(options) <= set(installed) and options.get("is_causal") or options["window_size"] == (-1, 0)
 
@@ -318,7 +318,7 @@ def varlen_of(torch_2_10: bool):
 @pytest.mark.parametrize("torch_2_10", [True, False])
 @pytest.mark.parametrize("heads", [4, 2, 1])
 def test_the_kernel_of_each_torch_gives_attention_by_document(torch_2_10: bool, heads: int, monkeypatch) -> None:
-    monkeypatch.setattr(cuda, "_varlen_attn", lambda: varlen_of(torch_2_10))
+    monkeypatch.setattr(cuda, "varlen_attn", varlen_of(torch_2_10))
     torch.manual_seed(0)
     q, k, v = (torch.randn(13, n, 8) for n in (4, heads, heads))
     layout = attention.packed_layout([torch.arange(5), torch.arange(5, 12), torch.arange(12, 13)])
@@ -334,5 +334,3 @@ def test_the_kernel_wants_ampere_and_heads_of_up_to_256(monkeypatch) -> None:
 
     assert "older than Ampere" in reason((7, 5)) and reason((8, 0)) is reason((9, 0)) is reason((8, 0), 256) is None
     assert "at most 256 wide, and this is 264" in reason((9, 0), 264)
-    monkeypatch.setattr(cuda, "_varlen_attn", lambda: None)
-    assert "this torch has none" in reason((9, 0))

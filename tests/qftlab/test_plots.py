@@ -27,4 +27,3 @@ def test_palette_survives_greyscale() -> None:
         sum(w * c for w, c in zip((0.299, 0.587, 0.114), to_rgb(color), strict=True)) for color in plots.PALETTE
     ]
     assert abs(luminance[0] - luminance[1]) > 0.2, "the first two colours, used most, differ in grey"
-    assert len(set(plots.MARKERS)) == len(plots.MARKERS) >= len(plots.PALETTE)

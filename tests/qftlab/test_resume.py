@@ -30,7 +30,7 @@ from qftlab.settings import SFTConfig, TrainConfig
 from qftlab.train import checkpoint
 from qftlab.train.checkpoint import Checkpoints
 from qftlab.train.distributed import training_dtype
-from qftlab.train.meter import Meter, causal_pairs, peak_flops, step_flops
+from qftlab.train.meter import causal_pairs, peak_flops, speed_line, speed_of, step_flops
 from qftlab.train.optimizer import NonFiniteLoss, optimizer_step
 from qftlab.train.run import Interrupted, RunFolder, find_run, resolve_model
 from qftlab.train.sft import fit_examples, sft
@@ -580,16 +580,12 @@ def test_flops_of_a_step_equal_torchs_count(tied: bool) -> None:
 
 def test_mfu_is_operations_over_what_the_device_could_do(monkeypatch) -> None:
     step, batch = Step(random_model()), batch_of_one()
-    meter = Meter(step)
-    assert "mfu" not in meter.stop(24, 23, [batch])  # the peak of a CPU is not known
-    meter.peak = 1e9
-    clock = iter([10.0, 12.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    meter.start()
-    found = meter.stop(24, 23, [batch])
+    assert "mfu" not in speed_of(step, 2.0, 24, 23, [batch])  # the peak of a CPU is not known
+    monkeypatch.setattr("qftlab.train.meter.peak_flops", lambda device: 1e9)
+    found = speed_of(step, 2.0, 24, 23, [batch])
     assert found["tokens_per_second"] == 12.0 and found["peak_gb"] > 0
     assert found["mfu"] == pytest.approx(step_flops(step, 24, 23, 300) / 2e9, abs=1e-4)
-    assert "12 tokens/s, " in Meter.line(found) and "% MFU" in Meter.line(found)
+    assert "12 tokens/s, " in speed_line(found) and "% MFU" in speed_line(found)
 
 
 def as_cuda(monkeypatch, name: str, has_bf16: bool) -> torch.device:

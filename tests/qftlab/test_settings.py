@@ -8,10 +8,10 @@ import math
 import pytest
 
 from qftlab import settings
+from qftlab.serve import ExportConfig
 from qftlab.settings import (
     ChatConfig,
     DPOConfig,
-    ExportConfig,
     GenerateConfig,
     LoRAConfig,
     PolicyConfig,
@@ -66,7 +66,8 @@ MADE = {"thinking": "auto", "seed": 0, "dtype": "float32", "device": "auto", "ma
                             "batch_size": 64}),
         (ChatConfig(), {**MADE, "system": ""}),
         (ExportConfig(), {"model": "runs/sft/latest", "output": "exported", "base": "", "data": (), "dtype": "auto",
-                          "device": "auto"}),
+                          "device": "auto", "check": "quick", "gguf": "none", "evaluation": "", "push_to": "",
+                          "private": False}),
     ],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip

@@ -7,12 +7,13 @@ many threads, and the client's journal keeps what was answered.
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+
+from qftlab.remote.client import read_chat
 
 
 @dataclass(frozen=True)
@@ -111,23 +112,6 @@ def _next(queue: Iterator[Problem], mode: str) -> Problem:
 
 Asked = Callable[..., str]  # (messages, tools=None) -> text
 Recipe = Callable[[Asked, Task], dict]  # -> a row with `issues`, reasons why it is not valid
-
-
-def read_chat(answer: Mapping) -> str:
-    """The text of a chat answer, with the thinking and the calls that a server has taken out of it put back.
-
-    Raises:
-        ValueError: if it has no message of texts; the client asks again.
-    """
-    try:
-        message = answer["choices"][0]["message"]
-        thinking = message.get("reasoning_content") or message.get("reasoning") or ""
-        text = message.get("content") or ""
-        calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls") or ()]
-        text = text if not thinking or "<think>" in text else f"<think>{thinking.strip()}</think>\n{text.lstrip()}"
-        return text + "".join(f'{{"name": {json.dumps(name)}, "arguments": {given}}}' for name, given in calls)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"an answer must have choices with a message of text, got {answer!r:.120}") from error
 
 
 def teach(
