@@ -14,7 +14,8 @@ from qftlab.remote.tinker import TinkerConfig, check_moved, datum, result_of
 from qftlab.rows.batches import batches
 from qftlab.rows.examples import Pair, documents
 from qftlab.settings import PolicyConfig
-from qftlab.train.rollouts import Prompt, rollout_seed, score
+from qftlab.train.rollouts import Prompt, score
+from qftlab_course.asking import seed_of
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def answers(client, tokenizer, prompts: Sequence[Prompt], policy: PolicyConfig, 
 
     sampler, end = result_of(client.save_weights_and_get_sampling_client()), known_id(tokenizer, END_OF_TURN)
     common = {"max_tokens": policy.max_new_tokens, "temperature": 1.0, "stop": None if end is None else [end]}
-    params = [types.SamplingParams(seed=rollout_seed(seed, prompt.number) % 2**31, **common) for prompt in prompts]
+    params = [types.SamplingParams(seed=seed_of(seed, prompt.number), **common) for prompt in prompts]
     waiting = [sampler.sample(types.ModelInput.from_ints(prompt.ids), policy.num_generations, asked)
                for prompt, asked in zip(prompts, params, strict=True)]  # fmt: skip
     found = []
