@@ -39,6 +39,8 @@ class TinkerLocalConfig:
     def __post_init__(self) -> None:
         names = (self.models,) if isinstance(self.models, str) else tuple(self.models)
         object.__setattr__(self, "models", names)
+        if not all(names) or not names:
+            raise ValueError(f"models must name at least one model, got {names}: --models [tiny]")
 
 
 def sources(models: Sequence[str]) -> dict[str, str]:

@@ -153,6 +153,8 @@ def fine_tune(config: ProjectConfig) -> TinkerResult:
     Raises:
         ServerError, ValueError, ImportError: as the functions that it calls.
     """
+    if not config.data:
+        raise ValueError("data must name a file of rows, got none: --data rows.json")
     service, client, max_length = connect(config)
     tokenizer = client.get_tokenizer()
     losses, rows = STAGES[config.stage](config, client, tokenizer, max_length)

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
@@ -103,7 +104,11 @@ class Shell:
         if adapters is not None:
             settings = PeftConfig(task_type="CAUSAL_LM", r=adapters.rank, lora_alpha=ALPHA,
                                   target_modules=adapters.targets())  # fmt: skip
-            self.model = get_peft_model(self.model.requires_grad_(False), settings).eval()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+                # The head's adapter is never merged here, and `to_peft` refuses one on a tied head.
+                warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*", category=UserWarning)
+                self.model = get_peft_model(self.model.requires_grad_(False), settings).eval()
         self.step, self.rows = Step(self.model), head_rows(self.model)
         self.context = context_length(self.model) or math.inf
 

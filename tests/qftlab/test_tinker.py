@@ -177,24 +177,24 @@ def test_losses_of_steps_are_those_of_transformers_in_float64(service, untied, e
     oracle = Oracle(untied if base == "untied" else TINY, external(client, tmp_path))
     assert any("unembed_tokens" in name for name in oracle.weights) == head
     for epoch in range(2):
-        for numbers in batches(len(examples), batch_size=6, seed=0, epoch=epoch):
+        for numbers in batches(12, batch_size=4, seed=0, epoch=epoch):
             part = [examples[i] for i in numbers]
             assert step(client, data_of(part)) == pytest.approx(oracle.update(oracle.loss(part)), abs=TOLERANCE)
 
 
 def test_the_recipe_trains_and_its_losses_are_the_oracle_s(service, examples, tmp_path, caplog) -> None:
     caplog.set_level(logging.INFO)
-    config = TinkerConfig(base_model="tiny", batch_size=8, epochs=3, lr=3e-4)
-    client = new_client(service)
+    config = TinkerConfig(base_model="tiny", batch_size=4, epochs=2, lr=3e-4)
+    client, examples = new_client(service), examples[:12]
     oracle = Oracle(TINY, external(client, tmp_path), lr=3e-4)
     losses = train(client, examples, config)
     for epoch, loss in enumerate(losses):
         total = 0.0
-        for numbers in batches(len(examples), batch_size=8, seed=0, epoch=epoch):
+        for numbers in batches(len(examples), batch_size=4, seed=0, epoch=epoch):
             part = [examples[i] for i in numbers]
             total += oracle.update(oracle.loss(part)) * count_trained(part)
         assert loss == pytest.approx(total / count_trained(examples), abs=TOLERANCE)
-    assert losses[2] < losses[0] - 0.02 and f"epoch 3/3: loss {losses[2]:.4f}" in caplog.text
+    assert losses[1] < losses[0] - 0.02 and f"epoch 2/2: loss {losses[1]:.4f}" in caplog.text
 
 
 def test_gradients_add_up_until_the_step(service, examples) -> None:
@@ -424,6 +424,17 @@ def test_a_wrong_key_or_address_is_one_sentence_within_seconds(url, monkeypatch,
             connect(TinkerConfig(base_model="tiny"))
         assert secret not in str(error.value) and str(error.value).count("\n") == 0
     assert time.monotonic() - start < 10
+
+
+def test_what_would_train_nothing_is_refused_before_anything_is_asked(monkeypatch) -> None:
+    from qftlab_course.tinker_local import TinkerLocalConfig
+
+    monkeypatch.setenv(ours.KEY, "")
+    with pytest.raises(ValueError, match="data must name a file of rows, got none"):
+        project.fine_tune(ProjectConfig())
+    for models in ((), ""):
+        with pytest.raises(ValueError, match="models must name at least one model"):
+            TinkerLocalConfig(models)
 
 
 def test_an_unknown_base_is_refused_by_naming_the_known(url) -> None:
