@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qftlab.commands import Command, hide_loading_bars
+from qftlab.commands import PROGRAM, Command, hide_loading_bars
 from qftlab.settings import AnswerConfig, Names, ServerConfig, check_at_least
 from qftlab_course.agent_edit.commands import COMMANDS as AGENT_EDIT
 
@@ -174,6 +174,33 @@ def run_pretrain(config) -> None:
     print(f"model: {pretrain(config)}")
 
 
+def run_tinker(config) -> None:
+    """Fine-tunes on Tinker, and says where the weights are and what they write."""
+    from qftlab_course.tinker_project import fine_tune
+
+    done = fine_tune(config)
+    print(
+        ("mean reward" if config.stage == "rloo" else "loss")
+        + " of each epoch: "
+        + ", ".join(f"{loss:.4f}" for loss in done.losses)
+    )
+    print(f"sampler: {done.sampler}\nstate, for --state: {done.state}")
+    for text in done.samples:
+        print(f"sample: {text!r}")
+    if config.output:
+        print(f"adapters: {config.output}\ntry it: {PROGRAM} chat --model {config.output}")
+
+
+def run_tinker_local(config) -> None:
+    """Answers as Tinker does until Ctrl-C, and says what to set so that the SDK asks here."""
+    from qftlab_course.tinker_local import opened
+
+    with opened(config) as (server, listener, url):
+        print(f"export TINKER_BASE_URL={url} TINKER_API_KEY=tml-local\n(Ctrl-C stops; any key that begins with tml- is "
+              f"taken; checkpoints are in {config.output})", flush=True)  # fmt: skip
+        server.run([listener])
+
+
 def run_stages(config) -> None:
     """Trains the course models anew."""
     from qftlab.files import bundled
@@ -195,5 +222,11 @@ COMMANDS = {
                       "stages --output runs/anew/stages", "qftlab_course.commands:StagesConfig", run_stages),
     "pretrain": Command("rebuild the bundled model `tiny` from nothing (about an hour of one core)",
                         "pretrain --output data/tiny", "qftlab_course.world.pretrain:PretrainConfig", run_pretrain),
+    "tinker": Command("fine-tune on Tinker, with the rows, masks and loss of sft",
+                      "tinker --data data/instructions/train.jsonl --base_model Qwen/Qwen3-8B --output runs/adapters",
+                      "qftlab_course.tinker_project:ProjectConfig", run_tinker),
+    "tinker-local": Command("a Tinker service on this machine, for lessons and tests",
+                            "tinker-local --models [tiny,Qwen/Qwen3-8B=tiny]",
+                            "qftlab_course.tinker_local:TinkerLocalConfig", run_tinker_local),
     **AGENT_EDIT,
 }  # fmt: skip

@@ -30,6 +30,7 @@ from qftlab_course.scores import SCORERS, lenient_scorer, skill_of
 
 log = logging.getLogger(__name__)
 RESULTS, SUBMISSION, COURSE = "evaluation_results.json", "submission.jsonl", "course_responses.jsonl"
+ON_TINKER = "tinker://"
 FREE = ("scorers", "pass_k", "threshold", "versions")  # settings that do not decide the responses
 
 
@@ -64,7 +65,7 @@ def evaluate(config) -> Outcome:
     rows, sources = asked_rows(config)
     scorers = scorers_for(config, rows)
     with ExitStack() as stack:
-        model = (ServerModel if config.server.url else LocalModel)(config, rows, sources)
+        model = kind_of_model(config)(config, rows, sources)
         folder = None
         if config.is_folder:
             settings = settings_of(config, model.identity(), list(scorers))
@@ -82,6 +83,15 @@ def evaluate(config) -> Outcome:
             write_files(folder, rows, responses, scores, found)
     _say_unfinished(responses)
     return Outcome(found, responses, scores, by_skill(config, rows, responses))
+
+
+def kind_of_model(config) -> type:
+    """Who answers: a server, weights on Tinker (a tinker:// path), or a model of this process."""
+    if config.model.startswith(ON_TINKER):
+        from qftlab_course.tinker_asking import TinkerModel
+
+        return TinkerModel
+    return ServerModel if config.server.url else LocalModel
 
 
 def asked_rows(config) -> tuple[list[dict], dict[str, int]]:
@@ -183,10 +193,10 @@ def sum_up(
     return made
 
 
-def references(config, model: LocalModel | ServerModel, folder: Path | None) -> dict:
+def references(config, model, folder: Path | None) -> dict:
     """Loss, perplexity and token accuracy of the rows' own answers, where there are such without a skill."""
     rows = [row for row in model.rows if row.get("output")]
-    if isinstance(model, ServerModel) or config.few_shot or not rows or all(map(skill_of, rows)):
+    if not isinstance(model, LocalModel) or config.few_shot or not rows or all(map(skill_of, rows)):
         return {}
     kinds = ("loss", "perplexity", "token_accuracy")
     if folder and (folder / RESULTS).exists():  # of the same rows and weights
@@ -212,7 +222,8 @@ def by_skill(config, rows: Sequence[dict], responses: Sequence[dict]) -> Evaluat
     named."""
     from qftlab.train.run import resolve_model
 
-    if config.scorers or config.server.url or config.num_samples > 1 or not all(row.get("output") for row in rows):
+    is_elsewhere = config.server.url or config.model.startswith(ON_TINKER)
+    if config.scorers or is_elsewhere or config.num_samples > 1 or not all(row.get("output") for row in rows):
         return None
     completions = [Completion([], one["token_ids"], one["response"], one["finish_reason"]) for one in responses]
     return scored(load_tokenizer(resolve_model(config.model)), rows, completions, config.few_shot)
