@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 
-from qftlab.evaluate.responses import Prompt
 from qftlab.rows.schemas import row_to_prompt
 from qftlab.settings import ENABLE_THINKING
 from qftlab_course.asking import seed_of
+from qftlab_course.responses import Prompt
 
 
 class TinkerModel:
