@@ -20,12 +20,15 @@ class TinkerModel:
         sources: rows by source, to name them.
 
     Raises:
-        ValueError: for `few_shot`, which asks without the chat format.
+        ValueError: for `few_shot`, which asks without the chat format, and for settings that Tinker does not have.
     """
 
     def __init__(self, config, rows: Sequence[Mapping], sources: Mapping[str, int]) -> None:
         if config.few_shot:
             raise ValueError(f"few_shot must be 0 on Tinker, which is asked in the chat format, got {config.few_shot}")
+        for name, off in {"min_p": 0.0, "repetition_penalty": 1.0}.items():
+            if (value := getattr(config.sampling, name)) != off:
+                raise ValueError(f"sampling.{name} must be {off:g} on Tinker, which does not have it, got {value:g}")
         self.config, self.rows, self.sources = config, rows, sources
         self.client = cache(self._connect)
 

@@ -610,6 +610,8 @@ def test_the_command_trains_from_files_and_evaluate_asks_what_it_kept(url, untie
     assert KEY not in "".join(p.read_text() for p in tmp_path.rglob("*.json*"))
     assert main(["evaluate", "--model", path, "--data", str(rows), "--few_shot", "2"]) == 2
     assert "few_shot must be 0 on Tinker" in capsys.readouterr().err
+    assert main(["evaluate", "--model", path, "--data", str(rows), "--sampling.min_p", "0.1"]) == 2
+    assert "sampling.min_p must be 0 on Tinker, which does not have it, got 0.1" in capsys.readouterr().err
 
 
 PAIRS = [{"prompt": f"What is {a} + {a}?", "chosen": str(2 * a), "rejected": f"It may be {a}."} for a in range(11, 23)]
