@@ -7,9 +7,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import cache
 
+from qftlab.decoding.decoder import Decoder
 from qftlab.rows.examples import place_of
 from qftlab.rows.schemas import row_to_prompt
 from qftlab.settings import ENABLE_THINKING
+from qftlab_course.measure import UNNAMED
 from qftlab_course.responses import Prompt
 
 log = logging.getLogger(__name__)
@@ -68,11 +70,13 @@ class LocalModel:
         from qftlab_course import measure
 
         model, tokenizer, options = self.loaded()
+        # What is kept in a folder must not hang on which layout was faster in this process.
+        decoder = Decoder(model) if self.config.is_folder else None
         _, ids, limits = zip(*(self._plan()[number] for number in numbers), strict=True)
         found = measure.generate(model, tokenizer, list(ids), max_new_tokens=list(limits), params=options["params"],
                                  seed=seed_of(options["seed"], numbers[0]), num_generations=self.config.num_samples,
                                  stop=measure.PLAIN_STOP if self.config.few_shot else (),
-                                 batch_size=self.config.batch_size)  # fmt: skip
+                                 batch_size=self.config.batch_size, decoder=decoder)  # fmt: skip
         return [{"response": "<think>" * measure.is_thinking(tokenizer, one.prompt_ids) + one.text,
                  "token_ids": list(one.token_ids), "finish_reason": one.finish_reason} for one in found]  # fmt: skip
 
@@ -90,6 +94,9 @@ class ServerModel:
     def __init__(self, config, rows: Sequence[Mapping], sources: Mapping[str, int], client=None) -> None:
         self.config, self.rows, self.sources, self.client = config, rows, sources, client
         self._first = 0
+        longest = max((len(row["output"].encode()) for row in rows if row.get("output")), default=UNNAMED)
+        # A token is a byte at least, so that the longest reference has room, and half as much again.
+        self.longest = config.max_new_tokens or min(UNNAMED, longest + longest // 2 + 32)
 
     def identity(self) -> dict:
         """What tells this model from others: its name and address."""
@@ -121,12 +128,11 @@ class ServerModel:
     def _one(self, asked: tuple) -> object:
         """The answer to one request, or the refusal."""
         from qftlab.remote.client import Refused
-        from qftlab_course.measure import UNNAMED
 
         (first, *others), number, sample = asked
         tools, first = first.get("tools"), {name: value for name, value in first.items() if name != "tools"}
         config, sampling = self.config, self.config.sampling
-        body = {"model": config.server.model, "max_tokens": config.max_new_tokens or UNNAMED,
+        body = {"model": config.server.model, "max_tokens": self.longest,
                 "temperature": sampling.temperature, "top_p": sampling.top_p,
                 "seed": seed_of(config.seed, number, sample), "messages": [first, *others]}  # fmt: skip
         body |= {"tools": tools} if tools else {}

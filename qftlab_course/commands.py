@@ -10,6 +10,8 @@ from qftlab.commands import PROGRAM, Command, hide_loading_bars
 from qftlab.settings import AnswerConfig, Names, ServerConfig, check_at_least
 from qftlab_course.agent_edit.commands import COMMANDS as AGENT_EDIT
 
+FEW = 10  # references, of fewer of which no interval is told
+
 PAGES = (".html", ".md")
 NO_FOLDERS = (".json", ".jsonl", ".csv", ".txt", ".pdf", ".htm", ".parquet")
 
@@ -31,8 +33,8 @@ class EvaluateConfig(AnswerConfig):
         split: of folders and hub names.
         limit: ask only so many rows.
         few_shot: 0 asks in the chat format; k shows k solved examples as plain text: the fair way to ask a base model.
-        max_new_tokens: the most tokens an answer may have; by default half as many again as the longest reference, or
-            512 without any. Give more to a model that thinks.
+        max_new_tokens: the most tokens an answer may have; by default half as many again as the longest reference (its
+            bytes, where a server answers), or 512 without any. Give more to a model that thinks.
         output: a folder such as outputs/NAME for the responses, their scores and evaluation_results.json; an evaluation
             that was killed goes on there, and other scorers score what is there. Or a page, .html or .md.
         seed: of the sampling and of the choice of examples.
@@ -153,6 +155,9 @@ def reference_lines(found: dict) -> list[str]:
     if "loss" not in found:
         return []
     loss, others = found["loss"], [(name, found[name]) for name in ("perplexity", "token_accuracy")]
+    if loss["rows"] < FEW:
+        names = ", ".join(f"{name.replace('_', ' ')}: {one['mean']:.3f}" for name, one in [("loss", loss), *others])
+        return [f"{names} of {loss['rows']} references, too few for an interval"]
     spans = [
         f"{name.replace('_', ' ')}: {one['mean']:.3f} ({one['low']:.3f} to {one['high']:.3f})" for name, one in others
     ]

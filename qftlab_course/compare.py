@@ -6,6 +6,8 @@ Every evaluation is a folder that `evaluate --output` wrote: settings.json, rows
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,8 @@ from qftlab.settings import Names, ServerConfig, check_at_least, check_fields
 if TYPE_CHECKING:
     from qftlab.evaluate.statistics import PairedTest
     from qftlab_course.winrate import WinRate
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class CompareConfig:
             answers is kept beside the page, so that a judging that was killed goes on.
         judge_gives: `verdict`, or `reward` for a reward model that answers "reward:-18.73".
         reward_model: or a reward model in this process: a run folder, a folder, or a name on the hub.
-        judged: rows judged, from the first on; each takes two questions a pair of stages.
+        judge_max_tokens: the most tokens of a verdict, thinking included.
+        judged: rows judged, from the first on; each takes two questions for each of its samples and pair of stages.
         ties_lose: count a tie as lost, as the 2025 CS224R project does.
         device: of the reward model.
 
@@ -45,6 +50,7 @@ class CompareConfig:
     judge: ServerConfig = field(default_factory=lambda: ServerConfig(model=""))
     judge_gives: Literal["verdict", "reward"] = "verdict"
     reward_model: str = ""
+    judge_max_tokens: int = 1024
     judged: int = 200
     ties_lose: bool = False
     device: str = "auto"
@@ -52,7 +58,7 @@ class CompareConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_at_least(0, examples=self.examples)
-        check_at_least(1, judged=self.judged)
+        check_at_least(1, judged=self.judged, judge_max_tokens=self.judge_max_tokens)
         if len(self.evaluations) < 2:
             raise ValueError(f"evaluations must be two or more, got {len(self.evaluations)}: --evaluations "
                              "[outputs/initial,outputs/sft]")  # fmt: skip
@@ -202,7 +208,8 @@ def change_of(before: Evaluated, after: Evaluated, scorer: str) -> Change | None
     keys = [prompt_key(before.rows[row]) for row in rows]
     test, n = paired_test(old, new, keys), len(set(keys))
     visible = (test.high - test.difference) * (1 + stats.norm.ppf(0.8) / stats.t.ppf(0.975, n - 1))
-    return Change(test, gained, lost, n, float(visible))
+    # Without any spread none can be told, which is not the same as seeing everything.
+    return Change(test, gained, lost, n, float(visible) or math.nan)
 
 
 def win_rates(evaluations: Sequence[Evaluated], config: CompareConfig) -> dict[str, WinRate]:
@@ -222,7 +229,8 @@ def win_rates(evaluations: Sequence[Evaluated], config: CompareConfig) -> dict[s
         if config.judge_gives == "reward":
             scores = judge.endpoint_scores(client, config.judge.model, _answers(evaluations, config))
             return _judged(pairs, judge.score_judge(scores), config)
-        return _judged(pairs, judge.model_judge(client, config.judge.model), config, judge.in_threads(client))
+        asked = judge.model_judge(client, config.judge.model, config.judge_max_tokens)
+        return _judged(pairs, asked, config, judge.in_threads(client))
 
 
 def _judged(pairs: Sequence, judge, config: CompareConfig, run=map) -> dict[str, WinRate]:
@@ -235,7 +243,12 @@ def _judged(pairs: Sequence, judge, config: CompareConfig, run=map) -> dict[str,
         texts = [[one["response"] for one in part] for part in (a, b)]
         keys = [prompt_key(before.rows[one["row"]]) for one in a]
         options = {"keys": keys, "strict": config.ties_lose, "run": run}
-        found[f"{after.name} against {before.name}"] = win_rate([o["prompt"] for o in a], *texts, judge, **options)
+        name, count = f"{after.name} against {before.name}", 2 * len(a)
+        log.info("%s: %d verdicts are asked for", name, count)
+        found[name] = win_rate([o["prompt"] for o in a], *texts, judge, **options)
+        if found[name].unread * 2 > count:
+            log.warning("%s: %d of %d verdicts could not be read and count as ties: this judge says nothing",
+                        name, found[name].unread, count)  # fmt: skip
     return found
 
 

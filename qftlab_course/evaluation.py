@@ -25,7 +25,7 @@ from qftlab_course.asking import LocalModel, ServerModel
 from qftlab_course.measure import Evaluation, scored
 from qftlab_course.references import measure_references
 from qftlab_course.report import write_json
-from qftlab_course.responses import RESPONSES, SCORES, collect, response_folder, score, summarise
+from qftlab_course.responses import JOURNAL, RESPONSES, SCORES, collect, response_folder, score, summarise
 from qftlab_course.scores import SCORERS, lenient_scorer, skill_of
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def evaluate(config) -> Outcome:
         if config.server.url:
             from qftlab.remote.client import Client
 
-            journal = folder / "journal.jsonl" if folder else None
+            journal = folder / JOURNAL if folder else None
             model.client = stack.enter_context(Client(config.server, journal))
         responses = collect(model.prompts(), model.ask, config.num_samples, folder and folder / RESPONSES)
         scores = score(responses, rows, scorers)
@@ -218,12 +218,14 @@ def write_files(folder: Path, rows, responses: Sequence[dict], scores: Sequence[
 
 
 def by_skill(config, rows: Sequence[dict], responses: Sequence[dict]) -> Evaluation | None:
-    """The table by skill, where each row was asked once by a model of this process, has a reference, and no scorer was
-    named."""
+    """The table by skill, where each row was asked once by a model of this process, has a reference and a prompt of its
+    own (its intervals count rows), and no scorer was named."""
     from qftlab.train.run import resolve_model
 
     is_elsewhere = config.server.url or config.model.startswith(ON_TINKER)
     if config.scorers or is_elsewhere or config.num_samples > 1 or not all(row.get("output") for row in rows):
+        return None
+    if len({repr(one["prompt"]) for one in responses}) < len(rows):
         return None
     completions = [Completion([], one["token_ids"], one["response"], one["finish_reason"]) for one in responses]
     return scored(load_tokenizer(resolve_model(config.model)), rows, completions, config.few_shot)

@@ -26,7 +26,6 @@ asked. Longer is not better, and the order in which they stand means nothing.
 
 End with your verdict: [[A]] if A is better, [[B]] if B is better, [[C]] if they are equally good."""
 VERDICTS = {"A": 1.0, "B": 0.0, "C": 0.5}
-MAX_TOKENS = 1024
 
 
 def verdict_of(said: str) -> float | None:
@@ -55,12 +54,13 @@ def asked_of(prompt: str | Sequence[Mapping]) -> str:
     return turns[0]["content"] if len(turns) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in turns)
 
 
-def model_judge(client: Client, model: str) -> Judge:
+def model_judge(client: Client, model: str, max_tokens: int = 1024) -> Judge:
     """A judge that asks a model once for each order, greedily.
 
     Args:
         client: of the server.
         model: the name the server knows it by.
+        max_tokens: of a verdict, with the thinking before it.
 
     Raises:
         ServerError: from the judge, if the server fails.
@@ -68,7 +68,7 @@ def model_judge(client: Client, model: str) -> Judge:
 
     def judge(prompt: object, first: str, second: str) -> float | None:
         text = ASKED.format(asked=asked_of(prompt), first=first, second=second)
-        return verdict_of(_say(client, model, [{"role": "user", "content": text}], MAX_TOKENS))
+        return verdict_of(_say(client, model, [{"role": "user", "content": text}], max_tokens))
 
     return judge
 

@@ -27,6 +27,7 @@ from qftlab.settings import check_at_least
 
 log = logging.getLogger(__name__)
 SETTINGS, ROWS, RESPONSES, SCORES = "settings.json", "rows.jsonl", "responses.jsonl", "scores.jsonl"
+JOURNAL = "journal.jsonl"  # of a server's answers
 BATCH = 256  # responses written at a time
 ENDS = ("mean", "low", "high")
 Prompt = str | Sequence[Mapping]
@@ -51,7 +52,7 @@ def response_folder(
         free: settings that may be others than before, because they do not decide the responses.
 
     Raises:
-        ValueError: naming the setting, if the folder holds responses to other rows or settings.
+        ValueError: naming the setting, if the folder holds responses to other rows or settings, or a server's answers.
         OSError: if another process has the folder, or it cannot be written.
     """
     folder, lines, given = Path(output), to_lines(rows), json.loads(json.dumps(settings))
@@ -61,13 +62,14 @@ def response_folder(
     except Timeout:
         raise OSError(f"{folder} must have one writer, got two: another process has it open") from None
     with lock:
-        if (folder / SETTINGS).exists():
+        is_begun = any((folder / name).exists() and (folder / name).stat().st_size for name in (RESPONSES, JOURNAL))
+        if (folder / SETTINGS).exists() and is_begun:
             before = read_json(folder / SETTINGS)
             for name in {**before, **given}:
                 if name not in free and before.get(name) != given.get(name):
                     raise ValueError(f"{name} must be {before.get(name)!r:.100}, with which the responses in {folder} "
                                      f"were asked, got {given.get(name)!r:.100}: choose another output")  # fmt: skip
-        if (folder / ROWS).exists() and (folder / ROWS).read_bytes() != lines:
+        if is_begun and (folder / ROWS).exists() and (folder / ROWS).read_bytes() != lines:
             raise ValueError(f"data must hold the rows of {folder / ROWS}, got others: choose another output")
         for name, content in ((SETTINGS, (json.dumps(given, indent=1) + "\n").encode()), (ROWS, lines)):
             with aside(folder / name) as place:

@@ -195,7 +195,7 @@ assert worth["sft"] > worth["dpo"] > worth["rloo"] > 1
 #
 # ### Exercise 09.1 · An interval that counts prompts (●●○, 10 minutes)
 #
-# `values` has one number for each answer, `prompts` says which prompt it answers; prompts may have different numbers of answers. Every prompt counts the same.
+# `values` has one number for each answer, `prompts` says which prompt it answers; prompts may have different numbers of answers, and there are two prompts at least. Every prompt counts the same.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -281,7 +281,7 @@ for a, b in [([0] * 5 + [1], [1] * 5 + [0]), (before, after)]:
     assert abs(paired_p(a, b) - rates.paired_test(a, b, range(len(a))).p_value) < 1e-9
 
 # %% [markdown]
-# **Now the game.** What the paired test says of the twenty results, and the truth. `gained` and `lost` are what a table of results should have told you.
+# **Now the game.** What the paired test says of the twenty results, and the truth. `gained` and `lost` are what a table of results should have told you. Do not be surprised if a crude rule, "real from five points on", has more calls right: half of these twenty *are* real, so it pays to say so often. What that costs comes next.
 
 # %%
 by_test = ["real" if r.p_value < 0.05 else "noise" for r in game.results]
@@ -351,7 +351,7 @@ assert abs(found - rates.power(1000, 0.05, rate=0.4, correlation=shared)) < 0.12
 print(f"correlation {shared:.1f}: found in {found:.0%}")
 
 # %% [markdown]
-# **What can 50 prompts × 16 answers see?** At a rate of 35 % and a power of 80 %, with answers as alike as those of our model after RLOO, for two models that correlate half as much:
+# **What can 50 prompts × 16 answers see?** At a rate of 35 % and a power of 80 %, with answers as alike as those of our model after RLOO. Two models agree less with each other than one with itself; we take half as much:
 
 # %% tags=["nbval-ignore-output"]
 options = dict(rate=0.35, within=alike["rloo"], correlation=alike["rloo"] / 2)
@@ -458,7 +458,7 @@ pairs = [pair for pair in zip(questions, *players.values(), strict=True)
 print(*pairs[0], sep=" | ")
 
 # %% [markdown]
-# > **Predict, then run.** The same judge, the same pairs, two orders. In how many of a hundred pairs does it change its mind?
+# > **Predict, then run.** The same judge, the same pairs, two orders. How often does `warm` win in each of them? (In how many pairs the judge changes its mind, exercise 09.4 will count.)
 
 # %%
 base = stages.stage("extended", preset=PRESET)

@@ -23,7 +23,7 @@ from qftlab.rows.sources import load_rows
 from qftlab.rows.tokenizer import load_tokenizer
 from qftlab.train.step import Step, no_grad_loss
 from qftlab_course import measure
-from qftlab_course.commands import COMMANDS
+from qftlab_course.commands import COMMANDS, FEW, reference_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,12 +116,15 @@ def test_evaluate_measures_any_rows(capsys, tmp_path, monkeypatch) -> None:
     assert asked == [render_prompt(tiny, said) for said in ([ASK, SAY, AND], hello, [ASK])]
     lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
     assert lines["exact"][0] == lines["contained"][0] == "3" and "instructions" not in lines
-    loss = re.search(r"loss: ([\d.]+) nats a token of 3 references, 95 % interval ([\d.]+) to ([\d.]+)", out)
-    low, mean, high = float(loss[2]), float(loss[1]), float(loss[3])
+    loss = re.search(r"loss: ([\d.]+), perplexity: .* of 3 references, too few for an interval", out)
+    mean = float(loss[1])
     examples, _ = encode_rows(tiny, load_rows(str(tmp_path / "?.jsonl")), train_on="last")
-    assert low < mean < high
     assert mean == pytest.approx(no_grad_loss(Step(load_model("tiny")), [pack(examples)]), abs=6e-4), "it is rounded"
     assert loss[0] in page.read_text(encoding="utf-8")
+    found = {
+        name: {"mean": 2.0, "low": 1.5, "high": 2.5, "rows": FEW} for name in ("loss", "perplexity", "token_accuracy")
+    }
+    assert reference_lines(found)[0] == "loss: 2.000 nats a token of 10 references, 95 % interval 1.500 to 2.500"
 
 
 @pytest.mark.parametrize(("rows", "options", "message"), [

@@ -261,6 +261,28 @@ def test_every_batch_draws_anew(tmp_path: Path, few) -> None:
     assert len(set(parts)) == 6 and said[0] == [one["response"] for one in evaluate(config).responses]
 
 
+def test_a_folder_hangs_on_no_clock(capsys, tmp_path: Path, monkeypatch) -> None:
+    """Which layout of the weights is the fastest differs from process to process, and its bits with it."""
+    monkeypatch.delenv("QFTLAB_LAYOUT", raising=False)
+    data = write(tmp_path / "q.jsonl", *QUESTIONS)
+    long = ("--data", data, "--max_new_tokens", 100, "--num_samples", 2, "--sampling.temperature", 1)
+
+    def measured(model) -> str:
+        raise AssertionError("a layout was chosen by the clock")
+
+    monkeypatch.setattr("qftlab.decoding.layouts.layout_for", measured)
+    assert run(capsys, *long, "--output", tmp_path / "box")[0] == 0
+    with pytest.raises(AssertionError, match="by the clock"):  # where nothing is kept, the faster one is welcome
+        run(capsys, *long)
+
+
+def test_rows_that_share_a_prompt_get_the_table_that_counts_prompts(capsys, tmp_path: Path) -> None:
+    data = write(tmp_path / "q.jsonl", *QUESTIONS, QUESTIONS[0])
+    code, out, _ = run(capsys, "--data", data, "--max_new_tokens", 4)
+    [exact] = [line.split() for line in out.splitlines() if line.startswith("exact")]
+    assert code == 0 and exact[-2:] == ["5", "4"], "answers, prompts"
+
+
 def test_stopping_says_that_it_goes_on(capsys, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(measure, "generate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     data = write(tmp_path / "q.jsonl", *QUESTIONS)
@@ -436,7 +458,7 @@ def test_a_server_that_fails_and_a_killed_evaluation_leave_the_same_files(capsys
     assert one.keys() == FILES and not any(KEY.encode() in content for content in [*one.values(), *journals[1]])
     seeds = [body["seed"] for body in whole.asked]
     assert len(set(seeds)) == 12 and {body["temperature"] for body in whole.asked} == {1.0}
-    assert all("top_k" not in body and body["max_tokens"] == 512 for body in whole.asked)
+    assert all("top_k" not in body and body["max_tokens"] == 33 for body in whole.asked)
     assert json.loads(one["settings.json"])["server"] == url
     [first, *_] = lines(tmp_path / "whole/responses.jsonl")
     assert first["finish_reason"] == "length" and first["token_ids"] == [1]

@@ -170,6 +170,7 @@ def test_a_folder_keeps_settings_and_rows(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_another_evaluation_is_refused(tmp_path: Path, settings: dict, rows: list, message: str) -> None:
     with response_folder(tmp_path / "box", SETTINGS, ROWS, free=["scorers"]) as folder:
+        (folder / "responses.jsonl").write_text("{}\n")
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with (
         pytest.raises(ValueError, match=message),
@@ -182,13 +183,22 @@ def test_another_evaluation_is_refused(tmp_path: Path, settings: dict, rows: lis
 
 
 def test_a_setting_that_is_gone_is_named(tmp_path: Path) -> None:
-    with response_folder(tmp_path, SETTINGS, ROWS):
-        pass
+    with response_folder(tmp_path, SETTINGS, ROWS) as folder:
+        (folder / "journal.jsonl").write_text("{}\n")
     with (
         pytest.raises(ValueError, match="seed must be 0, .*, got None"),
         response_folder(tmp_path, {"model": "m", "sampling": {"top_k": 20}, "scorers": ["exact"]}, ROWS),
     ):
         pytest.fail("it was opened")
+
+
+def test_a_folder_without_a_response_takes_other_settings(tmp_path: Path) -> None:
+    """A server that answered nothing leaves an empty journal: the same folder serves the mended command."""
+    with response_folder(tmp_path, SETTINGS, ROWS) as folder:
+        (folder / "journal.jsonl").touch()
+    with response_folder(tmp_path, SETTINGS | {"seed": 1}, ROWS * 2):
+        assert json.loads((tmp_path / "settings.json").read_text())["seed"] == 1
+        assert (tmp_path / "rows.jsonl").read_text().count("\n") == 2 * len(ROWS)
 
 
 def test_a_folder_has_one_writer(tmp_path: Path) -> None:
@@ -201,6 +211,7 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
 
 def test_damaged_settings_are_named(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text("{")
+    (tmp_path / "responses.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="settings.json must hold a JSON object"), response_folder(tmp_path, {}, []):
         pytest.fail("it was opened")
 
