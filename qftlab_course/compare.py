@@ -86,9 +86,10 @@ class Evaluated:
         return [name for name in self.scores[0] if name not in ("row", "sample")] if self.scores else []
 
     @property
-    def tokens(self) -> list[int]:
-        """Tokens of each response; words where no tokens are known."""
-        return [len(r["response"].split() if r["token_ids"] is None else r["token_ids"]) for r in self.responses]
+    def tokens(self) -> float:
+        """Mean tokens of a response; nan where a server did not give the ids of all."""
+        counts = [math.nan if r["token_ids"] is None else len(r["token_ids"]) for r in self.responses]
+        return sum(counts) / len(counts)
 
     @property
     def cut_off(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -109,7 +110,10 @@ def stage_table(evaluations: Sequence[Evaluated], scorers: Sequence[str], change
                          "gained": str(len(change.gained)), "lost": str(len(change.lost))}  # fmt: skip
             lines.append(
                 line
-                | {"tokens": f"{sum(e.tokens) / len(e.tokens):.1f}", "cut off": f"{_figure(e.cut_off, 100)}\u00a0%"}
+                | {
+                    "tokens": "–" if math.isnan(e.tokens) else f"{e.tokens:.1f}",
+                    "cut off": f"{_figure(e.cut_off, 100)}\u00a0%",
+                }
             )
     frame = pandas.DataFrame(lines).set_index("stage")
     if len(scorers) > 1:

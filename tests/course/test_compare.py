@@ -129,6 +129,17 @@ def test_the_page_shows_what_changed_first_and_runs_nothing(tmp_path) -> None:
     assert "&lt;script" in markdown.read_text(encoding="utf-8") and list(tmp_path.glob("page-*.png"))
 
 
+def test_words_are_no_tokens(tmp_path) -> None:
+    """A server may give no ids: then the length is not known."""
+    folder = Path(evaluation(tmp_path / "a", [1, 0]))
+    told = load_evaluation(str(folder))
+    lines = (folder / "responses.jsonl").read_text(encoding="utf-8").replace("[1]", "null")
+    (folder / "responses.jsonl").write_text(lines, encoding="utf-8")
+    silent = load_evaluation(str(folder))
+    assert told.tokens == 1.5 and silent.tokens != silent.tokens
+    assert stage_table([silent], ["right"], {}).loc["a", "tokens"] == "–"
+
+
 def test_a_row_with_several_answers_says_how_many_are_right() -> None:
     assert [_mark(values) for values in ([1.0], [False], [True, False, None, 0.0], [0.1, 1.0], [None])] == [
         "✓", "✗", "1/3", "0.55", "–",
