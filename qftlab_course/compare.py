@@ -124,8 +124,9 @@ def load_evaluation(folder: str | Path) -> Evaluated:
         FileNotFoundError: naming what the folder lacks.
         ValueError: for a line that is no record, or an evaluation that did not end.
     """
-    folder = Path(folder)
-    names = ("settings.json", "rows.jsonl", "responses.jsonl", "scores.jsonl")
+    from qftlab_course.responses import RESPONSES, ROWS, SCORES, SETTINGS
+
+    folder, names = Path(folder), (SETTINGS, ROWS, RESPONSES, SCORES)
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} must hold an evaluation that ended, got no {missing[0]}: evaluate --output")
     rows, responses, scores = (_lines(folder / name) for name in names[1:])
@@ -138,7 +139,8 @@ def load_evaluation(folder: str | Path) -> Evaluated:
 
 def _lines(path: Path) -> list[dict]:
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Only \n ends a line: an answer may hold U+2028, which JSON leaves as it is and splitlines() would cut at.
+    for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
         try:
             found.append(dict(json.loads(line)))
         except (ValueError, TypeError):
@@ -180,14 +182,12 @@ def common_scorers(evaluations: Sequence[Evaluated]) -> list[str]:
 def mean_of(evaluated: Evaluated, scorer: str) -> tuple[float, float, float]:
     """Mean over answers, low and high: the 95 % interval that counts prompts; nan without an answer that is scored."""
     from qftlab.evaluate.split import prompt_key
-    from qftlab.evaluate.statistics import clustered_interval
+    from qftlab_course.responses import interval_of
 
     scored = [(float(one[scorer]), one["row"]) for one in evaluated.scores if one[scorer] is not None]
     if not scored:
         return (float("nan"),) * 3
-    values, keys = [value for value, _ in scored], [prompt_key(evaluated.rows[row]) for _, row in scored]
-    method = "wilson" if 0 <= min(values) <= max(values) <= 1 else ""
-    return clustered_interval(values, keys, method=method, weights=[1] * len(values))
+    return interval_of([value for value, _ in scored], [prompt_key(evaluated.rows[row]) for _, row in scored])
 
 
 def change_of(before: Evaluated, after: Evaluated, scorer: str) -> Change | None:

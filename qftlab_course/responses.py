@@ -184,18 +184,27 @@ def summarise(scores: Sequence[Mapping], name: str, prompts: Sequence, pass_k: S
     found = {**dict.fromkeys(ENDS), "rows": len(sizes), "answers": len(scored), "prompts": len(set(keys))}
     found |= {"pass_at_k": {}, "smallest_difference": None}
     if not scored or not 0 <= min(values) <= max(values) <= 1:
-        return found | (_interval(values, keys) if scored else {})
+        return found | (_named(interval_of(values, keys)) if scored else {})
     for k in pass_k:
         passes = [pass_at_k(size, right[row], k) for row, size in sizes.items()]
-        found["pass_at_k"][str(k)] = _interval(passes, [prompts[row] for row in sizes], "wilson")
+        found["pass_at_k"][str(k)] = _named(interval_of(passes, [prompts[row] for row in sizes]))
     if found["prompts"] > 1:
         found["smallest_difference"] = _known(smallest_difference([value == 1 for value in values], keys))
-    return found | _interval(values, keys, "wilson")
+    return found | _named(interval_of(values, keys))
 
 
-def _interval(values: Sequence[float], prompts: Sequence, method: str = "") -> dict[str, float | None]:
-    """The plain mean, with an interval that counts prompts."""
-    ends = clustered_interval(values, prompts, method=method, weights=[1] * len(values))
+def interval_of(values: Sequence[float], prompts: Sequence) -> tuple[float, float, float]:
+    """The plain mean of answers, with the ends of the 95 % `clustered_interval`: Wilson's for values in [0, 1], else t.
+
+    Args:
+        values: one an answer, not empty.
+        prompts: what the prompt of each is known by.
+    """
+    method = "wilson" if 0 <= min(values) <= max(values) <= 1 else "t"
+    return clustered_interval(values, prompts, method=method, weights=[1] * len(values))
+
+
+def _named(ends: Sequence[float]) -> dict[str, float | None]:
     return dict(zip(ENDS, map(_known, ends), strict=True))
 
 

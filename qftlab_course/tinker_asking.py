@@ -2,13 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 from qftlab.rows.schemas import row_to_prompt
 from qftlab.settings import ENABLE_THINKING
 from qftlab_course.asking import seed_of
 from qftlab_course.responses import Prompt
+
+
+def sampled(
+    client, tokenizer, prompts: Sequence[list[int]], seeds: Sequence[int], count: int, **settings
+) -> Iterator[tuple[list[int], Any, str]]:
+    """Answers of a sampler of Tinker, which is asked for all of them at once.
+
+    Args:
+        client: the SDK's sampling client.
+        tokenizer: of its model; a turn ends with its `<|im_end|>`.
+        prompts: ids.
+        seeds: one a prompt.
+        count: answers to each prompt.
+        settings: of the SDK's SamplingParams: max_tokens, temperature, top_p, top_k.
+
+    Yields:
+        The prompt's ids, the SDK's sequence, and its text without the end of the turn.
+
+    Raises:
+        ServerError: as `result_of`.
+    """
+    from tinker import types
+
+    from qftlab.decoding.engine import continuation_text, known_id
+    from qftlab.model.loading import END_OF_TURN
+    from qftlab.remote.tinker import result_of
+
+    end = known_id(tokenizer, END_OF_TURN)
+    settings["stop"] = None if end is None else [end]
+    waiting = [client.sample(types.ModelInput.from_ints(ids), count, types.SamplingParams(seed=seed, **settings))
+               for ids, seed in zip(prompts, seeds, strict=True)]  # fmt: skip
+    for ids, future in zip(prompts, waiting, strict=True):
+        for one in result_of(future).sequences:
+            said = one.tokens[:-1] if one.tokens[-1:] == [end] else one.tokens
+            yield ids, one, continuation_text(tokenizer, ids, list(said))
 
 
 class TinkerModel:
@@ -55,26 +91,14 @@ class TinkerModel:
         Raises:
             ServerError: if the service is gone, or refuses a request.
         """
-        from tinker import types
-
-        from qftlab.decoding.engine import continuation_text, encode_prompts, known_id
-        from qftlab.model.loading import END_OF_TURN
-        from qftlab.remote.tinker import result_of
+        from qftlab.decoding.engine import encode_prompts
         from qftlab_course.measure import UNNAMED
 
         config, (client, tokenizer) = self.config, self.client()
-        sampling, end = config.sampling, known_id(tokenizer, END_OF_TURN)
+        sampling, seeds = config.sampling, [seed_of(config.seed, number) for number in numbers]
         encoded = encode_prompts(tokenizer, list(prompts), ENABLE_THINKING[config.thinking])
-        waiting = []
-        for ids, number in zip(encoded, numbers, strict=True):
-            params = types.SamplingParams(max_tokens=config.max_new_tokens or UNNAMED, temperature=sampling.temperature,
-                                          top_p=sampling.top_p, top_k=sampling.top_k or -1, stop=end and [end],
-                                          seed=seed_of(config.seed, number))  # fmt: skip
-            waiting.append(client.sample(types.ModelInput.from_ints(ids), config.num_samples, params))
-        found = []
-        for ids, future in zip(encoded, waiting, strict=True):
-            for one in result_of(future).sequences:
-                tokens = list(one.tokens)
-                text = continuation_text(tokenizer, ids, tokens[:-1] if tokens[-1:] == [end] else tokens)
-                found.append({"response": text, "token_ids": tokens, "finish_reason": one.stop_reason})
-        return found
+        settings = {"max_tokens": config.max_new_tokens or UNNAMED, "temperature": sampling.temperature,
+                    "top_p": sampling.top_p, "top_k": sampling.top_k or -1}  # fmt: skip
+        found = sampled(client, tokenizer, encoded, seeds, config.num_samples, **settings)
+        return [{"response": text, "token_ids": list(one.tokens), "finish_reason": one.stop_reason}
+                for _, one, text in found]  # fmt: skip

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from qftlab.decoding.engine import Completion, continuation_text, known_id
+from qftlab.decoding.engine import Completion
 from qftlab.maths.losses import dpo_loss, leave_one_out_advantages, preference_accuracy
-from qftlab.model.loading import END_OF_TURN
 from qftlab.remote.tinker import TinkerConfig, check_moved, datum, result_of
 from qftlab.rows.batches import batches
 from qftlab.rows.examples import Pair, documents
 from qftlab.settings import PolicyConfig
 from qftlab.train.rollouts import Prompt, score
 from qftlab_course.asking import seed_of
+from qftlab_course.tinker_asking import sampled
 
 log = logging.getLogger(__name__)
 
@@ -69,20 +69,10 @@ def train_pairs(client, pairs: Sequence[Pair], config: TinkerConfig, beta: float
 
 def answers(client, tokenizer, prompts: Sequence[Prompt], policy: PolicyConfig, seed: int) -> list[Completion]:
     """Completions of prompts by the weights as they are, `num_generations` to each, at temperature 1."""
-    from tinker import types
-
-    sampler, end = result_of(client.save_weights_and_get_sampling_client()), known_id(tokenizer, END_OF_TURN)
-    common = {"max_tokens": policy.max_new_tokens, "temperature": 1.0, "stop": None if end is None else [end]}
-    params = [types.SamplingParams(seed=seed_of(seed, prompt.number), **common) for prompt in prompts]
-    waiting = [sampler.sample(types.ModelInput.from_ints(prompt.ids), policy.num_generations, asked)
-               for prompt, asked in zip(prompts, params, strict=True)]  # fmt: skip
-    found = []
-    for prompt, future in zip(prompts, waiting, strict=True):
-        for one in result_of(future).sequences:
-            tokens = list(one.tokens)
-            text = continuation_text(tokenizer, prompt.ids, tokens[:-1] if tokens[-1:] == [end] else tokens)
-            found.append(Completion(prompt.ids, tokens, text, one.stop_reason, list(one.logprobs)))
-    return found
+    sampler, seeds = client.save_weights_and_get_sampling_client(), [seed_of(seed, prompt.number) for prompt in prompts]
+    found = sampled(result_of(sampler), tokenizer, [prompt.ids for prompt in prompts], seeds, policy.num_generations,
+                    max_tokens=policy.max_new_tokens, temperature=1.0)  # fmt: skip
+    return [Completion(ids, list(one.tokens), text, one.stop_reason, list(one.logprobs)) for ids, one, text in found]
 
 
 def policy_datum(completion: Completion, weight: float):

@@ -204,21 +204,17 @@ STAGES = {"sft": _sft, "dpo": _dpo, "rloo": _rloo}
 
 def sample(service, path: str, tokenizer, row: Mapping, config: ProjectConfig) -> list[str]:
     """What kept weights answer to the question of a row."""
-    from tinker import types
-
-    from qftlab.decoding.engine import continuation_text, encode_prompts, known_id
-    from qftlab.model.loading import END_OF_TURN
+    from qftlab.decoding.engine import encode_prompts
     from qftlab.rows.schemas import row_to_prompt
+    from qftlab_course.tinker_asking import sampled
 
     if not config.sampling_num_samples:
         return []
-    [ids] = encode_prompts(tokenizer, [row_to_prompt(row)], ENABLE_THINKING[config.thinking])
-    end = known_id(tokenizer, END_OF_TURN)
-    params = types.SamplingParams(max_tokens=config.sampling_max_tokens, temperature=config.sampling_temperature,
-                                  seed=config.seed, stop=None if end is None else [end])  # fmt: skip
+    ids = encode_prompts(tokenizer, [row_to_prompt(row)], ENABLE_THINKING[config.thinking])
     client = result_of(service.create_sampling_client(model_path=path))
-    found = result_of(client.sample(types.ModelInput.from_ints(ids), config.sampling_num_samples, params)).sequences
-    return [continuation_text(tokenizer, ids, [t for t in one.tokens if t != end]) for one in found]
+    found = sampled(client, tokenizer, ids, [config.seed], config.sampling_num_samples,
+                    max_tokens=config.sampling_max_tokens, temperature=config.sampling_temperature)  # fmt: skip
+    return [text for _, _, text in found]
 
 
 def bring_back(path: str, base: str, folder: str | Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from qftlab.evaluate.statistics import clustered_interval
+from qftlab_course.responses import interval_of
 
 # Says 1 where the first answer to a prompt is better, 0 where the second is, 0.5 for a tie, None if that is unreadable.
 Judge = Callable[[object, str, str], float | None]
@@ -72,7 +72,7 @@ def win_rate(
     wins, losses = (sum(test) for test in ([mark > 0.5 for mark in marks], [mark < 0.5 for mark in marks]))
     values = [float(mark > 0.5) for mark in marks] if strict else marks
     known = keys or [str(prompt) for prompt in prompts]
-    ends = clustered_interval(values, known, method="wilson", weights=[1] * len(values))
+    ends = interval_of(values, known)
     orders = sum(x == y != 0.5 for x, y in zip(read[::2], read[1::2], strict=True)) / len(marks)
     counts = wins, len(marks) - wins - losses, losses
     return WinRate(*ends, *counts, orders, sum(read) / len(read), verdicts.count(None))

@@ -29,6 +29,7 @@ from qftlab_course.compare import (
 )
 from qftlab_course.compare_page import _mark, compare, stage_table
 from qftlab_course.flaky import Flaky
+from qftlab_course.responses import to_lines
 
 SKILLS = ("add", "sort")
 
@@ -127,6 +128,14 @@ def test_the_page_shows_what_changed_first_and_runs_nothing(tmp_path) -> None:
     assert "Win rates" not in text and "differ in more" not in text
     markdown = compare(CompareConfig(tuple(folders), str(tmp_path / "page.md")))
     assert "&lt;script" in markdown.read_text(encoding="utf-8") and list(tmp_path.glob("page-*.png"))
+
+
+def test_an_answer_may_hold_every_line_end_of_unicode(tmp_path) -> None:
+    folder = evaluation(tmp_path / "a", [1, 0])
+    read = load_evaluation(str(folder)).responses
+    said = [{**response, "response": "one\u2028two\x85three\u2029"} for response in read]
+    (folder / "responses.jsonl").write_bytes(to_lines(said))
+    assert load_evaluation(str(folder)).responses == said
 
 
 def test_words_are_no_tokens(tmp_path) -> None:
